@@ -1,0 +1,78 @@
+# The CUDA kernels, if they are wanted and can be compiled: target diffqkv_cuda (static library, torch-free) and
+# DIFFQKV_HAVE_CUDA. Decided by the compiler at hand, never by a GPU: build machines have none.
+include_guard(GLOBAL)
+
+set(DIFFQKV_CUDA AUTO CACHE STRING "Compile the CUDA kernels: AUTO (if there is a CUDA compiler), ON, OFF")
+set_property(CACHE DIFFQKV_CUDA PROPERTY STRINGS AUTO ON OFF)
+set(DIFFQKV_HAVE_CUDA OFF)
+
+string(TOUPPER "${DIFFQKV_CUDA}" _diffqkv_cuda)
+if(NOT _diffqkv_cuda MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "DIFFQKV_CUDA: got ${DIFFQKV_CUDA}, want AUTO, ON or OFF")
+endif()
+if(_diffqkv_cuda STREQUAL "OFF")
+  message(STATUS "CUDA kernels: off (DIFFQKV_CUDA=OFF)")
+  return()
+endif()
+
+# check_language looks at CMAKE_CUDA_COMPILER, the environment's CUDACXX and PATH; the toolkit's usual folders as well.
+include(CheckLanguage)
+if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+  find_package(CUDAToolkit QUIET)
+  if(CUDAToolkit_NVCC_EXECUTABLE)
+    set(ENV{CUDACXX} "${CUDAToolkit_NVCC_EXECUTABLE}")
+  endif()
+endif()
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  if(_diffqkv_cuda STREQUAL "ON")
+    message(FATAL_ERROR "DIFFQKV_CUDA: got ON without a CUDA compiler, want nvcc on PATH or CUDACXX=<path of nvcc>")
+  endif()
+  message(STATUS "CUDA kernels: off, no CUDA compiler found (set CUDACXX to name one)")
+  return()
+endif()
+
+# Machine code for Ampere and Hopper (with wgmma and TMA), PTX for what comes later.
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
+  set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 80-virtual)
+endif()
+if(NOT DEFINED CMAKE_CUDA_RUNTIME_LIBRARY)
+  set(CMAKE_CUDA_RUNTIME_LIBRARY Static)  # the library must load beside any CUDA version of torch, or none
+endif()
+if(NOT DEFINED CMAKE_CUDA_COMPILER_LAUNCHER)
+  find_program(DIFFQKV_CCACHE ccache)
+  if(DIFFQKV_CCACHE)
+    set(CMAKE_CUDA_COMPILER_LAUNCHER "${DIFFQKV_CCACHE}")
+  endif()
+endif()
+enable_language(CUDA)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.0)
+  set(_diffqkv_old "got nvcc ${CMAKE_CUDA_COMPILER_VERSION}, want 12.0 or later for C++20 and sm_90a")
+  if(_diffqkv_cuda STREQUAL "ON")
+    message(FATAL_ERROR "DIFFQKV_CUDA=ON: ${_diffqkv_old}")
+  endif()
+  message(STATUS "CUDA kernels: off, ${_diffqkv_old}")
+  return()
+endif()
+
+file(GLOB_RECURSE _diffqkv_cuda_sources CONFIGURE_DEPENDS
+     "${PROJECT_SOURCE_DIR}/csrc/cuda/*.cu" "${PROJECT_SOURCE_DIR}/csrc/cuda/*.cpp")
+add_library(diffqkv_cuda STATIC ${_diffqkv_cuda_sources})
+target_include_directories(diffqkv_cuda PUBLIC "${PROJECT_SOURCE_DIR}/csrc/include" PRIVATE "${PROJECT_SOURCE_DIR}/csrc")
+target_compile_features(diffqkv_cuda PRIVATE cxx_std_20)
+set_target_properties(diffqkv_cuda PROPERTIES
+  POSITION_INDEPENDENT_CODE ON
+  CXX_VISIBILITY_PRESET hidden CUDA_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON
+  CXX_EXTENSIONS OFF)
+list(JOIN CMAKE_CUDA_ARCHITECTURES "," _diffqkv_archs)
+target_compile_definitions(diffqkv_cuda PRIVATE "DIFFQKV_CUDA_ARCHITECTURES=\"${_diffqkv_archs}\"")
+# -Werror makes ptxas's warnings errors too: no kernel spills registers or indexes an array in local memory (a build with
+# -G has to drop it). -lineinfo: profilers and compute-sanitizer name the source line. The standard is an option because
+# CMake before 3.26 does not know that nvcc has C++20.
+target_compile_options(diffqkv_cuda PRIVATE
+  $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 -lineinfo -Werror=all-warnings -Xcompiler=-Wall,-Wextra
+  -Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage>
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>)
+
+set(DIFFQKV_HAVE_CUDA ON)
+message(STATUS "CUDA kernels: nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${_diffqkv_archs}")

@@ -1,0 +1,359 @@
+// The steps of attention over one tile of keys, shared by the kernels for prefill (flash_attention.cpp), decode
+// (decode_attention.cpp) and selective V. Scores of a query row lie in a row of kKeyTile floats; softmax overwrites them
+// with probabilities.
+//
+// K always arrives as compute panels of 32 tokens, [W][32] words of 32 bits: one fp32 per word (W = d_k), or, where the
+// CPU has a bf16 dot product and the data is bf16, two neighbouring dimensions per word (W = d_k / 2). kDot names the
+// second form. A row of q is broadcast word by word against a panel.
+#pragma once
+#include "diffqkv/attention_plan.h"
+#include "cpu/simd.h"
+#include "diffqkv/layout.h"
+#include "diffqkv/params.h"
+
+namespace diffqkv {
+namespace {
+
+typedef uint32_t word;
+
+#if defined(__AVX512F__)
+constexpr int kQkRows = 12, kPvRows = 6, kPvVectors = 4;  // 24 accumulators of 32 registers
+#else
+constexpr int kQkRows = 6, kPvRows = 6, kPvVectors = 2;  // 12 of 16
+#endif
+constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+
+DIFFQKV_INLINE int64_t padded_dim(int64_t d) { return round_up(d, 16); }
+
+struct Scratch {  // hands out 64-byte aligned pieces of a thread's workspace
+  char* at;
+  explicit Scratch(void* p) : at((char*)(((uintptr_t)p + 63) & ~uintptr_t(63))) {}
+  template <class T>
+  T* take(int64_t n) {
+    T* piece = (T*)at;
+    at += round_up(n * int64_t(sizeof(T)), 64);
+    return piece;
+  }
+};
+
+// ---- where the keys are ---------------------------------------------------------------------------------------------
+
+// The tokens [token, result) lie in one page.
+DIFFQKV_INLINE int64_t page_end(const Paging& paging, int64_t token, int64_t end) {
+  if (paging.block_table == nullptr) return end;
+  return min_of(end, (token / paging.page_size + 1) * paging.page_size);
+}
+template <class T>
+DIFFQKV_INLINE T* head_at(const KvView& view, int64_t page, int64_t head, int64_t heads_per_group) {
+  return (T*)view.data + page * view.stride_page + head / heads_per_group * view.stride_group +
+         head % heads_per_group * view.stride_head;
+}
+
+struct KeyRange {
+  int64_t lo, hi;
+};
+DIFFQKV_INLINE KeyRange keys_of_entry(const AttentionParams& p, int64_t b) {
+  const int64_t lo = p.kv_start ? max_of(0, p.kv_start[b]) : 0;
+  const int64_t hi = p.kv_end ? min_of(p.s_k, p.kv_end[b]) : p.s_k;
+  return {lo, max_of(lo, hi)};
+}
+DIFFQKV_INLINE KeyRange keys_of_query(const AttentionParams& p, int64_t b, KeyRange entry, int64_t query) {
+  if (!p.causal) return entry;
+  const int64_t length = p.length ? p.length[b] : p.s_k;
+  return {entry.lo, max_of(entry.lo, min_of(entry.hi, query + length - p.s_q + 1))};
+}
+
+// ---- packing --------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kMaxRowWords = kMaxHeadDim;
+alignas(64) const word kZeroRow[kMaxRowWords] = {};
+
+DIFFQKV_INLINE void row_to_float(const void* row, DType dtype, int64_t n, float* out) {
+  int64_t c = 0;
+  if (dtype == DType::f32) {
+    for (; c + VL <= n; c += VL) vstore(out + c, vload((const float*)row + c));
+    for (; c < n; ++c) out[c] = ((const float*)row)[c];
+  } else if (dtype == DType::bf16) {
+    for (; c + VL <= n; c += VL) vstore(out + c, vload_bf16((const uint16_t*)row + c));
+    for (; c < n; ++c) out[c] = float_of_bf16(((const uint16_t*)row)[c]);
+  } else {
+    for (; c + VL <= n; c += VL) vstore(out + c, vload_f16((const uint16_t*)row + c));
+    for (; c < n; ++c) out[c] = float_of_f16(((const uint16_t*)row)[c]);
+  }
+}
+
+// dst[w][i] = rows[i][w] for 32 rows of W words.
+inline void transpose_panel(const word* const* rows, int64_t W, word* dst) {
+  int64_t w = 0;
+#if defined(__AVX2__)
+  for (; w + 8 <= W; w += 8) {
+    for (int i = 0; i < 32; i += 8) {
+      __m256 r[8], t[8];
+      DIFFQKV_UNROLL
+      for (int j = 0; j < 8; ++j) r[j] = _mm256_loadu_ps((const float*)(rows[i + j] + w));
+      DIFFQKV_UNROLL
+      for (int j = 0; j < 8; j += 2) {
+        t[j] = _mm256_unpacklo_ps(r[j], r[j + 1]);
+        t[j + 1] = _mm256_unpackhi_ps(r[j], r[j + 1]);
+      }
+      DIFFQKV_UNROLL
+      for (int j = 0; j < 8; j += 4) {
+        r[j] = _mm256_shuffle_ps(t[j], t[j + 2], 0x44);
+        r[j + 1] = _mm256_shuffle_ps(t[j], t[j + 2], 0xee);
+        r[j + 2] = _mm256_shuffle_ps(t[j + 1], t[j + 3], 0x44);
+        r[j + 3] = _mm256_shuffle_ps(t[j + 1], t[j + 3], 0xee);
+      }
+      DIFFQKV_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        _mm256_storeu_ps((float*)(dst + (w + j) * 32 + i), _mm256_permute2f128_ps(r[j], r[j + 4], 0x20));
+        _mm256_storeu_ps((float*)(dst + (w + j + 4) * 32 + i), _mm256_permute2f128_ps(r[j], r[j + 4], 0x31));
+      }
+    }
+  }
+#endif
+  for (; w < W; ++w)
+    for (int i = 0; i < 32; ++i) dst[w * 32 + i] = rows[i][w];
+}
+
+// The compute panel of the keys [t0, t0 + 32) of a K head, t0 a multiple of 32: the cache's own memory where it has that
+// form already, else a copy in `panel`. Keys outside `valid` are never read from rows; their columns hold anything.
+// `rows` is room for 32 fp32 rows.
+template <bool kDot>
+inline const word* key_panel(const AttentionParams& p, int64_t b, int64_t k_head, int64_t t0, KeyRange valid,
+                             word* panel, float* rows) {
+  const int64_t d = p.d_k, per_group = p.heads.k_per_group();
+  if (p.k.layout == KLayout::panels) {
+    const KvSlot slot = kv_page(p.paging, b, t0);
+    const int64_t offset = slot.token / kPanelTokens * p.k.stride_panel;
+    if (p.k.dtype == DType::f32) return head_at<const word>(p.k, slot.page, k_head, per_group) + offset;
+    const uint16_t* src = head_at<const uint16_t>(p.k, slot.page, k_head, per_group) + offset;
+    if (p.k.dtype == DType::bf16) {
+      if (kDot) return (const word*)src;
+      const word* pairs = (const word*)src;
+      for (int64_t w = 0; w < d / 2; ++w)
+        for (int64_t i = 0; i < kPanelTokens; ++i) {
+          const word x = pairs[w * kPanelTokens + i];
+          panel[2 * w * kPanelTokens + i] = x << 16;
+          panel[(2 * w + 1) * kPanelTokens + i] = x & 0xffff0000u;
+        }
+    } else {
+      for (int64_t i = 0; i < d * kPanelTokens; i += VL) vstore((float*)panel + i, vload_f16(src + i));
+    }
+    return panel;
+  }
+  const word* row[kPanelTokens];
+  for (int64_t i = 0; i < kPanelTokens; ++i) {
+    const int64_t t = t0 + i;
+    row[i] = kZeroRow;
+    if (t < valid.lo || t >= valid.hi) continue;
+    const KvSlot slot = kv_page(p.paging, b, t);
+    if (p.k.dtype == DType::f32) {
+      row[i] = head_at<const word>(p.k, slot.page, k_head, per_group) + slot.token * p.k.stride_token;
+      continue;
+    }
+    const uint16_t* src = head_at<const uint16_t>(p.k, slot.page, k_head, per_group) + slot.token * p.k.stride_token;
+    float* copy = rows + i * d;
+    if (kDot)
+      __builtin_memcpy(copy, src, d * 2);
+    else
+      row_to_float(src, p.k.dtype, d, copy);
+    row[i] = (const word*)copy;
+  }
+  transpose_panel(row, kDot ? d / 2 : d, panel);
+  return panel;
+}
+
+// Query rows in the order in which score_rows reads them: blocks of kQkRows rows, [W][rows of the block] words.
+template <bool kDot>
+inline void pack_query(const void* src, DType dtype, int64_t d, bool negate, word* packed, int64_t row, int64_t rows) {
+  const int64_t W = kDot ? d / 2 : d, block = row / kQkRows, width = min_of(kQkRows, rows - block * kQkRows);
+  word* dst = packed + block * kQkRows * W + row % kQkRows;
+  if (kDot) {
+    const word sign = negate ? 0x80008000u : 0;
+    for (int64_t w = 0; w < W; ++w) {
+      word x;
+      __builtin_memcpy(&x, (const uint16_t*)src + 2 * w, 4);
+      dst[w * width] = x ^ sign;
+    }
+  } else {
+    float values[kMaxHeadDim];
+    row_to_float(src, dtype, d, values);
+    const word sign = negate ? 0x80000000u : 0;
+    for (int64_t w = 0; w < W; ++w) dst[w * width] = bits_of_float(values[w]) ^ sign;
+  }
+}
+
+// ---- scores ---------------------------------------------------------------------------------------------------------
+
+template <bool kDot>
+DIFFQKV_INLINE vf mac(word a, vf b, vf acc) {
+#if defined(__AVX512BF16__)
+  if (kDot) return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
+#endif
+  return vfma(vset(float_of_bits(a)), b, acc);
+}
+
+template <bool kDot, int MR>
+inline void score_block(const word* q, const word* panel, int64_t W, float* s) {
+  for (int64_t col = 0; col < kPanelTokens; col += 2 * VL) {
+    vf acc0[MR], acc1[MR];
+    DIFFQKV_UNROLL
+    for (int i = 0; i < MR; ++i) acc0[i] = acc1[i] = vset(0.0f);
+    const word *k = panel + col, *a = q;
+    for (int64_t w = 0; w < W; ++w, k += kPanelTokens, a += MR) {
+      const vf k0 = vload((const float*)k), k1 = vload((const float*)k + VL);
+      DIFFQKV_UNROLL
+      for (int i = 0; i < MR; ++i) {
+        acc0[i] = mac<kDot>(a[i], k0, acc0[i]);
+        acc1[i] = mac<kDot>(a[i], k1, acc1[i]);
+      }
+    }
+    DIFFQKV_UNROLL
+    for (int i = 0; i < MR; ++i) {
+      vstore(s + i * kKeyTile + col, acc0[i]);
+      vstore(s + i * kKeyTile + col + VL, acc1[i]);
+    }
+  }
+}
+template <bool kDot, int MR>
+inline void score_block_of(int64_t rows, const word* q, const word* panel, int64_t W, float* s) {
+  if (rows == MR) return score_block<kDot, MR>(q, panel, W, s);
+  if constexpr (MR > 1) score_block_of<kDot, MR - 1>(rows, q, panel, W, s);
+}
+// s[r][0..32) = q[r] . k for the rows [first, first + count) of `rows` packed ones, first a multiple of kQkRows.
+template <bool kDot>
+inline void score_rows(const word* q, int64_t first, int64_t count, const word* panel, int64_t W, float* s) {
+  for (int64_t r = first; r < first + count; r += kQkRows)
+    score_block_of<kDot, kQkRows>(min_of(kQkRows, first + count - r), q + r * W, panel, W, s + r * kKeyTile);
+}
+
+// ---- softmax --------------------------------------------------------------------------------------------------------
+
+struct RowState {
+  float max, sum;  // of the raw scores; of 2^((score - max) * c)
+};
+constexpr RowState kEmptyRow = {-kInf, 0.0f};
+
+// Takes the scores of the columns [lo, hi) into the row's state and turns them into un-normalised probabilities; the
+// other columns of [zero_lo, zero_hi) become 0. Returns the factor for what the row had accumulated before.
+// kDot: the probabilities are rounded to bf16 into p, and their sum is that of the rounded values.
+template <bool kDot>
+inline float softmax_row(float* s, uint16_t* p, int64_t lo, int64_t hi, int64_t zero_lo, int64_t zero_hi, float c,
+                         RowState& state) {
+  const int64_t first = lo / VL * VL, last = round_up(hi, VL);
+  for (int64_t j = first; j < lo; ++j) s[j] = -kInf;
+  for (int64_t j = hi; j < last; ++j) s[j] = -kInf;
+  vf m0 = vset(-kInf), m1 = m0;
+  int64_t j = first;
+  for (; j + 2 * VL <= last; j += 2 * VL) {
+    m0 = vmax(vload(s + j), m0);
+    m1 = vmax(vload(s + j + VL), m1);
+  }
+  if (j < last) m0 = vmax(vload(s + j), m0);
+  const float tile_max = vmaximum(vmax(m0, m1));
+  float factor = 1.0f;
+  if (tile_max > state.max) {
+    if (state.max > -kInf) factor = exp2_of((state.max - tile_max) * c);
+    state.max = tile_max;
+  }
+  // A row whose scores are all -inf so far has no maximum to subtract.
+  const float shift = state.max > -kInf ? -state.max * c : 0.0f;
+  const vf vc = vset(c), vshift = vset(shift);
+  vf sum0 = vset(0.0f), sum1 = sum0;
+  for (j = first; j < last; j += VL) {
+    vf e = vexp2(vfma(vload(s + j), vc, vshift));
+    if (kDot) {
+      vstore_bf16(p + j, e);
+      e = vload_bf16(p + j);
+    } else {
+      vstore(s + j, e);
+    }
+    if ((j / VL) & 1)
+      sum1 = vadd(sum1, e);
+    else
+      sum0 = vadd(sum0, e);
+  }
+  state.sum = state.sum * factor + vsum(vadd(sum0, sum1));
+  for (j = zero_lo; j < first; ++j) kDot ? (void)(p[j] = 0) : (void)(s[j] = 0.0f);
+  for (j = last; j < zero_hi; ++j) kDot ? (void)(p[j] = 0) : (void)(s[j] = 0.0f);
+  return factor;
+}
+
+DIFFQKV_INLINE void scale_row(float* o, int64_t n, float factor) {
+  for (int64_t c = 0; c < n; c += VL) vstore(o + c, vmul(vload(o + c), vset(factor)));
+}
+
+// ---- probabilities times V ------------------------------------------------------------------------------------------
+
+// Words of two bf16 rows, column by column: what the dot product takes as its second operand.
+struct Pairs {
+  using T = word;
+  static DIFFQKV_INLINE vf load(const T* p) { return vload((const float*)p); }
+  static DIFFQKV_INLINE vf load_first(const T* p, int n) { return vload_first((const float*)p, n); }
+};
+
+// o[i][0..columns) += sum over n steps of p[i][t] * v[t]; a step is one key, with kDot two.
+template <bool kDot, class E, int MR, int NV>
+inline void accumulate_block(const word* p, const typename E::T* v, int64_t stride_v, int64_t n, float* o,
+                             int64_t stride_o, int columns) {
+  constexpr int64_t stride_p = kDot ? kKeyTile / 2 : kKeyTile;
+  vf acc[MR][NV];
+  DIFFQKV_UNROLL
+  for (int i = 0; i < MR; ++i)
+    DIFFQKV_UNROLL
+    for (int x = 0; x < NV; ++x) acc[i][x] = vload(o + i * stride_o + x * VL);
+  for (int64_t t = 0; t < n; ++t, ++p, v += stride_v) {
+    vf b[NV];
+    DIFFQKV_UNROLL
+    for (int x = 0; x < NV; ++x) b[x] = NV == 1 ? E::load_first(v, columns) : E::load(v + x * VL);
+    DIFFQKV_UNROLL
+    for (int i = 0; i < MR; ++i)
+      DIFFQKV_UNROLL
+      for (int x = 0; x < NV; ++x) acc[i][x] = mac<kDot>(p[i * stride_p], b[x], acc[i][x]);
+  }
+  DIFFQKV_UNROLL
+  for (int i = 0; i < MR; ++i)
+    DIFFQKV_UNROLL
+    for (int x = 0; x < NV; ++x) vstore(o + i * stride_o + x * VL, acc[i][x]);
+}
+template <bool kDot, class E, int MR>
+inline void accumulate_columns(const word* p, const typename E::T* v, int64_t stride_v, int64_t n, int64_t d, float* o,
+                               int64_t stride_o) {
+  int64_t c = 0;
+  for (; c + kPvVectors * VL <= d; c += kPvVectors * VL)
+    accumulate_block<kDot, E, MR, kPvVectors>(p, v + c, stride_v, n, o + c, stride_o, VL);
+  if constexpr (kPvVectors > 2)
+    for (; c + 2 * VL <= d; c += 2 * VL)
+      accumulate_block<kDot, E, MR, 2>(p, v + c, stride_v, n, o + c, stride_o, VL);
+  for (; c < d; c += VL)
+    accumulate_block<kDot, E, MR, 1>(p, v + c, stride_v, n, o + c, stride_o, int(min_of(VL, d - c)));
+}
+template <bool kDot, class E, int MR = kPvRows>
+inline void accumulate_rows(int64_t rows, const word* p, const typename E::T* v, int64_t stride_v, int64_t n, int64_t d,
+                            float* o, int64_t stride_o) {
+  if (rows == MR) return accumulate_columns<kDot, E, MR>(p, v, stride_v, n, d, o, stride_o);
+  if constexpr (MR > 1) accumulate_rows<kDot, E, MR - 1>(rows, p, v, stride_v, n, d, o, stride_o);
+}
+
+// ---- results --------------------------------------------------------------------------------------------------------
+
+inline void store_row(const AttentionParams& p, int64_t b, int64_t q_head, int64_t query, const float* o, RowState state,
+                      float c) {
+  const float scale = state.sum == 0.0f ? 0.0f : 1.0f / state.sum;
+  const int64_t at = b * p.out.stride_batch + q_head * p.out.stride_head + query * p.out.stride_token;
+  for (int64_t x = 0; x < p.d_v; ++x) {
+    const float value = o[x] * scale;
+    if (p.out.dtype == DType::f32)
+      ((float*)p.out.data)[at + x] = value;
+    else
+      ((uint16_t*)p.out.data)[at + x] = p.out.dtype == DType::bf16 ? bf16_of_float(value) : f16_of_float(value);
+  }
+  p.lse[(b * p.heads.n_q + q_head) * p.s_q + query] =
+      state.sum == 0.0f ? -kInf : (state.max * c + __builtin_log2f(state.sum)) * kLn2;
+}
+
+// The softmax runs on |softmax_scale|; a negative scale is folded into q, so that the maximum is the right end.
+DIFFQKV_INLINE float exp2_scale(const AttentionParams& p) { return __builtin_fabsf(p.softmax_scale) * kLog2e; }
+
+}  // namespace
+}  // namespace diffqkv

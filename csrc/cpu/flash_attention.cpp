@@ -1,0 +1,161 @@
+// Attention of a block of queries over all their keys. An item holds the queries [i0, i1) of some heads of one KV group,
+// so a tile of K packed once serves every q head of its K head, and a tile of V every q head of its V head.
+#include "cpu/attention_tile.h"
+#include "cpu/kernels.h"
+
+namespace diffqkv {
+namespace {
+
+// V rows [t0, t0 + n) of a head as fp32 rows, or with kDot as pairs of rows; keys outside `valid` become zeros.
+template <bool kDot>
+void pack_values(const AttentionParams& p, int64_t b, int64_t v_head, int64_t t0, int64_t n, KeyRange valid, word* dst,
+                 int64_t stride) {
+  const int64_t per_group = p.heads.v_per_group();
+  const auto row = [&](int64_t t) -> const void* {
+    if (t < valid.lo || t >= valid.hi) return kZeroRow;
+    const KvSlot slot = kv_page(p.paging, b, t);
+    const int64_t offset = slot.token * p.v.stride_token;
+    return p.v.dtype == DType::f32 ? (const void*)(head_at<const float>(p.v, slot.page, v_head, per_group) + offset)
+                                   : head_at<const uint16_t>(p.v, slot.page, v_head, per_group) + offset;
+  };
+  if (kDot) {
+    for (int64_t t = 0; t < n; t += 2, dst += stride) {
+      const uint16_t *even = (const uint16_t*)row(t0 + t), *odd = (const uint16_t*)row(t0 + t + 1);
+      for (int64_t x = 0; x < p.d_v; ++x) dst[x] = word(even[x]) | word(odd[x]) << 16;
+    }
+  } else {
+    for (int64_t t = 0; t < n; ++t, dst += stride) row_to_float(row(t0 + t), p.v.dtype, p.d_v, (float*)dst);
+  }
+}
+
+struct BlockRows {  // the rows of one q head in an item
+  word* q;
+  float* o;
+  RowState* state;
+};
+
+template <bool kDot>
+void attention_block(const AttentionParams& p, const AttentionPlan& plan, int64_t item, void* workspace) {
+  // Blocks of late queries see most keys: they come first, so that the last items to finish are short.
+  const int64_t per_block = p.batch * plan.groups * plan.head_chunks;
+  const int64_t blocks = (p.s_q + plan.block_q - 1) / plan.block_q;
+  const int64_t i0 = (blocks - 1 - item / per_block) * plan.block_q, rows = min_of(plan.block_q, p.s_q - i0);
+  const int64_t rest = item % per_block, b = rest / (plan.groups * plan.head_chunks);
+  const int64_t group = rest / plan.head_chunks % plan.groups, chunk = rest % plan.head_chunks;
+  const int64_t group_end = (group + 1) * p.heads.q_per_group();
+  const int64_t h0 = group * p.heads.q_per_group() + chunk * plan.heads_per_item;
+  const int64_t h1 = min_of(group_end, h0 + plan.heads_per_item), heads = h1 - h0;
+
+  const int64_t W = kDot ? p.d_k / 2 : p.d_k, stride_o = padded_dim(p.d_v);
+  Scratch scratch(workspace);
+  word* q = scratch.take<word>(heads * rows * W);
+  float* o = scratch.take<float>(heads * rows * stride_o);
+  RowState* state = scratch.take<RowState>(heads * rows);
+  word* k_tile = scratch.take<word>(kKeyTile * W);
+  float* row_copies = scratch.take<float>(kPanelTokens * p.d_k);
+  word* v_tile = scratch.take<word>(kKeyTile * stride_o);
+  float* s = scratch.take<float>(plan.block_q * kKeyTile);
+  uint16_t* s16 = scratch.take<uint16_t>(kDot ? plan.block_q * kKeyTile : 0);
+
+  const KeyRange entry = keys_of_entry(p, b);
+  for (int64_t h = h0; h < h1; ++h)
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = b * p.q.stride_batch + h * p.q.stride_head + (i0 + r) * p.q.stride_token;
+      const void* src = p.q.dtype == DType::f32 ? (const void*)((const float*)p.q.data + at)
+                                                : (const uint16_t*)p.q.data + at;
+      pack_query<kDot>(src, p.q.dtype, p.d_k, p.softmax_scale < 0, q + (h - h0) * rows * W, r, rows);
+    }
+  for (int64_t x = 0; x < heads * rows * stride_o; ++x) o[x] = 0.0f;
+  for (int64_t r = 0; r < heads * rows; ++r) state[r] = kEmptyRow;
+
+  const float c = exp2_scale(p);
+  // Later queries see more keys, so the last row's range is that of the block.
+  const KeyRange block = keys_of_query(p, b, entry, i0 + rows - 1);
+  const bool v_direct = p.v.dtype == DType::f32 && p.v.stride_token == p.d_v && p.d_v % VL == 0;
+
+  for (int64_t t0 = block.lo / kKeyTile * kKeyTile; t0 < block.hi; t0 += kKeyTile) {
+    const KeyRange tile = {max_of(block.lo, t0), min_of(block.hi, t0 + kKeyTile)};
+    const int64_t first_panel = (tile.lo - t0) / kPanelTokens, end_panel = round_up(tile.hi - t0, 32) / kPanelTokens;
+    const word* panels[kKeyTile / kPanelTokens];
+    const word* v = nullptr;
+    int64_t stride_v = stride_o, k_packed = -1, v_packed = -1;
+
+    for (int64_t h = h0; h < h1; ++h) {
+      if (p.heads.k_head(h) != k_packed) {
+        k_packed = p.heads.k_head(h);
+        for (int64_t x = first_panel; x < end_panel; ++x)
+          panels[x] = key_panel<kDot>(p, b, k_packed, t0 + x * kPanelTokens, tile, k_tile + x * kPanelTokens * W,
+                                      row_copies);
+      }
+      if (p.heads.v_head(h) != v_packed) {
+        v_packed = p.heads.v_head(h);
+        const KvSlot slot = kv_page(p.paging, b, tile.lo);
+        if (!kDot && v_direct && page_end(p.paging, tile.lo, tile.hi) == tile.hi) {
+          v = head_at<const word>(p.v, slot.page, v_packed, p.heads.v_per_group()) +
+              (slot.token - (tile.lo - t0)) * p.d_v;
+          stride_v = p.d_v;
+        } else {
+          const int64_t from = (tile.lo - t0) / 2 * 2, to = round_up(tile.hi - t0, 2);
+          pack_values<kDot>(p, b, v_packed, t0 + from, to - from, tile, v_tile + (kDot ? from / 2 : from) * stride_o,
+                            stride_o);
+          v = v_tile;
+          stride_v = stride_o;
+        }
+      }
+      const BlockRows head = {q + (h - h0) * rows * W, o + (h - h0) * rows * stride_o, state + (h - h0) * rows};
+
+      const auto row_keys = [&](int64_t r) {  // columns of this tile that row r sees
+        const KeyRange keys = keys_of_query(p, b, entry, i0 + r);
+        const int64_t lo = max_of(tile.lo, keys.lo) - t0;
+        return KeyRange{lo, max_of(lo, min_of(tile.hi, keys.hi) - t0)};
+      };
+      for (int64_t x = first_panel; x < end_panel; ++x)
+        for (int64_t r = 0; r < rows; r += kQkRows) {
+          const int64_t count = min_of(kQkRows, rows - r);
+          if (row_keys(r + count - 1).hi > x * kPanelTokens)
+            score_rows<kDot>(head.q, r, count, panels[x], W, s + x * kPanelTokens);
+        }
+      for (int64_t r = 0; r < rows; r += kPvRows) {
+        const int64_t count = min_of(kPvRows, rows - r);
+        KeyRange keys = row_keys(r + count - 1);
+        if (keys.lo == keys.hi) continue;
+        if (kDot) keys = {keys.lo / 2 * 2, round_up(keys.hi, 2)};
+        for (int64_t x = r; x < r + count; ++x) {
+          const KeyRange own = row_keys(x);
+          float* row = s + x * kKeyTile;
+          uint16_t* row16 = s16 + x * kKeyTile;
+          if (own.lo == own.hi) {
+            for (int64_t j = keys.lo; j < keys.hi; ++j) kDot ? (void)(row16[j] = 0) : (void)(row[j] = 0.0f);
+            continue;
+          }
+          const float factor = softmax_row<kDot>(row, row16, own.lo, own.hi, keys.lo, keys.hi, c, head.state[x]);
+          if (factor != 1.0f) scale_row(head.o + x * stride_o, stride_o, factor);
+        }
+        if constexpr (kDot)
+          accumulate_rows<true, Pairs>(count, (const word*)(s16 + r * kKeyTile + keys.lo), v + keys.lo / 2 * stride_v,
+                                       stride_v, (keys.hi - keys.lo) / 2, p.d_v, head.o + r * stride_o, stride_o);
+        else
+          accumulate_rows<false, F32>(count, (const word*)(s + r * kKeyTile + keys.lo),
+                                      (const float*)v + keys.lo * stride_v, stride_v, keys.hi - keys.lo, p.d_v,
+                                      head.o + r * stride_o, stride_o);
+      }
+    }
+  }
+  for (int64_t h = h0; h < h1; ++h)
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = (h - h0) * rows + r;
+      store_row(p, b, h, i0 + r, o + row * stride_o, state[row], c);
+    }
+}
+
+}  // namespace
+
+namespace DIFFQKV_ISA {
+void attention_block(const AttentionParams& p, const AttentionPlan& plan, int64_t item, void* scratch) {
+#if defined(__AVX512BF16__)
+  if (p.q.dtype == DType::bf16) return diffqkv::attention_block<true>(p, plan, item, scratch);
+#endif
+  diffqkv::attention_block<false>(p, plan, item, scratch);
+}
+}  // namespace DIFFQKV_ISA
+}  // namespace diffqkv

@@ -1,0 +1,175 @@
+// Hands the work items of an op to the caller's threads, and chooses the instruction set level once.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "core/cpu_isa.h"
+#include "cpu/kernels.h"
+#include "diffqkv/cpu.h"
+
+namespace diffqkv {
+
+const CpuKernels& cpu_kernels() {
+  static const CpuKernels* const tables[] = {&kernels_v2, &kernels_v3, &kernels_v4, &kernels_v4_bf16};
+  static const CpuKernels& chosen = *tables[static_cast<int>(cpu_isa())];
+  return chosen;
+}
+
+namespace cpu {
+namespace {
+
+int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Runs item(i, worker) for all i < items. Workers take the next item when they are free, since causal items differ in
+// cost; which worker runs an item never changes its result.
+template <class Item>
+void for_items(int64_t items, int64_t threads, Parallel parallel, const Item& item) {
+  const int64_t workers = std::min(threads, items);
+  if (workers <= 1) {
+    for (int64_t i = 0; i < items; ++i) item(i, 0);
+    return;
+  }
+  struct Context {
+    std::atomic<int64_t> next{0};
+    int64_t items;
+    const Item* item;
+  } context{.items = items, .item = &item};
+  parallel(
+      workers,
+      [](void* c, int64_t worker) {
+        auto& ctx = *static_cast<Context*>(c);
+        for (int64_t i; (i = ctx.next.fetch_add(1, std::memory_order_relaxed)) < ctx.items;) (*ctx.item)(i, worker);
+      },
+      &context);
+}
+
+// Elementwise work in ranges of at least this many elements.
+constexpr int64_t kElementsPerItem = 16384;
+// Cache rows written by a thread before a second one pays off.
+constexpr int64_t kRowsPerThread = 64;
+
+struct Workspace {
+  char* at;
+  void* take(int64_t bytes) {
+    void* piece = at;
+    at += aligned(bytes);
+    return piece;
+  }
+};
+
+bool dense(const SelectiveVParams& p, int64_t b) {
+  const AttentionParams& a = p.attention;
+  const int64_t lo = a.kv_start ? std::max(0, a.kv_start[b]) : 0;
+  const int64_t hi = a.kv_end ? std::min<int64_t>(a.s_k, a.kv_end[b]) : a.s_k;
+  return p.top_k >= hi - lo;
+}
+
+}  // namespace
+
+int64_t attention_workspace(const AttentionPlan& plan) {
+  return 64 + plan.threads * aligned(plan.scratch_bytes) + aligned(plan.partial_floats * 4);
+}
+
+void attention(const AttentionParams& p, const AttentionPlan& plan, void* workspace, Parallel parallel) {
+  if (plan.items == 0 || plan.rows == 0) return;
+  const CpuKernels& kernels = cpu_kernels();
+  Workspace work{static_cast<char*>(workspace)};
+  char* scratch = static_cast<char*>(work.take(plan.threads * aligned(plan.scratch_bytes)));
+  const auto scratch_of = [&](int64_t worker) { return scratch + worker * aligned(plan.scratch_bytes); };
+  if (plan.kernel == AttentionKernel::block) {
+    for_items(plan.items, plan.threads, parallel,
+              [&](int64_t i, int64_t w) { kernels.attention_block(p, plan, i, scratch_of(w)); });
+    return;
+  }
+  float* partials = static_cast<float*>(work.take(plan.partial_floats * 4));
+  for_items(plan.items, plan.threads, parallel,
+            [&](int64_t i, int64_t w) { kernels.attention_split(p, plan, i, scratch_of(w), partials); });
+  if (plan.splits > 1)
+    for_items(p.batch * plan.groups, 1, parallel,
+              [&](int64_t i, int64_t) { kernels.attention_merge(p, plan, i, partials); });
+}
+
+namespace {
+
+struct SelectiveSizes {
+  int64_t rows, stride, scratch;
+};
+SelectiveSizes sizes_of(const SelectiveVParams& sp, const AttentionPlan& plan, int64_t max_keys) {
+  const AttentionParams& p = sp.attention;
+  const int64_t stride = (max_keys + kKeyTile - 1) / kKeyTile * kKeyTile;
+  return {p.batch * p.heads.n_q * p.s_q, stride, std::max(aligned(plan.scratch_bytes), aligned(stride * 16 + 4096))};
+}
+
+}  // namespace
+
+int64_t selective_v_workspace(const SelectiveVParams& sp, const AttentionPlan& plan, int64_t max_keys) {
+  const SelectiveSizes sizes = sizes_of(sp, plan, max_keys);
+  const AttentionParams& p = sp.attention;
+  return 64 + plan.threads * sizes.scratch + aligned(plan.partial_floats * 4) + aligned(sizes.rows * sizes.stride * 4) +
+         aligned(sizes.rows * plan.splits * 8) + aligned(p.batch * p.heads.n_v * (p.d_v + 1) * 4);
+}
+
+void selective_v_attention(const SelectiveVParams& sp, const AttentionPlan& plan, int64_t max_keys, void* workspace,
+                           Parallel parallel) {
+  if (plan.items == 0 || plan.rows == 0) return;
+  const CpuKernels& kernels = cpu_kernels();
+  const AttentionParams& p = sp.attention;
+  const SelectiveSizes sizes = sizes_of(sp, plan, max_keys);
+  Workspace work{static_cast<char*>(workspace)};
+  char* scratch = static_cast<char*>(work.take(plan.threads * sizes.scratch));
+  float* partials = static_cast<float*>(work.take(plan.partial_floats * 4));
+  SelectiveWorkspace shared{};
+  shared.scores = static_cast<float*>(work.take(sizes.rows * sizes.stride * 4));
+  shared.stride = sizes.stride;
+  shared.mass = static_cast<float*>(work.take(sizes.rows * plan.splits * 8));
+  shared.splits = plan.splits;
+  const bool needs_stats = sp.v_stats == nullptr && (sp.tail == Tail::mean || sp.want_bound);
+  if (needs_stats) shared.v_stats = static_cast<float*>(work.take(p.batch * p.heads.n_v * (p.d_v + 1) * 4));
+
+  // Entries with no more than top_k keys are dense attention, to the last bit.
+  for_items(plan.items, plan.threads, parallel, [&](int64_t i, int64_t w) {
+    void* own = scratch + w * sizes.scratch;
+    if (dense(sp, i / plan.splits / plan.groups))
+      kernels.attention_split(p, plan, i, own, partials);
+    else
+      kernels.selective_v_score(sp, plan, shared, i, own);
+  });
+  if (plan.splits > 1)
+    for (int64_t i = 0; i < p.batch * plan.groups; ++i)
+      if (dense(sp, i / plan.groups)) kernels.attention_merge(p, plan, i, partials);
+  if (needs_stats)
+    for_items(p.batch * p.heads.n_v, plan.threads, parallel, [&](int64_t i, int64_t) {
+      if (!dense(sp, i / p.heads.n_v)) kernels.selective_v_stats(sp, shared, i);
+    });
+  for_items(sizes.rows, plan.threads, parallel,
+            [&](int64_t i, int64_t w) { kernels.selective_v_gather(sp, shared, i, scratch + w * sizes.scratch); });
+}
+
+void kv_cache_update(const CacheUpdateParams& p, int64_t threads, Parallel parallel) {
+  const int64_t rows = p.batch * p.s_new * (p.heads.n_k + p.heads.n_v);
+  const int64_t useful = std::clamp<int64_t>(rows / kRowsPerThread, 1, std::max<int64_t>(1, threads));
+  for_items(p.batch * p.heads.groups(), useful, parallel,
+            [&](int64_t i, int64_t) { cpu_kernels().kv_cache_update(p, i); });
+}
+
+namespace {
+
+template <class Function>
+void elementwise(const SwigluParams& p, int64_t threads, Parallel parallel, Function function) {
+  const int64_t items = (p.numel + kElementsPerItem - 1) / kElementsPerItem;
+  for_items(items, threads, parallel, [&](int64_t i, int64_t) {
+    function(p, i * kElementsPerItem, std::min(p.numel, (i + 1) * kElementsPerItem));
+  });
+}
+
+}  // namespace
+
+void swiglu(const SwigluParams& p, int64_t threads, Parallel parallel) {
+  elementwise(p, threads, parallel, cpu_kernels().swiglu);
+}
+void swiglu_backward(const SwigluParams& p, int64_t threads, Parallel parallel) {
+  elementwise(p, threads, parallel, cpu_kernels().swiglu_backward);
+}
+
+}  // namespace cpu
+}  // namespace diffqkv

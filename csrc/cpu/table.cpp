@@ -1,0 +1,30 @@
+// The function table of one instruction set level.
+#include "cpu/kernels.h"
+
+namespace diffqkv {
+
+#define DIFFQKV_STRING_(x) #x
+#define DIFFQKV_STRING(x) DIFFQKV_STRING_(x)
+#define DIFFQKV_JOIN_(a, b) a##b
+#define DIFFQKV_JOIN(a, b) DIFFQKV_JOIN_(a, b)
+
+namespace DIFFQKV_ISA {
+void attention_block(const AttentionParams&, const AttentionPlan&, int64_t, void*);
+void attention_split(const AttentionParams&, const AttentionPlan&, int64_t, void*, float*);
+void attention_merge(const AttentionParams&, const AttentionPlan&, int64_t, const float*);
+void selective_v_score(const SelectiveVParams&, const AttentionPlan&, const SelectiveWorkspace&, int64_t, void*);
+void selective_v_stats(const SelectiveVParams&, const SelectiveWorkspace&, int64_t);
+void selective_v_gather(const SelectiveVParams&, const SelectiveWorkspace&, int64_t, void*);
+void kv_cache_update(const CacheUpdateParams&, int64_t);
+void swiglu(const SwigluParams&, int64_t, int64_t);
+void swiglu_backward(const SwigluParams&, int64_t, int64_t);
+}  // namespace DIFFQKV_ISA
+
+extern const CpuKernels DIFFQKV_JOIN(kernels_, DIFFQKV_ISA) = {
+    DIFFQKV_STRING(DIFFQKV_ISA),         DIFFQKV_ISA::attention_block,   DIFFQKV_ISA::attention_split,
+    DIFFQKV_ISA::attention_merge,        DIFFQKV_ISA::selective_v_score, DIFFQKV_ISA::selective_v_stats,
+    DIFFQKV_ISA::selective_v_gather,     DIFFQKV_ISA::kv_cache_update,   DIFFQKV_ISA::swiglu,
+    DIFFQKV_ISA::swiglu_backward,
+};
+
+}  // namespace diffqkv

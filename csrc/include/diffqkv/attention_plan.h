@@ -1,0 +1,45 @@
+// How the CPU cuts an attention call into work items: a pure function of shapes and thread count.
+#pragma once
+#include <cstdint>
+
+#include "diffqkv/params.h"
+
+namespace diffqkv {
+
+// Tokens that share one softmax step. Part of the numerics: results depend on it, so it is the same everywhere.
+inline constexpr int64_t kKeyTile = 256;
+// Tokens that one item of the split kernel reads; a multiple of kKeyTile. Fixed, so that neither the batch nor the
+// number of threads changes a result.
+inline constexpr int64_t kSplitTokens = 512;
+
+enum class AttentionKernel : int32_t {
+  block = 0,  // item = block of queries x some heads of a group, walking all its keys: prefill
+  split = 1,  // item = all query rows of a KV group x a range of keys, merged afterwards: decode
+};
+
+struct AttentionPlan {
+  AttentionKernel kernel = AttentionKernel::block;
+  int64_t groups = 0;         // KV groups per batch entry
+  int64_t rows = 0;           // query rows of a group: n_q / G * s_q
+  int64_t block_q = 0;        // block: queries of an item
+  int64_t heads_per_item = 0; // block: q heads of an item
+  int64_t head_chunks = 0;    // block: items that share the heads of a group
+  int64_t splits = 0;         // split: key ranges per group
+  int64_t items = 0;
+  int64_t threads = 1;        // worth starting
+  int64_t scratch_bytes = 0;  // per thread
+  int64_t partial_floats = 0; // split, if splits > 1: un-normalised results, [items, rows, d_v + 2]
+  double flops = 0, bytes = 0;
+};
+
+// max_keys: the longest sequence of the call. threads: those of the caller's pool.
+DIFFQKV_API AttentionPlan plan_attention(const HeadGroups& heads, int64_t batch, int64_t s_q, int64_t max_keys,
+                                         int64_t d_k, int64_t d_v, DType dtype, bool causal, int64_t threads);
+
+// The same for the split kernel whatever the shape: selective V is built on its ranges.
+DIFFQKV_API AttentionPlan plan_split(const HeadGroups& heads, int64_t batch, int64_t s_q, int64_t max_keys, int64_t d_k,
+                                     int64_t d_v, DType dtype, bool causal, int64_t threads);
+
+constexpr int64_t dtype_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+}  // namespace diffqkv

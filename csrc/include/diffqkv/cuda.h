@@ -1,0 +1,24 @@
+// The CUDA launch API: parameters and a stream in, a cudaError_t (as int, 0 is success) out. Compiled when DIFFQKV_CUDA
+// is on. Launches never allocate and never synchronise, so they can be captured in a CUDA graph. No torch and no CUDA
+// header here. A stream is a cudaStream_t; the current device must be the stream's.
+#pragma once
+#include "diffqkv/params.h"
+
+namespace diffqkv {
+
+// Writes the new tokens, K rotated if cos and sin are given, and updates v_stats: sum and largest L2 norm of the V rows
+// written, added in token order. A token whose position is -1, beyond the capacity or in an unmapped block is not
+// written. Two tokens of a call must not have the same slot. cudaErrorInvalidValue where K and V dtypes differ or d_v
+// exceeds kMaxHeadDim.
+DIFFQKV_API int cuda_kv_cache_update(const CacheUpdateParams& p, void* stream);
+
+// Text of an error that a function of this header returned.
+DIFFQKV_API const char* cuda_error_string(int error);
+
+// Whether the stream is being captured, when host-side checks of device data are impossible.
+DIFFQKV_API int cuda_is_capturing(void* stream, bool* capturing);
+
+// The architectures this library was compiled for, in CMake's words: "80-real,90a-real,80-virtual".
+DIFFQKV_API const char* cuda_architectures();
+
+}  // namespace diffqkv

@@ -1,0 +1,84 @@
+// Where a token lies in a cache: slot -> page -> element offset, and which dimensions RoPE rotates together. Shared by
+// the CPU and CUDA kernels and by the tests. Always inlined: no copy compiled for one instruction set may be linked into
+// another's code.
+#pragma once
+#include <cstdint>
+
+#include "diffqkv/params.h"
+
+#define DIFFQKV_LAYOUT DIFFQKV_HOST_DEVICE __attribute__((always_inline)) inline
+
+namespace diffqkv {
+
+// Element (token in panel, dim) of one panel: [d, 32]; bf16: [d / 2, 32, 2].
+DIFFQKV_LAYOUT int64_t panel_element(int64_t token_in_panel, int64_t dim, DType dtype) {
+  return dtype == DType::bf16 ? dim / 2 * (2 * kPanelTokens) + token_in_panel * 2 + dim % 2
+                              : dim * kPanelTokens + token_in_panel;
+}
+
+// Element (token, dim) of one head's panels when they lie back to back: [panels, d, 32] or [panels, d / 2, 32, 2].
+DIFFQKV_LAYOUT int64_t panel_offset(int64_t token, int64_t dim, int64_t d, DType dtype) {
+  return token / kPanelTokens * (d * kPanelTokens) + panel_element(token % kPanelTokens, dim, dtype);
+}
+
+// A token's place in a cache. page is -1 where the token has none.
+struct KvSlot {
+  int64_t page = -1;
+  int64_t token = 0;  // in the page
+};
+
+// The place of a token below the cache's capacity; -1 where the block table's entry is negative.
+DIFFQKV_LAYOUT KvSlot kv_page(const Paging& paging, int64_t entry, int64_t token) {
+  if (paging.block_table == nullptr) return {entry, token};
+  const int64_t block = token / paging.page_size;
+  const int64_t page = paging.block_table[entry * paging.stride + block];
+  return {page < 0 ? -1 : page, token - block * paging.page_size};
+}
+
+// The place of a position that nobody has checked: -1 where it is negative, beyond the capacity, or in a block that is
+// not a page of the pool.
+DIFFQKV_LAYOUT KvSlot kv_page_checked(const Paging& paging, int64_t pages, int64_t capacity, int64_t entry,
+                                      int64_t position) {
+  if (position < 0 || position >= capacity) return {-1, 0};
+  const KvSlot slot = kv_page(paging, entry, position);
+  return slot.page < pages ? slot : KvSlot{-1, 0};
+}
+
+// Element offset of the first dimension of a token in the rows layout.
+DIFFQKV_LAYOUT int64_t kv_row(const KvView& view, int64_t group, int64_t head, KvSlot slot) {
+  return slot.page * view.stride_page + group * view.stride_group + head * view.stride_head +
+         slot.token * view.stride_token;
+}
+
+// Element offset of the panel that holds a token in the panels layout; panel_element(slot.token % 32, ...) goes on.
+DIFFQKV_LAYOUT int64_t kv_panel(const KvView& view, int64_t group, int64_t head, KvSlot slot) {
+  return slot.page * view.stride_page + group * view.stride_group + head * view.stride_head +
+         slot.token / kPanelTokens * view.stride_panel;
+}
+
+// Element offset of (token, dim) in either layout.
+DIFFQKV_LAYOUT int64_t kv_element(const KvView& view, int64_t group, int64_t head, KvSlot slot, int64_t dim) {
+  return view.layout == KLayout::rows
+             ? kv_row(view, group, head, slot) + dim
+             : kv_panel(view, group, head, slot) + panel_element(slot.token % kPanelTokens, dim, view.dtype);
+}
+
+// Position of the new token `token` of batch entry `entry`.
+DIFFQKV_LAYOUT int64_t new_token_position(const CacheUpdateParams& p, int64_t entry, int64_t token) {
+  const int64_t i = entry * p.positions_stride_batch + token * p.positions_stride_token;
+  return p.positions_int64 ? static_cast<const int64_t*>(p.positions)[i]
+                           : static_cast<const int32_t*>(p.positions)[i];
+}
+
+// Where that token is written; page -1: nowhere.
+DIFFQKV_LAYOUT KvSlot new_token_slot(const CacheUpdateParams& p, int64_t entry, int64_t token) {
+  return kv_page_checked(p.paging, p.pages, p.capacity, entry, new_token_position(p, entry, token));
+}
+
+// RoPE, half-split: dimension c < d_rot rotates with rope_partner(c), out = x * cos + sign * partner * sin.
+DIFFQKV_LAYOUT int64_t rope_partner(int64_t dim, int64_t d_rot) {
+  return dim < d_rot / 2 ? dim + d_rot / 2 : dim - d_rot / 2;
+}
+DIFFQKV_LAYOUT float rope_sign(int64_t dim, int64_t d_rot) { return dim < d_rot / 2 ? -1.0f : 1.0f; }
+
+}  // namespace diffqkv

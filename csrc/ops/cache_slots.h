@@ -1,0 +1,9 @@
+#pragma once
+#include "diffqkv/params.h"
+
+namespace diffqkv {
+
+// Throws unless every new token has -1 or a position in a mapped page. Positions and block table must be host memory.
+void check_new_token_slots(const CacheUpdateParams& p);
+
+}  // namespace diffqkv

@@ -1,0 +1,50 @@
+// The ops' C++ functions, one per schema and device; what each takes is said in schema.cpp.
+#pragma once
+#include "ops/torch_compat.h"
+
+namespace diffqkv {
+
+std::tuple<Tensor, Tensor> flash_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
+                                               std::optional<double> softmax_scale,
+                                               const std::optional<Tensor>& kv_start,
+                                               const std::optional<Tensor>& kv_end);
+
+std::tuple<Tensor, Tensor> decode_attention_cpu(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                                const Tensor& cache_seqlens, const std::optional<Tensor>& cache_start,
+                                                const std::optional<Tensor>& block_table,
+                                                std::optional<double> softmax_scale, int64_t k_layout);
+
+void kv_cache_update_cpu(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v, const Tensor& positions,
+                         const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                         const std::optional<Tensor>& block_table, std::optional<Tensor> v_stats, int64_t k_layout);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_v_attention_cpu(
+    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& cache_seqlens, int64_t top_k,
+    int64_t tail, int64_t keep_first, int64_t keep_last, const std::optional<Tensor>& v_stats,
+    const std::optional<Tensor>& cache_start, const std::optional<Tensor>& block_table,
+    std::optional<double> softmax_scale, int64_t k_layout, bool return_bound);
+
+Tensor swiglu_cpu(const Tensor& gate, const Tensor& up);
+std::tuple<Tensor, Tensor> swiglu_backward_cpu(const Tensor& dout, const Tensor& gate, const Tensor& up);
+
+// Plans and runs an attention whose params are complete. max_keys: the longest sequence of the call.
+void run_attention(const AttentionParams& params, int64_t max_keys, const Tensor& like);
+
+// Checks of kv_cache_update that need no look at device data, and its params.
+CacheUpdateParams cache_update_params(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
+                                      const Tensor& positions, const std::optional<Tensor>& cos,
+                                      const std::optional<Tensor>& sin, const std::optional<Tensor>& block_table,
+                                      const std::optional<Tensor>& v_stats, int64_t k_layout);
+
+// The params that decode_attention and selective_v_attention share, CPU: lengths and blocks are checked.
+struct CachedAttention {
+  AttentionParams params;
+  int64_t max_keys = 0;
+  Tensor out, lse;
+};
+CachedAttention cached_attention_cpu(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                     const Tensor& cache_seqlens, const std::optional<Tensor>& cache_start,
+                                     const std::optional<Tensor>& block_table, std::optional<double> softmax_scale,
+                                     int64_t k_layout);
+
+}  // namespace diffqkv

@@ -1,0 +1,13 @@
+// The ops' C++ functions on CUDA tensors, beside those of ops.h.
+#pragma once
+#include "ops/torch_compat.h"
+
+namespace diffqkv {
+
+// Never synchronises: a token whose position is out of range or unmapped is not written. With DIFFQKV_DEBUG=1 in the
+// environment the call reads positions and block table back, and throws before it writes.
+void kv_cache_update_cuda(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v, const Tensor& positions,
+                          const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                          const std::optional<Tensor>& block_table, std::optional<Tensor> v_stats, int64_t k_layout);
+
+}  // namespace diffqkv

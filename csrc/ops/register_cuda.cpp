@@ -1,0 +1,3 @@
+#include "ops/ops_cuda.h"
+
+STABLE_TORCH_LIBRARY_IMPL(diffqkv, CUDA, m) { DIFFQKV_IMPL(m, kv_cache_update, diffqkv::kv_cache_update_cuda); }

@@ -1,0 +1,28 @@
+// Every op of this library. Options that Python spells as strings are ints here.
+#include "ops/torch_compat.h"
+
+STABLE_TORCH_LIBRARY(diffqkv, m) {
+  // -> out [b, n_q, s_q, d_v], lse [b, n_q, s_q]
+  m.def(
+      "flash_attention(Tensor q, Tensor k, Tensor v, *, bool causal=False, float? softmax_scale=None, "
+      "Tensor? kv_start=None, Tensor? kv_end=None) -> (Tensor, Tensor)");
+
+  // k_layout: 0 rows, 1 panels. -> out [b, n_q, s_q, d_v], lse [b, n_q, s_q]
+  m.def(
+      "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, *, Tensor? cache_start=None, "
+      "Tensor? block_table=None, float? softmax_scale=None, int k_layout=0) -> (Tensor, Tensor)");
+
+  m.def(
+      "kv_cache_update(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor positions, *, "
+      "Tensor? cos=None, Tensor? sin=None, Tensor? block_table=None, Tensor(c!)? v_stats=None, int k_layout=0) -> ()");
+
+  // tail: 0 drop, 1 renorm, 2 mean. -> out, lse, kept_mass, indices, rows_used, error_bound
+  m.def(
+      "selective_v_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, int top_k, *, int tail=0, "
+      "int keep_first=0, int keep_last=0, Tensor? v_stats=None, Tensor? cache_start=None, Tensor? block_table=None, "
+      "float? softmax_scale=None, int k_layout=0, bool return_bound=False) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
+  m.def("swiglu_backward(Tensor dout, Tensor gate, Tensor up) -> (Tensor, Tensor)");
+}

@@ -1,0 +1,216 @@
+// The CPU attention kernels against a textbook computation in double, without torch.
+#include <cmath>
+#include <limits>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "catch.h"
+#include "diffqkv/cpu.h"
+#include "diffqkv/layout.h"
+
+using namespace diffqkv;
+
+namespace {
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+void parallel_on_threads(int64_t workers, void (*body)(void*, int64_t), void* context) {
+  std::vector<std::thread> threads;
+  for (int64_t w = 0; w < workers; ++w) threads.emplace_back([=] { body(context, w); });
+  for (auto& thread : threads) thread.join();
+}
+
+struct Case {
+  HeadGroups heads;
+  int64_t batch, s_q, s_k, d_k, d_v;
+  bool causal;
+};
+
+// fp32 tensors of a case, K and V as [batch, heads, tokens, dim].
+struct Problem {
+  Case shape;
+  std::vector<float> q, k, v, out, lse;
+  std::vector<int32_t> start, end;
+
+  explicit Problem(const Case& c) : shape(c) {
+    std::mt19937 random(1234);
+    std::normal_distribution<float> normal;
+    const auto fill = [&](std::vector<float>& x, int64_t n) {
+      x.resize(n);
+      for (float& value : x) value = normal(random);
+    };
+    fill(q, c.batch * c.heads.n_q * c.s_q * c.d_k);
+    fill(k, c.batch * c.heads.n_k * c.s_k * c.d_k);
+    fill(v, c.batch * c.heads.n_v * c.s_k * c.d_v);
+    out.assign(c.batch * c.heads.n_q * c.s_q * c.d_v, kNan);
+    lse.assign(c.batch * c.heads.n_q * c.s_q, kNan);
+    for (int64_t b = 0; b < c.batch; ++b) {
+      start.push_back(int32_t(std::min<int64_t>(b * 3, c.s_k)));
+      end.push_back(int32_t(std::max<int64_t>(0, c.s_k - b * 5)));
+    }
+  }
+
+  AttentionParams params() {
+    const Case& c = shape;
+    AttentionParams p;
+    p.heads = c.heads;
+    p.batch = c.batch, p.s_q = c.s_q, p.s_k = c.s_k, p.d_k = c.d_k, p.d_v = c.d_v;
+    p.q = {q.data(), c.heads.n_q * c.s_q * c.d_k, c.s_q * c.d_k, c.d_k};
+    p.out = {out.data(), c.heads.n_q * c.s_q * c.d_v, c.s_q * c.d_v, c.d_v};
+    const auto view = [&](std::vector<float>& x, int64_t n, int64_t d, int64_t per_group) {
+      return KvView{.data = x.data(), .stride_page = n * c.s_k * d, .stride_group = per_group * c.s_k * d,
+                    .stride_head = c.s_k * d, .stride_token = d};
+    };
+    p.k = view(k, c.heads.n_k, c.d_k, c.heads.k_per_group());
+    p.v = view(v, c.heads.n_v, c.d_v, c.heads.v_per_group());
+    p.lse = lse.data();
+    p.kv_start = start.data(), p.kv_end = end.data();
+    p.paging.page_size = c.s_k;
+    p.softmax_scale = 1.0f / std::sqrt(float(c.d_k));
+    p.causal = c.causal;
+    return p;
+  }
+
+  // Compares out and lse with the definition.
+  void check() const {
+    const Case& c = shape;
+    for (int64_t b = 0; b < c.batch; ++b)
+      for (int64_t h = 0; h < c.heads.n_q; ++h)
+        for (int64_t i = 0; i < c.s_q; ++i) {
+          const float* query = &q[((b * c.heads.n_q + h) * c.s_q + i) * c.d_k];
+          const float* keys = &k[(b * c.heads.n_k + c.heads.k_head(h)) * c.s_k * c.d_k];
+          const float* values = &v[(b * c.heads.n_v + c.heads.v_head(h)) * c.s_k * c.d_v];
+          std::vector<double> score(c.s_k, -kInfinity), wanted(c.d_v, 0.0);
+          double sum = 0.0;
+          for (int64_t j = start[b]; j < end[b]; ++j) {
+            if (c.causal && j > i + c.s_k - c.s_q) continue;
+            score[j] = 0.0;
+            for (int64_t x = 0; x < c.d_k; ++x) score[j] += double(query[x]) * keys[j * c.d_k + x];
+            score[j] /= std::sqrt(double(c.d_k));
+            sum += std::exp(score[j]);
+          }
+          for (int64_t j = 0; j < c.s_k; ++j)
+            if (score[j] > -kInfinity)
+              for (int64_t x = 0; x < c.d_v; ++x) wanted[x] += std::exp(score[j]) / sum * values[j * c.d_v + x];
+          const int64_t row = (b * c.heads.n_q + h) * c.s_q + i;
+          CAPTURE(b, h, i);
+          if (sum == 0.0)
+            REQUIRE(lse[row] == -std::numeric_limits<float>::infinity());
+          else
+            REQUIRE(std::abs(lse[row] - std::log(sum)) < 1e-5);
+          for (int64_t x = 0; x < c.d_v; ++x) REQUIRE(std::abs(out[row * c.d_v + x] - wanted[x]) < 5e-6);
+        }
+  }
+};
+
+void run(const AttentionParams& p, int64_t threads) {
+  AttentionPlan plan =
+      plan_attention(p.heads, p.batch, p.s_q, p.s_k, p.d_k, p.d_v, DType::f32, p.causal, threads);
+  plan.threads = threads;  // also where the planner would not start a second one
+  std::vector<char> workspace(cpu::attention_workspace(plan));
+  cpu::attention(p, plan, workspace.data(), parallel_on_threads);
+}
+
+const Case kCases[] = {
+    {{32, 4, 16}, 1, 1, 1200, 64, 64, true}, {{32, 4, 16}, 2, 130, 130, 64, 64, true},
+    {{12, 4, 6}, 2, 3, 70, 40, 56, true},    {{12, 6, 4}, 2, 40, 77, 32, 64, false},
+    {{5, 1, 5}, 3, 17, 9, 8, 256, true},     {{8, 8, 1}, 1, 2, 33, 128, 24, true},
+    {{2, 1, 1}, 1, 25, 600, 64, 128, true},  {{4, 2, 4}, 2, 20, 0, 16, 16, false},
+};
+
+}  // namespace
+
+TEST_CASE("attention equals its definition, on one thread and on three to the last bit") {
+  for (const Case& c : kCases) {
+    CAPTURE(c.heads.n_q, c.heads.n_k, c.heads.n_v, c.batch, c.s_q, c.s_k, c.d_k, c.d_v, c.causal);
+    Problem problem(c);
+    run(problem.params(), 1);
+    problem.check();
+    const std::vector<float> alone = problem.out;
+    problem.out.assign(problem.out.size(), kNan);
+    run(problem.params(), 3);
+    REQUIRE(problem.out == alone);
+  }
+}
+
+TEST_CASE("pages of panels, shuffled, with poison in unused slots give the same result") {
+  constexpr int64_t kPage = 64;
+  for (const Case& c : kCases) {
+    if (c.s_k == 0) continue;
+    CAPTURE(c.heads.n_q, c.heads.n_k, c.heads.n_v, c.s_q, c.s_k);
+    Problem problem(c);
+    const int64_t blocks = (c.s_k + kPage - 1) / kPage, pages = blocks * c.batch;
+    std::vector<float> k(pages * c.heads.n_k * kPage * c.d_k, kNan), v(pages * c.heads.n_v * kPage * c.d_v, kNan);
+    std::vector<int32_t> table(pages);
+    for (int64_t i = 0; i < pages; ++i) table[i] = int32_t((i * 7 + 3) % pages);
+    // A multiple of 7 would not be a permutation.
+    if (pages % 7 == 0)
+      for (int64_t i = 0; i < pages; ++i) table[i] = int32_t(pages - 1 - i);
+
+    AttentionParams p = problem.params();
+    p.s_k = blocks * kPage;
+    const std::vector<int32_t> length(c.batch, int32_t(c.s_k));
+    p.length = length.data();
+    p.paging = {table.data(), blocks, kPage};
+    p.k = {.data = k.data(), .stride_page = c.heads.n_k * kPage * c.d_k,
+           .stride_group = c.heads.k_per_group() * kPage * c.d_k, .stride_head = kPage * c.d_k,
+           .stride_panel = kPanelTokens * c.d_k, .layout = KLayout::panels};
+    p.v = {.data = v.data(), .stride_page = c.heads.n_v * kPage * c.d_v,
+           .stride_group = c.heads.v_per_group() * kPage * c.d_v, .stride_head = kPage * c.d_v, .stride_token = c.d_v};
+    for (int64_t b = 0; b < c.batch; ++b)
+      for (int64_t t = problem.start[b]; t < problem.end[b]; ++t) {
+        const KvSlot slot = kv_page(p.paging, b, t);
+        for (int64_t h = 0; h < c.heads.n_k; ++h)
+          for (int64_t x = 0; x < c.d_k; ++x)
+            k[kv_element(p.k, h / c.heads.k_per_group(), h % c.heads.k_per_group(), slot, x)] =
+                problem.k[((b * c.heads.n_k + h) * c.s_k + t) * c.d_k + x];
+        for (int64_t h = 0; h < c.heads.n_v; ++h)
+          for (int64_t x = 0; x < c.d_v; ++x)
+            v[kv_element(p.v, h / c.heads.v_per_group(), h % c.heads.v_per_group(), slot, x)] =
+                problem.v[((b * c.heads.n_v + h) * c.s_k + t) * c.d_v + x];
+      }
+    run(p, 2);
+    problem.check();
+  }
+}
+
+TEST_CASE("top_k below the length keeps the best rows; ties go to the lower index") {
+  // One head, scores 3, 1, 3, 2, 3: the two best are keys 0 and 2.
+  std::vector<float> q(8, 0.0f), k(5 * 8, 0.0f), v(5 * 8, 0.0f), out(8), lse(1), kept(1), bound(1);
+  std::vector<int64_t> indices(2);
+  std::vector<int32_t> used(1);
+  q[0] = 1.0f;
+  const float score[] = {3, 1, 3, 2, 3};
+  for (int j = 0; j < 5; ++j) k[j * 8] = score[j], v[j * 8 + j] = 1.0f;
+
+  SelectiveVParams sp;
+  AttentionParams& p = sp.attention;
+  p.heads = {1, 1, 1};
+  p.batch = 1, p.s_q = 1, p.s_k = 5, p.d_k = 8, p.d_v = 8;
+  p.q = {q.data(), 8, 8, 8};
+  p.out = {out.data(), 8, 8, 8};
+  p.k = {.data = k.data(), .stride_page = 40, .stride_group = 40, .stride_head = 40, .stride_token = 8};
+  p.v = {.data = v.data(), .stride_page = 40, .stride_group = 40, .stride_head = 40, .stride_token = 8};
+  p.lse = lse.data();
+  p.paging.page_size = 5;
+  p.softmax_scale = 1.0f;
+  p.causal = true;
+  sp.top_k = 2;
+  sp.want_bound = true;
+  sp.kept_mass = kept.data(), sp.indices = indices.data(), sp.rows_used = used.data(), sp.error_bound = bound.data();
+  const AttentionPlan plan = plan_split(p.heads, 1, 1, 5, 8, 8, DType::f32, true, 1);
+  std::vector<char> workspace(cpu::selective_v_workspace(sp, plan, 5));
+  cpu::selective_v_attention(sp, plan, 5, workspace.data(), parallel_on_threads);
+
+  const double all = 3 * std::exp(3.0) + std::exp(2.0) + std::exp(1.0), best = std::exp(3.0) / all;
+  REQUIRE(indices == std::vector<int64_t>{0, 2});
+  REQUIRE(used[0] == 2);
+  REQUIRE(lse[0] == Approx(std::log(all)));
+  REQUIRE(kept[0] == Approx(2 * best));
+  REQUIRE(out[0] == Approx(best));
+  REQUIRE(out[2] == Approx(best));
+  REQUIRE(out[4] == 0.0f);
+  REQUIRE(bound[0] == Approx(1 - 2 * best).epsilon(1e-5));  // every V row has norm 1
+}
