@@ -1,0 +1,584 @@
+"""The SIGMA models with DiffQKV attention (SIGMA, arXiv 2501.13629, section 2 and Appendix E).
+
+This file stands alone: `save_pretrained` copies it beside a checkpoint, where it runs without the diffqkv package, then
+on stock attention functions and caches. With the package, attention "diffqkv" and `diffqkv.Cache` are the defaults.
+"""
+
+from contextlib import nullcontext
+from copy import copy
+from math import gcd, lcm
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_kernel_forward_from_hub
+from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.utils import can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_sigma import SigmaConfig
+
+try:
+    import diffqkv
+except ImportError:
+    diffqkv = None
+
+logger = logging.get_logger(__name__)
+
+# Slots that `generate` reserves at most before the first token; longer outputs grow the cache by doubling.
+_MAX_RESERVED_SLOTS = 16384
+
+
+def _profiler_range(name: str):
+    """A named range in a profile; free while no profiler runs."""
+    if torch.compiler.is_compiling() or not torch.autograd.profiler._is_profiler_enabled:
+        return nullcontext()
+    return torch.profiler.record_function(name)
+
+
+def _swiglu(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    if diffqkv is not None and activation == "silu":
+        return diffqkv.swiglu(gate, up)
+    return ACT2FN[activation](gate) * up
+
+
+@use_kernel_forward_from_hub("RMSNorm")
+class SigmaRMSNorm(nn.Module):
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class SigmaRotaryEmbedding(nn.Module):
+    """cos and sin `[b or 1, tokens, d]` of RoPE in the dimension where Q and K meet."""
+
+    def __init__(self, config: SigmaConfig) -> None:
+        super().__init__()
+        # Transformers' initialisers of scaled RoPE read head_dim, which is that of V where K is absorbed.
+        self.config = copy(config)
+        self.config.head_dim = config.attention_head_dim
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = self.config.rope_parameters["rope_type"]
+        is_default = self.rope_type == "default"
+        initialise = self.compute_default_rope_parameters if is_default else ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = initialise(self.config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: SigmaConfig, **kwargs) -> tuple[torch.Tensor, float]:
+        dim = config.attention_head_dim
+        exponents = torch.arange(0, dim, 2, dtype=torch.float) / dim
+        return config.rope_parameters["rope_theta"] ** -exponents, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        angles = torch.cat((freqs, freqs), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 2) -> torch.Tensor:
+    """Rotates x, by default `[b, tokens, heads, d]`, by cos and sin `[b or 1, tokens, d]` (half-split convention)."""
+    first, second = x.chunk(2, dim=-1)
+    rotated = torch.cat((-second, first), dim=-1)
+    # Under autocast x is narrower than cos and sin; K must keep the dtype of V.
+    return (x * cos.unsqueeze(unsqueeze_dim) + rotated * sin.unsqueeze(unsqueeze_dim)).to(x.dtype)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention over K and V of equal head counts; returns out `[b, s_q, n_q, d_v]` and the probabilities."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class SigmaMLP(nn.Module):
+    def __init__(self, config: SigmaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.hidden_act = config.hidden_act
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(_swiglu(self.gate_proj(hidden_states), self.up_proj(hidden_states), self.hidden_act))
+
+
+class SigmaAttention(nn.Module):
+    """DiffQKV attention: K and V with head counts and dimensions of their own, and an augmented Q (section 2.1, 2.2).
+
+    Caches hold the grouped layout: K `[b, G, s, (n_k / G) * d_k]` and V `[b, G, s, (n_v / G) * d_v]` with
+    G = gcd(n_k, n_v), so K and V have the same number of "heads" for code that expects that.
+    """
+
+    def __init__(self, config: SigmaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.k_head_dim = config.k_head_dim
+        self.scaling = config.attention_head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.selective_v_top_k = config.layer_top_k(layer_idx)
+        self.selective_v_tail = config.selective_v_tail
+        # Stock attention functions get K and V expanded to this many heads, the smallest count that both divide.
+        self.shared_heads = lcm(config.num_key_heads, config.num_value_heads)
+        self.num_key_value_groups = config.num_attention_heads // self.shared_heads
+
+        hidden, bias = config.hidden_size, config.attention_bias
+        q_size = config.num_attention_heads * config.head_dim
+        self.q_proj = nn.Linear(hidden, q_size, bias=bias)
+        self.k_proj = nn.Linear(hidden, config.num_key_heads * config.k_head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, config.num_value_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(q_size, hidden, bias=bias)
+        self.augments_q = config.q_aug_dim is not None
+        self.hidden_act = config.hidden_act
+        if self.augments_q:
+            self.q_gate_proj = nn.Linear(q_size, config.q_aug_dim, bias=False)
+            self.q_up_proj = nn.Linear(q_size, config.q_aug_dim, bias=False)
+            self.q_down_proj = nn.Linear(config.q_aug_dim, q_size, bias=False)
+        self.expands_k = config.k_compression == "expand"
+        if self.expands_k:
+            self.k_expand_proj = nn.Linear(config.k_head_dim, config.head_dim, bias=False)
+        self.absorbs_k = config.k_compression == "absorbed"
+        if self.absorbs_k:
+            self.q_absorb_proj = nn.Linear(config.head_dim, config.k_head_dim, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache_is_empty: bool = False,
+        key_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if kwargs.get("cache") is not None:
+            raise NotImplementedError(
+                "continuous batching: its paged cache has one shape for K and V; use generate with a batch instead"
+            )
+        tokens = hidden_states.shape[:-1]
+        query = self._query(hidden_states).view(*tokens, -1, self.head_dim)
+        if self.absorbs_k:
+            query = self.q_absorb_proj(query)
+        query = apply_rotary_pos_emb(query, *position_embeddings).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(*tokens, -1, self.k_head_dim)
+        value = self.v_proj(hidden_states).view(*tokens, -1, self.head_dim)
+
+        implementation = self.config._attn_implementation
+        is_ours = implementation == "diffqkv"
+        with _profiler_range("kv_cache"):
+            key, value, kv_cache = self._store(
+                key, value, position_embeddings, past_key_values, cache_is_empty, key_position_embeddings, is_ours
+            )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        if is_ours:
+            kwargs["kv_cache"] = kv_cache
+        else:
+            query, key, value = self._for_stock_attention(query, key, value, kv_cache, implementation)
+        with _profiler_range("attention"):
+            out, weights = attend(
+                self,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout=self.attention_dropout if self.training else 0.0,
+                scaling=self.scaling,
+                **kwargs,
+            )
+        return self.o_proj(out.reshape(*tokens, -1)), weights
+
+    def _query(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """q_proj, then the SwiGLU of augmented Q: no residual, no norm, no bias (Appendix E)."""
+        query = self.q_proj(hidden_states)
+        if not self.augments_q:
+            return query
+        with _profiler_range("augmented_q"):
+            gate, up = self.q_gate_proj(query), self.q_up_proj(query)
+            return self.q_down_proj(_swiglu(gate, up, self.hidden_act))
+
+    def _store(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: Cache | None,
+        cache_is_empty: bool,
+        key_rope: tuple[torch.Tensor, torch.Tensor] | None,
+        is_ours: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor, str] | None]:
+        """Writes the new tokens, key `[b, t, n_k, d_k]` and value `[b, t, n_v, d_v]`, into the cache, if there is one.
+
+        Returns the new tokens as `[b, heads, t, d]`, K ready for the scores, and, when older ones are to be seen too,
+        the whole cache: K and V `[b, G, s, heads / G, d]` (or K in panels) and the name of K's layout.
+        """
+        in_place = (
+            is_ours
+            and isinstance(past_key_values, diffqkv.Cache)
+            and not (torch.is_grad_enabled() and (key.requires_grad or value.requires_grad))
+        )
+        reads_cache = past_key_values is not None and not cache_is_empty
+        rotates_on_write = in_place and reads_cache and not self.expands_k
+        if not (self.expands_k or rotates_on_write):
+            key = apply_rotary_pos_emb(key, *rope)
+
+        cached = None
+        if in_place:
+            layer = past_key_values.layers[self.layer_idx]
+            layer.append(key.transpose(1, 2), value.transpose(1, 2), *(rope if rotates_on_write else ()))
+            if reads_cache:
+                cached = layer.k_cache, layer.v_cache, layer.k_layout
+                if self.expands_k:
+                    keys, _ = layer.dense()
+                    cached = self._expanded_cache(keys, layer.v_cache[:, :, : keys.shape[2]], key_rope)
+        elif past_key_values is not None:
+            groups = gcd(key.shape[2], value.shape[2])
+            keys, values = past_key_values.update(
+                *(x.flatten(2).unflatten(2, (groups, -1)).transpose(1, 2) for x in (key, value)), self.layer_idx
+            )
+            # Stock functions take every token from the cache, which may have more slots than tokens.
+            if reads_cache or not is_ours:
+                keys = keys.unflatten(-1, (-1, self.k_head_dim))
+                values = values.unflatten(-1, (-1, self.head_dim))
+                cached = keys, values, "rows"
+                if self.expands_k:
+                    cached = self._expanded_cache(keys.transpose(2, 3).flatten(1, 2), values, key_rope)
+        if self.expands_k:
+            key = apply_rotary_pos_emb(self.k_expand_proj(key), *rope)
+        return key.transpose(1, 2), value.transpose(1, 2), cached
+
+    def _expanded_cache(
+        self, keys: torch.Tensor, values: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, str]:
+        """The cache with its small, un-rotated keys `[b, n_k, s, d_k]` taken to head_dim and rotated."""
+        keys = apply_rotary_pos_emb(self.k_expand_proj(keys), *rope, unsqueeze_dim=1)
+        return keys.unflatten(1, (values.shape[1], -1)).transpose(2, 3), values, "rows"
+
+    def _for_stock_attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: tuple[torch.Tensor, torch.Tensor, str] | None,
+        implementation: str,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """K and V with equal head counts and, except for eager attention, Q and K as wide as V."""
+        if kv_cache is not None:
+            key, value = (x.transpose(2, 3).flatten(1, 2) for x in kv_cache[:2])
+            if self.selective_v_top_k:
+                logger.warning_once(
+                    f"selective_v_top_k: attention {implementation!r} reads all V rows; only 'diffqkv' selects"
+                )
+        key = key.repeat_interleave(self.shared_heads // self.config.num_key_heads, dim=1)
+        value = value.repeat_interleave(self.shared_heads // self.config.num_value_heads, dim=1)
+        if query.shape[-1] < self.head_dim and implementation != "eager":
+            # Stock flash functions cut V to the dimension of Q; SDPA's fused kernels refuse. Zeros change no score.
+            padding = [0, self.head_dim - query.shape[-1]]
+            query, key = F.pad(query, padding), F.pad(key, padding)
+        return query, key, value
+
+
+class SigmaDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: SigmaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = SigmaAttention(config, layer_idx)
+        self.mlp = SigmaMLP(config)
+        self.input_layernorm = SigmaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = SigmaRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+def _fast_path_obstacle(config: SigmaConfig) -> str | None:
+    """Why attention "diffqkv" cannot compute this model, or None."""
+    if diffqkv is None:
+        return "the package diffqkv is not importable"
+    for name, dim in (("head_dim", config.head_dim), ("attention_head_dim", config.attention_head_dim)):
+        if dim % 8 or dim > 256:
+            return f"{name}: got {dim}, want a multiple of 8 up to 256"
+    if config.k_head_dim % 8:
+        return f"k_head_dim: got {config.k_head_dim}, want a multiple of 8"
+    return None
+
+
+class SigmaPreTrainedModel(PreTrainedModel):
+    config: SigmaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["SigmaDecoderLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs: ClassVar[dict] = {"hidden_states": SigmaDecoderLayer, "attentions": SigmaAttention}
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """Makes "diffqkv" the default where it can run; an explicit request stands."""
+        if requested_attention is None:
+            obstacle = _fast_path_obstacle(self.config)
+            if obstacle is None:
+                requested_attention = "diffqkv"
+            elif diffqkv is not None:
+                logger.warning_once(f"attention 'diffqkv' cannot run this model, 'sdpa' is used instead ({obstacle})")
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+
+class SigmaModel(SigmaPreTrainedModel):
+    """The decoder without a head. Inputs and outputs as in Hugging Face's Llama."""
+
+    def __init__(self, config: SigmaConfig) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(SigmaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = SigmaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = SigmaRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids: got both or neither of input_ids and inputs_embeds, want exactly one")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch, tokens = inputs_embeds.shape[:2]
+
+        if self._is_packed(position_ids, attention_mask, tokens):
+            if past_key_values is not None:
+                raise ValueError("position_ids: got several sequences in a row with a cache, want no past_key_values")
+            if use_cache:
+                logger.warning_once("use_cache: several sequences in a row cannot be cached; no cache is returned")
+                use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = self._new_cache()
+        elif diffqkv is not None and isinstance(past_key_values, diffqkv.Cache):
+            past_key_values.check_fits(self.config, batch, tokens)
+
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = (torch.arange(tokens, device=inputs_embeds.device) + past).unsqueeze(0)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        rope = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        key_rope = None
+        if self.config.k_compression == "expand" and past_key_values is not None:
+            key_positions = self._key_positions(position_ids, attention_mask, past_key_values, past)
+            key_rope = self.rotary_emb(inputs_embeds, position_ids=key_positions)
+
+        # Before the first layer writes: a static cache's counter is live.
+        cache_is_empty = self._is_empty(past, tokens)
+        hidden_states = inputs_embeds
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_embeddings=rope,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                cache_is_empty=cache_is_empty,
+                key_position_embeddings=key_rope,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _new_cache(self) -> Cache:
+        # A compiled region must not own the buffers that later calls write.
+        if diffqkv is None or torch.compiler.is_compiling():
+            return DynamicCache(config=self.config)
+        return diffqkv.Cache(self.config)
+
+    @staticmethod
+    def _is_packed(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, tokens: int) -> bool:
+        """Whether a row holds several sequences, which transformers tells by jumps in position_ids without a mask."""
+        if position_ids is None or attention_mask is not None or tokens == 1 or torch.compiler.is_compiling():
+            return False
+        return find_packed_sequence_indices(position_ids) is not None
+
+    @staticmethod
+    def _is_empty(past: int | torch.Tensor, tokens: int) -> bool:
+        """Whether the new tokens are all there is. A static cache counts in a tensor: read once per prompt only."""
+        if isinstance(past, torch.Tensor):
+            return tokens > 1 and not torch.compiler.is_compiling() and int(past) == 0
+        return past == 0
+
+    @staticmethod
+    def _key_positions(
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache,
+        past: int | torch.Tensor,
+    ) -> torch.Tensor:
+        """Positions of all cache slots, `[b or 1, s]`, for keys that are cached without their rotation.
+
+        A cache keeps no positions. Those of older tokens follow from the newest one, since the tokens of a row are
+        consecutive; where a mask shows that they are not, an error says so.
+        """
+        tokens = position_ids.shape[1]
+        slots, _ = past_key_values.get_mask_sizes(tokens, 0)
+        newest = past + tokens - 1
+        positions = position_ids[:, -1:] - newest + torch.arange(slots, device=position_ids.device)
+        new_slots = torch.arange(tokens, device=position_ids.device) + past
+        positions = positions.index_copy(1, new_slots, position_ids)
+        valid = _visible_slots(attention_mask)
+        if valid is not None and not torch.compiler.is_compiling():
+            valid = valid[:, :slots]
+            both = valid[:, 1:] & valid[:, :-1]
+            jumps = (positions[:, : valid.shape[1]].diff(dim=-1) != 1) & both
+            resumes = valid[:, 1:] & ~valid[:, :-1] & (valid.cumsum(-1)[:, :-1] > 0)
+            if bool((jumps | resumes).any()):
+                raise NotImplementedError(
+                    "k_compression='expand' with a cache: the tokens of a row must have consecutive positions, "
+                    "without padding between them"
+                )
+        return positions
+
+
+def _visible_slots(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The slots `[b, s]` that the newest query sees, from a padding mask or a dense mask; None if nothing is hidden
+    between them."""
+    if attention_mask is None or attention_mask.dtype == torch.int32 and attention_mask.dim() == 4:
+        return None
+    if attention_mask.dim() == 2:
+        return attention_mask.bool()
+    newest = attention_mask[:, 0, -1]
+    return newest if newest.dtype == torch.bool else newest > torch.finfo(newest.dtype).min / 2
+
+
+class SigmaForCausalLM(SigmaPreTrainedModel, GenerationMixin):
+    """SIGMA with a language-model head. Inputs and outputs as in Hugging Face's Llama."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _pp_plan: ClassVar[dict] = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan: ClassVar[dict[str, str]] = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: SigmaConfig) -> None:
+        super().__init__(config)
+        self.model = SigmaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        """Puts a `diffqkv.Cache` in place of the default cache, which copies itself at every token."""
+        wants_default = (
+            diffqkv is not None
+            and model_kwargs.get("past_key_values") is None
+            and generation_config.cache_implementation is None
+            and generation_config.use_cache is not False
+        )
+        if not wants_default:
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        reserved = min(max_cache_length, _MAX_RESERVED_SLOTS)
+        model_kwargs["past_key_values"] = diffqkv.Cache(self.config, initial_length=reserved)
+
+    def _get_static_cache_init_shape(self):
+        # Early initialisation knows one shape for K and V; a static cache then takes both from its first update.
+        return None
+
+
+class SigmaForSequenceClassification(GenericForSequenceClassification, SigmaPreTrainedModel):
+    """SIGMA with a linear classifier on the last token that is not padding."""
+
+
+__all__ = ["SigmaForCausalLM", "SigmaForSequenceClassification", "SigmaModel", "SigmaPreTrainedModel"]

@@ -1,0 +1,775 @@
+"""SigmaForCausalLM and its siblings inside transformers: every attention function, cache and decoding mode agrees."""
+
+import copy
+import os
+import subprocess
+import sys
+import textwrap
+
+import diffqkv
+import pytest
+import torch
+from diffqkv.models import attention as diffqkv_models_attention
+from diffqkv.models.sigma import modeling_sigma
+from tiny_sigma import HEADS, VOCAB, padded, tiny_model, tokens
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    StaticCache,
+    pipeline,
+)
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+ATTENTIONS = ["diffqkv", "sdpa", "eager"]
+CACHES = ["diffqkv", "dynamic", "static", "none"]
+COMPRESSIONS = [None, "expand", "absorbed"]
+NEW_TOKENS = 8
+
+
+def cache_arguments(kind, model) -> dict:
+    return {
+        "diffqkv": lambda: {"past_key_values": diffqkv.Cache(model.config)},
+        "dynamic": lambda: {"past_key_values": DynamicCache(config=model.config)},
+        "static": lambda: {"cache_implementation": "static"},
+        "none": lambda: {"use_cache": False},
+    }[kind]()
+
+
+def generate(model, ids, mask=None, **options):
+    mask = torch.ones_like(ids) if mask is None else mask
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **options}
+    return model.generate(ids, attention_mask=mask, **options)
+
+
+def new_tokens_one_by_one(model, ids, mask):
+    """Greedy continuation of every row alone, without padding, cache and our attention: what all others must give."""
+    model.set_attn_implementation("eager")
+    rows = [generate(model, row[keep.bool()][None], use_cache=False) for row, keep in zip(ids, mask, strict=True)]
+    return torch.stack([row[0, -NEW_TOKENS:] for row in rows])
+
+
+@torch.no_grad()
+def logits(model, ids, **options):
+    return model(ids, **options).logits
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("heads", HEADS)
+def test_greedy_tokens_do_not_depend_on_attention_cache_or_padding(heads, compression):
+    model = tiny_model(heads, k_compression=compression)
+    ids, mask = padded([11, 7, 1], "left")
+    want = new_tokens_one_by_one(model, ids, mask)
+    assert len(want.unique()) > NEW_TOKENS // 2
+    for attention in ATTENTIONS:
+        model.set_attn_implementation(attention)
+        for kind in CACHES:
+            got = generate(model, ids, mask, **cache_arguments(kind, model))
+            assert torch.equal(got[:, ids.shape[1] :], want), (attention, kind)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_cached_logits_are_the_uncached_ones(attention, compression):
+    model = tiny_model((12, 4, 6), k_compression=compression)
+    model.set_attn_implementation(attention)
+    ids = tokens(2, 45)
+    want = logits(model, ids, use_cache=False)
+    for kind in ("diffqkv", "dynamic", "static"):
+        cache = StaticCache(config=model.config, max_cache_len=64) if kind == "static" else None
+        cache = cache or cache_arguments(kind, model)["past_key_values"]
+        steps = [30, 1, 1, 5, 1, 7]
+        got = [logits(model, part, past_key_values=cache) for part in ids.split(steps, dim=1)]
+        torch.testing.assert_close(torch.cat(got, 1), want, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_near_single(dtype):
+    model = tiny_model()
+    ids = tokens(2, 20)
+    want = logits(model, ids, use_cache=False).softmax(-1)
+    model = model.to(dtype)
+    errors = {}
+    for attention in ("diffqkv", "eager"):
+        model.set_attn_implementation(attention)
+        cache = diffqkv.Cache(model.config)
+        got = [logits(model, part, past_key_values=cache) for part in ids.split([12, 1, 1, 6], dim=1)]
+        errors[attention] = (torch.cat(got, 1).float().softmax(-1) - want).abs().max()
+    assert errors["diffqkv"] < 2 * errors["eager"] + 1e-3
+
+
+def test_autocast_inference():
+    model = tiny_model()
+    ids = tokens(2, 20)
+    want = logits(model, ids, use_cache=False)
+    cache = diffqkv.Cache(model.config)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.cat([logits(model, part, past_key_values=cache) for part in ids.split([12, 1, 7], dim=1)], 1)
+    assert cache.layers[0].dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(got.float(), want, dim=-1).min() > 0.99
+
+
+def test_defaults_are_the_fast_path():
+    model = tiny_model()
+    assert model.config._attn_implementation == "diffqkv"
+    ids = tokens(1, 5)
+    with torch.no_grad():
+        cache = model(ids).past_key_values
+    assert type(cache) is diffqkv.Cache and cache.layers[0].k_layout == "panels"
+    generated = generate(model, ids, return_dict_in_generate=True).past_key_values
+    assert type(generated) is diffqkv.Cache
+    assert generated.layers[0].capacity == 32  # 5 + 8 - 1 tokens, known in advance, in whole panels
+    for attention in ("sdpa", "eager"):
+        chosen = diffqkv.SigmaForCausalLM._from_config(model.config, attn_implementation=attention)
+        assert chosen.config._attn_implementation == attention
+
+
+def test_dimensions_without_a_kernel_take_sdpa():
+    assert tiny_model(head_dim=12).config._attn_implementation == "sdpa"
+    assert tiny_model(head_dim=8, k_compression="expand").config._attn_implementation == "sdpa"
+
+
+def test_which_op_runs(monkeypatch):
+    model = tiny_model()
+    calls = []
+    for name in ("flash_attention", "decode_attention", "selective_v_attention"):
+        op = getattr(diffqkv_models_attention, name)
+
+        def recorded(*args, _name=name, _op=op, **kwargs):
+            calls.append(_name)
+            return _op(*args, **kwargs)
+
+        monkeypatch.setattr(diffqkv_models_attention, name, recorded)
+    cache = diffqkv.Cache(model.config)
+    for part in tokens(1, 10).split([6, 1, 3], dim=1):
+        logits(model, part, past_key_values=cache)
+    assert calls == ["flash_attention"] * 2 + ["decode_attention"] * 4
+    calls.clear()
+    static = StaticCache(config=model.config, max_cache_len=8)
+    for _ in range(2):
+        calls.clear()
+        generate(model, tokens(1, 6), past_key_values=static, max_new_tokens=2)
+        assert calls == ["flash_attention"] * 2 + ["decode_attention"] * 2
+        static.reset()
+
+
+def test_beam_search():
+    model = tiny_model()
+    ids, mask = padded([9, 5], "left")
+    model.set_attn_implementation("eager")
+    options = {"num_beams": 3, "num_return_sequences": 2}
+    want = generate(model, ids, mask, use_cache=False, **options)
+    for attention in ATTENTIONS:
+        model.set_attn_implementation(attention)
+        for kind in CACHES:
+            assert torch.equal(generate(model, ids, mask, **options, **cache_arguments(kind, model)), want)
+
+
+def test_sampling_with_a_seed():
+    model = tiny_model()
+    ids, mask = padded([9, 5], "left")
+    results = []
+    for attention in ATTENTIONS:
+        model.set_attn_implementation(attention)
+        for kind in CACHES:
+            torch.manual_seed(7)
+            results.append(generate(model, ids, mask, do_sample=True, top_k=20, **cache_arguments(kind, model)))
+    assert all(torch.equal(result, results[0]) for result in results)
+    torch.manual_seed(8)
+    assert not torch.equal(generate(model, ids, mask, do_sample=True, top_k=20), results[0])
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_prompt_lookup_and_assisted_decoding(compression):
+    model = tiny_model(k_compression=compression)
+    ids = tokens(1, 6).repeat(1, 3)
+    want = generate(model, ids, max_new_tokens=20)
+    assert torch.equal(generate(model, ids, max_new_tokens=20, prompt_lookup_num_tokens=4), want)
+    twin = copy.deepcopy(model)
+    twin.generation_config.num_assistant_tokens = 5
+    assert torch.equal(generate(model, ids, max_new_tokens=20, assistant_model=twin), want)
+    assert torch.equal(generate(model, ids, max_new_tokens=20, assistant_model=tiny_model(seed=1)), want)
+
+
+@pytest.mark.parametrize("kind", ["diffqkv", "dynamic", "static"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_chunked_prefill(attention, kind):
+    model = tiny_model()
+    model.set_attn_implementation(attention)
+    ids, mask = padded([11, 7], "left")
+    want = new_tokens_one_by_one(copy.deepcopy(model), ids, mask)
+    got = generate(model, ids, mask, prefill_chunk_size=4, **cache_arguments(kind, model))
+    assert torch.equal(got[:, 11:], want)
+
+
+def test_generate_continues_a_returned_cache():
+    model = tiny_model()
+    ids = tokens(1, 9)
+    want = generate(model, ids, max_new_tokens=12)
+    first = generate(model, ids, max_new_tokens=5, return_dict_in_generate=True)
+    got = generate(model, first.sequences, max_new_tokens=7, past_key_values=first.past_key_values)
+    assert torch.equal(got, want)
+
+
+def test_streaming_and_logits_to_keep():
+    model = tiny_model()
+    ids = tokens(1, 9)
+    seen = []
+
+    class Streamer:
+        def put(self, value):
+            seen.append(value.flatten())
+
+        def end(self):
+            seen.append(None)
+
+    want = generate(model, ids, streamer=Streamer())
+    assert seen.pop() is None
+    assert torch.equal(torch.cat(seen), want[0])
+    torch.testing.assert_close(logits(model, ids, logits_to_keep=2), logits(model, ids)[:, -2:])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_padded_logits(attention, side):
+    model = tiny_model()
+    model.set_attn_implementation(attention)
+    ids, mask = padded([11, 4, 1], side)
+    got = logits(model, ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    for row, keep in enumerate(mask.bool()):
+        alone = logits(model, ids[row, keep][None])[0]
+        torch.testing.assert_close(got[row, keep], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_right_padding_sees_the_same_keys_as_in_sdpa():
+    model = tiny_model()
+    ids, mask = padded([11, 4, 1], "right")
+    want = logits(model, ids, attention_mask=mask)
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(logits(model, ids, attention_mask=mask), want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_masks_that_are_not_one_span(cached):
+    model = tiny_model()
+    ids = tokens(2, 12)
+    holes = torch.ones(2, 12, dtype=torch.long)
+    holes[0, 3:5] = 0
+    dense = torch.ones(12, 12, dtype=torch.bool).tril()[None, None].repeat(2, 1, 1, 1)
+    dense[1, :, :, 2] = False
+    dense[1, :, 2, 2] = True
+    for mask in (holes, dense):
+        results = []
+        for attention in ("diffqkv", "sdpa"):
+            model.set_attn_implementation(attention)
+            if not cached:
+                results.append(logits(model, ids, attention_mask=mask, use_cache=False))
+                continue
+            cache = diffqkv.Cache(model.config)
+            parts = []
+            for start, end in ((0, 8), (8, 9), (9, 12)):
+                part_mask = mask[:, :end] if mask is holes else mask[:, :, start:end, :end]
+                part = {"attention_mask": part_mask, "past_key_values": cache}
+                parts.append(logits(model, ids[:, start:end], **part))
+            results.append(torch.cat(parts, 1))
+        torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)
+        assert (results[0] - logits(model, ids)).abs().max() > 0.1
+
+
+def test_a_mask_that_hides_the_newest_tokens():
+    model = tiny_model()
+    ids = tokens(2, 9)
+    results = []
+    for attention in ("diffqkv", "sdpa"):
+        model.set_attn_implementation(attention)
+        cache = diffqkv.Cache(model.config)
+        logits(model, ids[:, :6], past_key_values=cache)
+        results.append(logits(model, ids[:, 6:], attention_mask=torch.ones(2, 4), past_key_values=cache))
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+
+
+def test_packed_rows_are_separate_sequences():
+    ids = tokens(1, 12)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]])
+    for attention in ATTENTIONS:
+        model = tiny_model()
+        model.set_attn_implementation(attention)
+        want = torch.cat([logits(model, part) for part in ids.split([5, 3, 4], dim=1)], 1)
+        with torch.no_grad():
+            out = model(ids, position_ids=positions)
+        torch.testing.assert_close(out.logits, want, atol=1e-4, rtol=1e-4)
+        assert out.past_key_values is None
+        with pytest.raises(ValueError, match="position_ids: got several sequences in a row with a cache"):
+            logits(model, ids, position_ids=positions, past_key_values=diffqkv.Cache(model.config))
+
+
+def test_packed_rows_without_positions_are_refused():
+    model = tiny_model()
+    boundaries = torch.tensor([0, 5, 12], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="cu_seq_lens_q: packed sequences without position_ids"):
+        logits(model, tokens(1, 12), cu_seq_lens_q=boundaries, use_cache=False)
+
+
+@pytest.mark.parametrize("q_length, kv_length", [(6, 6), (1, 9), (3, 9)])
+@pytest.mark.parametrize("side", ["left", "right", "none"])
+def test_mask_spans_say_what_sdpa_mask_says(q_length, kv_length, side):
+    offset = kv_length - q_length
+    mask = torch.ones(3, kv_length, dtype=torch.bool)
+    if side == "left":
+        mask[1, :2] = mask[2, : kv_length - q_length] = False
+    if side == "right" and q_length == kv_length:
+        mask[1, 4:] = mask[2] = False
+    common = {"batch_size": 3, "q_length": q_length, "kv_length": kv_length, "q_offset": offset}
+    common |= {"mask_function": causal_mask_function, "attention_mask": None if side == "none" else mask}
+    with torch.no_grad():
+        spans = diffqkv_models_attention.diffqkv_mask(**common)
+    assert spans.dtype == torch.int32 and spans.shape == (3, 1, 1, 3)
+    got = diffqkv_models_attention.spans_to_mask(spans, q_length, kv_length)
+    assert torch.equal(got, sdpa_mask(**common, allow_is_causal_skip=False))
+
+
+def test_profiler_ranges():
+    model = tiny_model()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        logits(model, tokens(1, 5))
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert [counts[name] for name in ("kv_cache", "attention", "augmented_q")] == [2, 2, 2]
+
+
+def test_output_attentions():
+    model = tiny_model((12, 4, 6))
+    ids, mask = padded([9, 5], "left")
+    results = {}
+    for attention in ("diffqkv", "eager"):
+        model.set_attn_implementation(attention)
+        cache = diffqkv.Cache(model.config)
+        weights = []
+        with torch.no_grad():
+            for start, end in ((0, 7), (7, 9)):
+                out = model(
+                    ids[:, start:end],
+                    attention_mask=mask[:, :end],
+                    past_key_values=cache,
+                    output_attentions=True,
+                    output_hidden_states=True,
+                )
+                weights.append(out.attentions)
+        assert len(out.attentions) == 2 and len(out.hidden_states) == 3
+        assert weights[1][0].shape == (2, 12, 2, 9)
+        results[attention] = torch.cat([w[1][:, :, -2:, :7].flatten(1) for w in weights], 1)
+    valid_row = [results[a][0] for a in ("diffqkv", "eager")]
+    torch.testing.assert_close(*valid_row, atol=1e-5, rtol=1e-4)
+
+
+def test_continuous_batching_is_refused():
+    with pytest.raises(NotImplementedError, match="continuous batching"):
+        logits(tiny_model(), tokens(1, 4), cache=object())
+
+
+# ---------------------------------------------------------------- the paper's formulas, half K, selective V
+
+
+def rotate_by_hand(x, theta):
+    """RoPE of x `[b, s, d]` at positions 0, 1, ..., written pair by pair."""
+    out, half = torch.empty_like(x), x.shape[-1] // 2
+    positions = torch.arange(x.shape[1], dtype=x.dtype)
+    for i in range(half):
+        angle = positions * theta ** (-2 * i / x.shape[-1])
+        a, b = x[..., i], x[..., i + half]
+        out[..., i] = a * angle.cos() - b * angle.sin()
+        out[..., i + half] = b * angle.cos() + a * angle.sin()
+    return out
+
+
+def logits_by_hand(model, ids):
+    """The model in float64, head by head, from its weights alone (eq. 2 to 13, 16 and 17, Appendix E)."""
+    config, theta = model.config, model.config.rope_parameters["rope_theta"]
+    weights = {name: value.double() for name, value in model.state_dict().items()}
+    silu = torch.nn.functional.silu
+    n_q, n_k, n_v = config.num_attention_heads, config.num_key_heads, config.num_value_heads
+
+    def norm(x, name):
+        return x * (x.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).rsqrt() * weights[name]
+
+    h = weights["model.embed_tokens.weight"][ids]
+    future = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
+    for i in range(config.num_hidden_layers):
+        w = {k.removeprefix(f"model.layers.{i}."): v for k, v in weights.items() if f"layers.{i}." in k}
+        project = {k.split(".")[1].removesuffix("_proj"): v for k, v in w.items() if k.startswith("self_attn")}
+        x = norm(h, f"model.layers.{i}.input_layernorm.weight")
+        q = x @ project["q"].T
+        if config.q_aug_dim is not None:
+            q = (silu(q @ project["q_gate"].T) * (q @ project["q_up"].T)) @ project["q_down"].T
+        q, k, v = (y.tensor_split(n, -1) for y, n in ((q, n_q), (x @ project["k"].T, n_k), (x @ project["v"].T, n_v)))
+        if config.k_compression == "expand":
+            k = [y @ project["k_expand"].T for y in k]
+        if config.k_compression == "absorbed":
+            q = [y @ project["q_absorb"].T for y in q]
+        heads = []
+        for head in range(n_q):
+            query = rotate_by_hand(q[head], theta)
+            key = rotate_by_hand(k[head * n_k // n_q], theta)
+            scores = query @ key.transpose(1, 2) / query.shape[-1] ** 0.5
+            heads.append(scores.masked_fill(future, -torch.inf).softmax(-1) @ v[head * n_v // n_q])
+        h = h + torch.cat(heads, -1) @ project["o"].T
+        x = norm(h, f"model.layers.{i}.post_attention_layernorm.weight")
+        gate, up, down = (w[f"mlp.{name}_proj.weight"].T for name in ("gate", "up", "down"))
+        h = h + (silu(x @ gate) * (x @ up)) @ down
+    return norm(h, "model.norm.weight") @ weights["lm_head.weight"].T
+
+
+@pytest.mark.parametrize("q_aug_dim", [None, 40])
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("heads", HEADS)
+def test_logits_are_those_of_the_papers_formulas(heads, compression, q_aug_dim):
+    model = tiny_model(heads, k_compression=compression, q_aug_dim=q_aug_dim)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 1.5)
+    ids = tokens(2, 13)
+    want = logits_by_hand(model, ids)
+    for attention in ATTENTIONS:
+        model.set_attn_implementation(attention)
+        torch.testing.assert_close(logits(model, ids).double(), want, atol=1e-4, rtol=1e-4)
+
+
+def test_expand_and_absorbed_are_the_same_map_where_rope_does_nothing():
+    expand, absorbed = (tiny_model(k_compression=name) for name in ("expand", "absorbed"))
+    state = expand.state_dict()
+    for name in [name for name in state if "k_expand_proj" in name]:
+        state[name.replace("k_expand_proj", "q_absorb_proj")] = state.pop(name).T
+    absorbed.load_state_dict(state)
+    for layer in absorbed.model.layers:
+        layer.self_attn.scaling = expand.model.layers[0].self_attn.scaling
+    ids = tokens(2, 9)
+    still = {"position_ids": torch.zeros_like(ids), "attention_mask": torch.ones_like(ids), "use_cache": False}
+    torch.testing.assert_close(logits(expand, ids, **still), logits(absorbed, ids, **still), atol=1e-4, rtol=1e-4)
+    assert (logits(expand, ids) - logits(absorbed, ids)).abs().max() > 0.1
+
+
+def test_half_k_caches_the_small_k():
+    for compression in ("expand", "absorbed"):
+        model = tiny_model((12, 4, 6), k_compression=compression)
+        with torch.no_grad():
+            cache = model(tokens(2, 5)).past_key_values
+        assert [x.shape for x in cache.to_dense()[1]] == [(2, 4, 5, 8), (2, 6, 5, 16)]
+        if compression == "expand":
+            hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(tokens(2, 5)))
+            plain = model.model.layers[0].self_attn.k_proj(hidden).unflatten(-1, (4, 8)).transpose(1, 2)
+            torch.testing.assert_close(cache.to_dense()[0][0], plain)
+
+
+def test_expand_refuses_positions_it_cannot_know():
+    model = tiny_model(k_compression="expand")
+    ids = tokens(1, 6)
+    mask = torch.tensor([[1, 1, 0, 1, 1, 1]])
+    with pytest.raises(NotImplementedError, match="k_compression='expand' with a cache"):
+        logits(model, ids, attention_mask=mask, past_key_values=diffqkv.Cache(model.config))
+    for attention in ATTENTIONS:
+        model.set_attn_implementation(attention)
+        with pytest.raises(NotImplementedError, match="k_compression='expand' with a cache"):
+            generate(model, ids, mask, cache_implementation="static")
+    skip = torch.tensor([[0, 1, 2, 7, 8, 9]])
+    with pytest.raises(NotImplementedError, match="k_compression='expand' with a cache"):
+        cached = {"attention_mask": torch.ones_like(ids), "past_key_values": diffqkv.Cache(model.config)}
+        logits(model, ids, position_ids=skip, **cached)
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn"])
+def test_scaled_rope(rope_type, compression):
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0}
+    model = tiny_model(k_compression=compression, rope_parameters=rope, max_position_embeddings=64)
+    dim = model.config.attention_head_dim
+    assert model.model.rotary_emb.inv_freq.shape == (dim // 2,)
+    ids = tokens(1, 10)
+    model.set_attn_implementation("eager")
+    want = generate(model, ids, use_cache=False)
+    model.set_attn_implementation("diffqkv")
+    assert torch.equal(generate(model, ids), want)
+
+
+@pytest.mark.parametrize("tail", ["drop", "renorm", "mean"])
+@pytest.mark.parametrize("kind", ["diffqkv", "dynamic", "static"])
+def test_selecting_all_rows_is_dense(tail, kind):
+    ids, mask = padded([11, 7], "left")
+    dense = tiny_model((12, 4, 6))
+    selective = tiny_model((12, 4, 6), selective_v_top_k=100, selective_v_tail=tail)
+    want = generate(dense, ids, mask)
+    assert torch.equal(generate(selective, ids, mask, **cache_arguments(kind, selective)), want)
+
+
+@pytest.mark.parametrize("tail", ["drop", "renorm", "mean"])
+def test_selective_v_keeps_the_best_rows_of_the_chosen_layers(monkeypatch, tail):
+    top_k = 3
+    ids = tokens(2, 12)
+    selective = tiny_model(selective_v_top_k=[0, top_k], selective_v_tail=tail)
+    cache = diffqkv.Cache(selective.config)
+    got = [logits(selective, part, past_key_values=cache) for part in ids.split([8, 1, 3], dim=1)]
+
+    dense = tiny_model()
+    torch.testing.assert_close(got[0], logits(dense, ids[:, :8]), atol=1e-4, rtol=1e-4)
+    original = modeling_sigma.eager_attention_forward
+
+    def eager_top_k(module, query, key, value, attention_mask, scaling, **kwargs):
+        out, weights = original(module, query, key, value, attention_mask, scaling, **kwargs)
+        if module.layer_idx == 0 or key.shape[2] == query.shape[2]:
+            return out, weights
+        kept = weights * (weights >= weights.topk(top_k, -1).values[..., -1:])
+        mass = kept.sum(-1, keepdim=True)
+        if tail == "renorm":
+            kept = kept / mass
+        if tail == "mean":
+            kept = kept + (1 - mass) / key.shape[2]  # the mean of all cached V rows, as running statistics have it
+        return (kept @ value.repeat_interleave(module.num_key_value_groups, 1)).transpose(1, 2), weights
+
+    monkeypatch.setattr(modeling_sigma, "eager_attention_forward", eager_top_k)
+    dense.set_attn_implementation("eager")
+    cache = DynamicCache(config=dense.config)
+    want = [logits(dense, part, past_key_values=cache) for part in ids.split([8, 1, 3], dim=1)]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    monkeypatch.undo()
+    assert (got[1] - logits(dense, ids)[:, 8:9]).abs().max() > 1e-2
+
+
+# ---------------------------------------------------------------- training
+
+
+def loss_and_gradients(model, ids, **options):
+    model.zero_grad()
+    loss = model(ids, labels=ids, use_cache=False, **options).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_same_gradients(got, want):
+    torch.testing.assert_close(got[0], want[0], atol=1e-5, rtol=1e-5)
+    assert got[1].keys() == want[1].keys()
+    for name, gradient in want[1].items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(got[1][name], gradient, atol=2e-5, rtol=2e-3, msg=name)
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_gradients_do_not_depend_on_attention(compression):
+    model = tiny_model((12, 4, 6), k_compression=compression, initializer_range=0.1).train()
+    ids, mask = padded([9, 6], "right")
+    model.set_attn_implementation("eager")
+    want = loss_and_gradients(model, ids, attention_mask=mask)
+    for attention in ("diffqkv", "sdpa"):
+        model.set_attn_implementation(attention)
+        assert_same_gradients(loss_and_gradients(model, ids, attention_mask=mask), want)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(use_reentrant):
+    model = tiny_model(initializer_range=0.1).train()
+    ids = tokens(2, 9)
+    want = loss_and_gradients(model, ids)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert_same_gradients(loss_and_gradients(model, ids), want)
+    assert model(ids, labels=ids).past_key_values is None
+
+
+def test_training_with_the_default_cache_gives_the_same_gradients():
+    model = tiny_model(initializer_range=0.1).train()
+    ids = tokens(2, 9)
+    want = loss_and_gradients(model, ids)
+    model.zero_grad()
+    out = model(ids, labels=ids)
+    out.loss.backward()
+    assert_same_gradients((out.loss.detach(), {n: p.grad for n, p in model.named_parameters()}), want)
+    assert out.past_key_values.get_seq_length() == 9
+    assert not out.past_key_values.to_dense()[0][0].requires_grad
+
+
+def test_cached_steps_with_grad_mode_on():
+    model = tiny_model()
+    ids = tokens(2, 9)
+    cache = diffqkv.Cache(model.config)
+    got = torch.cat([model(part, past_key_values=cache).logits for part in ids.split([6, 1, 2], dim=1)], 1)
+    torch.testing.assert_close(got.detach(), logits(model, ids), atol=1e-4, rtol=1e-4)
+
+
+def test_a_frozen_model_in_grad_mode_runs_the_ops():
+    model = tiny_model().requires_grad_(False)
+    ids, mask = padded([9, 5], "left")
+    want = logits(model, ids, attention_mask=mask)
+    cache = diffqkv.Cache(model.config)
+    got = [
+        model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits
+        for a, b in ((0, 6), (6, 7), (7, 9))
+    ]
+    torch.testing.assert_close(torch.cat(got, 1)[mask.bool()], want[mask.bool()], atol=1e-4, rtol=1e-4)
+
+
+def test_a_few_steps_learn_a_sequence():
+    model = tiny_model(initializer_range=0.05).train()
+    ids = tokens(1, 16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+    assert torch.equal(generate(model.eval(), ids[:, :4], max_new_tokens=12), ids)
+
+
+# ---------------------------------------------------------------- saving, Auto classes, pipelines, remote code
+
+
+@pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True}, {"k_compression": "expand", "q_aug_dim": None}])
+def test_save_and_load(tmp_path, options):
+    model = tiny_model(**options)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is diffqkv.SigmaForCausalLM and loaded.config._attn_implementation == "diffqkv"
+    assert loaded.config.tie_word_embeddings == options.get("tie_word_embeddings", False)
+    ids = tokens(2, 9)
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    base = AutoModel.from_pretrained(tmp_path, attn_implementation="sdpa")
+    assert type(base) is diffqkv.SigmaModel and base.config._attn_implementation == "sdpa"
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_weight_names_are_the_papers():
+    names = {name.removeprefix("model.layers.0.") for name in tiny_model().state_dict() if "layers.0." in name}
+    projections = {f"self_attn.{name}_proj.weight" for name in ("q", "k", "v", "o", "q_gate", "q_up", "q_down")}
+    mlp = {f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    assert names == projections | mlp | {"input_layernorm.weight", "post_attention_layernorm.weight"}
+
+
+def byte_level_tokenizer():
+    vocabulary = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
+
+
+def test_text_generation_pipeline(tmp_path):
+    tokenizer = byte_level_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    prompts = ["a prompt", "another, longer prompt"]
+    generator = pipeline("text-generation", model=str(tmp_path), device="cpu")
+    assert generator.model.config._attn_implementation == "diffqkv"
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_full_text": False}
+    alone = [generator(prompt, **options)[0]["generated_text"] for prompt in prompts]
+    batched = [result[0]["generated_text"] for result in generator(prompts, batch_size=2, **options)]
+    assert batched == alone
+    ids = tokenizer(prompts[0], return_tensors="pt").input_ids
+    new = generate(model, ids)[0, ids.shape[1] :]
+    assert alone[0] == tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_remote_code_without_the_package(tmp_path):
+    model = tiny_model((12, 4, 6))
+    checkpoint = tmp_path / "checkpoint"
+    model.save_pretrained(checkpoint)
+    assert {path.name for path in checkpoint.glob("*.py")} == {"configuration_sigma.py", "modeling_sigma.py"}
+    ids, mask = padded([9, 5], "left")
+    torch.save({"ids": ids, "mask": mask, "want": generate(model, ids, mask)}, tmp_path / "example.pt")
+    script = """
+        import sys
+        sys.modules["diffqkv"] = None
+        import torch
+        from transformers import AutoModelForCausalLM
+        folder = sys.argv[1]
+        model = AutoModelForCausalLM.from_pretrained(folder + "/checkpoint", trust_remote_code=True)
+        assert type(model).__module__.startswith("transformers_modules"), type(model)
+        assert model.config._attn_implementation == "sdpa"
+        example = torch.load(folder + "/example.pt")
+        options = {"attention_mask": example["mask"], "max_new_tokens": 8, "do_sample": False}
+        for attention in ("sdpa", "eager"):
+            model.set_attn_implementation(attention)
+            for cache in ({}, {"cache_implementation": "static"}, {"num_beams": 1, "use_cache": False}):
+                assert torch.equal(model.generate(example["ids"], **options, **cache), example["want"])
+        model.save_pretrained(folder + "/again")
+        again = AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=True)
+        assert torch.equal(again.generate(example["ids"], **options), example["want"])
+    """
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------- other heads, other models, compilation
+
+
+def test_sequence_classification(tmp_path):
+    model = tiny_model(model_class=diffqkv.SigmaForSequenceClassification, num_labels=3)
+    results = {}
+    for side in ("left", "right"):
+        ids, mask = padded([9, 5], side)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        results[side] = logits(model, ids, attention_mask=mask, position_ids=positions)
+        for row, keep in enumerate(mask.bool()):
+            alone = logits(model, ids[row, keep][None])[0]
+            torch.testing.assert_close(results[side][row], alone, atol=1e-4, rtol=1e-4)
+    assert results["left"].shape == (2, 3)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert type(loaded) is diffqkv.SigmaForSequenceClassification
+    assert torch.equal(logits(loaded, ids, attention_mask=mask), logits(model, ids, attention_mask=mask))
+    model.train()(ids, attention_mask=mask, labels=torch.tensor([0, 2])).loss.backward()
+    assert model.score.weight.grad.abs().max() > 0
+
+
+def test_a_llama_runs_on_our_attention_and_cache():
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    ids, mask = padded([11, 7], "left")
+    want = generate(model, ids, mask)
+    model.set_attn_implementation("diffqkv")
+    for kind in CACHES:
+        assert torch.equal(generate(model, ids, mask, **cache_arguments(kind, model)), want), kind
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_fullgraph_compilation(compression):
+    model = tiny_model(k_compression=compression)
+    ids = tokens(1, 9)
+    want = logits(model, ids)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, want, atol=1e-4, rtol=1e-4)
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        model(ids[:, :6], past_key_values=cache)
+        for i in range(6, 9):
+            position = torch.tensor([[i]])
+            step = compiled(ids[:, i : i + 1], past_key_values=cache, position_ids=position).logits
+            torch.testing.assert_close(step, want[:, i : i + 1], atol=1e-4, rtol=1e-4)

@@ -1,0 +1,47 @@
+"""Small random SIGMA models that the tests share."""
+
+import torch
+from diffqkv import SigmaConfig, SigmaForCausalLM
+
+HEADS = [(8, 2, 4), (8, 4, 2), (12, 4, 6)]
+VOCAB = 97
+
+
+def tiny_config(heads=(8, 2, 4), **changes) -> SigmaConfig:
+    n_q, n_k, n_v = heads
+    fields = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": n_q,
+        "num_key_heads": n_k,
+        "num_value_heads": n_v,
+        "head_dim": 16,
+        "q_aug_dim": 96,
+        "vocab_size": VOCAB,
+        "pad_token_id": 0,
+        # Wide enough that tokens differ and attention is not flat.
+        "initializer_range": 0.15,
+    }
+    return SigmaConfig(**{**fields, **changes})
+
+
+def tiny_model(heads=(8, 2, 4), seed=0, model_class=SigmaForCausalLM, **changes):
+    torch.manual_seed(seed)
+    return model_class(tiny_config(heads, **changes)).eval()
+
+
+def tokens(batch, length, seed=0) -> torch.Tensor:
+    """Random token ids without the padding token, int64 `[batch, length]`."""
+    return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(lengths, side, seed=0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of the given lengths, padded on one side: ids and attention mask `[len(lengths), max(lengths)]`."""
+    ids = tokens(len(lengths), max(lengths), seed)
+    mask = torch.ones_like(ids)
+    for row, length in enumerate(lengths):
+        absent = slice(0, max(lengths) - length) if side == "left" else slice(length, None)
+        ids[row, absent] = 0
+        mask[row, absent] = 0
+    return ids, mask
