@@ -16,10 +16,11 @@ OPTIONS = ("DIFFQKV_CUDA", "DIFFQKV_TORCH_ROOT", "DIFFQKV_SANITIZE", "CMAKE_CUDA
 
 
 class CMakeBuild(build_ext):
-    """Builds everything by one CMake run. In place (an editable install) the package folder is the source tree's."""
+    """Builds everything by one CMake run, into the wheel's package folder or, in place, that of the source tree."""
 
-    def build_extension(self, ext):
-        package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+    def run(self):
+        in_place = self.inplace or self.editable_mode
+        package = ROOT / "python" / "diffqkv" if in_place else Path(self.build_lib).resolve() / "diffqkv"
         build = Path(os.environ.get("DIFFQKV_BUILD_DIR", ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"))
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}"]
         configure += [f"-DDIFFQKV_PYBIND={PYBIND}"]
@@ -33,6 +34,12 @@ class CMakeBuild(build_ext):
             ["cmake", "--install", str(build), "--prefix", str(package)],
         ):
             subprocess.run(command, check=True)
+
+    def get_outputs(self):
+        return []
+
+    def get_output_mapping(self):
+        return {}
 
 
 class Wheel(bdist_wheel):

@@ -58,20 +58,20 @@ endif()
 file(GLOB_RECURSE _diffqkv_cuda_sources CONFIGURE_DEPENDS
      "${PROJECT_SOURCE_DIR}/csrc/cuda/*.cu" "${PROJECT_SOURCE_DIR}/csrc/cuda/*.cpp")
 add_library(diffqkv_cuda STATIC ${_diffqkv_cuda_sources})
-target_include_directories(diffqkv_cuda PUBLIC "${PROJECT_SOURCE_DIR}/csrc/include" PRIVATE "${PROJECT_SOURCE_DIR}/csrc")
+target_include_directories(diffqkv_cuda PUBLIC "${PROJECT_SOURCE_DIR}/csrc/include"
+                                        PRIVATE "${PROJECT_SOURCE_DIR}/csrc")
 target_compile_features(diffqkv_cuda PRIVATE cxx_std_20)
 set_target_properties(diffqkv_cuda PROPERTIES
   POSITION_INDEPENDENT_CODE ON
   CXX_VISIBILITY_PRESET hidden CUDA_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON
-  CXX_EXTENSIONS OFF)
+  CXX_EXTENSIONS OFF
+  CUDA_STANDARD_REQUIRED OFF)  # CMake before 3.26 does not know that nvcc has C++20; -std below asks for it
 list(JOIN CMAKE_CUDA_ARCHITECTURES "," _diffqkv_archs)
-target_compile_definitions(diffqkv_cuda PRIVATE "DIFFQKV_CUDA_ARCHITECTURES=\"${_diffqkv_archs}\"")
-# -Werror makes ptxas's warnings errors too: no kernel spills registers or indexes an array in local memory (a build with
-# -G has to drop it). -lineinfo: profilers and compute-sanitizer name the source line. The standard is an option because
-# CMake before 3.26 does not know that nvcc has C++20.
+# -Werror makes ptxas's warnings errors too: no kernel spills registers or indexes an array in local memory (a build
+# with -G has to drop it). -lineinfo: profilers and compute-sanitizer name the source line.
 target_compile_options(diffqkv_cuda PRIVATE
   $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 -lineinfo -Werror=all-warnings -Xcompiler=-Wall,-Wextra
-  -Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage>
+  -Xptxas=--warn-on-spills,--warn-on-local-memory-usage>
   $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>)
 
 set(DIFFQKV_HAVE_CUDA ON)

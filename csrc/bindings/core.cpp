@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <sstream>
+
 #include "core/cpu_isa.h"
 #include "diffqkv/attention_plan.h"
 
@@ -71,6 +73,17 @@ PYBIND11_MODULE(_core, m) {
         return names;
       },
       "The levels that this CPU runs, lowest first; DIFFQKV_CPU_ISA chooses one.");
+  m.def(
+      "cuda_archs",
+      [] {
+        std::vector<std::string> names;
+#ifdef DIFFQKV_CUDA_ARCHITECTURES
+        std::istringstream list(DIFFQKV_CUDA_ARCHITECTURES);
+        for (std::string name; std::getline(list, name, ',');) names.push_back(name);
+#endif
+        return names;
+      },
+      "What the CUDA kernels were compiled for; empty without them.");
   m.def(
       "head_map",
       [](int64_t n_q, int64_t n_k, int64_t n_v, int64_t q_head) {

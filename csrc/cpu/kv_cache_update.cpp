@@ -60,7 +60,7 @@ void update_entry(const CacheUpdateParams& p, int64_t b, int64_t group) {
         square += x * x;
       }
       const float norm = __builtin_sqrtf(square);
-      if (!(norm <= stats[p.d_v])) stats[p.d_v] = norm;  // a NaN norm stays
+      if (norm > stats[p.d_v] || norm != norm) stats[p.d_v] = norm;  // a NaN stays
     }
   }
 }

@@ -74,7 +74,7 @@ void v_stats(const SelectiveVParams& sp, const SelectiveWorkspace& work, int64_t
       square += row[x] * row[x];
     }
     const float norm = __builtin_sqrtf(square);
-    if (!(norm <= stats[p.d_v])) stats[p.d_v] = norm;
+    if (norm > stats[p.d_v] || norm != norm) stats[p.d_v] = norm;
   }
 }
 

@@ -13,6 +13,4 @@ int cuda_is_capturing(void* stream, bool* capturing) {
   return error;
 }
 
-const char* cuda_architectures() { return DIFFQKV_CUDA_ARCHITECTURES; }
-
 }  // namespace diffqkv

@@ -11,8 +11,9 @@ void check_new_token_slots(const CacheUpdateParams& p) {
       const int64_t position = new_token_position(p, b, t);
       DIFFQKV_CHECK(position >= -1 && position < p.capacity, "positions: got ", position, " at [", b, ", ", t,
                     "], want -1 (skip) to ", p.capacity - 1);
-      DIFFQKV_CHECK(position < 0 || new_token_slot(p, b, t).page >= 0, "block_table: got no block of the pool for position ",
-                    position, " of entry ", b, ", want 0 to ", p.pages - 1);
+      DIFFQKV_CHECK(position < 0 || new_token_slot(p, b, t).page >= 0,
+                    "block_table: got no block of the pool for position ", position, " of entry ", b, ", want 0 to ",
+                    p.pages - 1);
     }
   }
 }

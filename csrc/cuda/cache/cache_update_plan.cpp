@@ -54,7 +54,8 @@ int64_t vector_width(const CacheUpdateParams& p) {
   if (p.d_rot > 0) {
     const int64_t rope_size = p.rope_dtype == DType::f32 ? 4 : 2;
     for (const void* table : {p.cos, p.sin}) {
-      ok = ok && aligned(table, rope_size, kVectorBytes, {{p.rope_stride_batch, p.batch}, {p.rope_stride_token, p.s_new}});
+      ok = ok && aligned(table, rope_size, kVectorBytes,
+                         {{p.rope_stride_batch, p.batch}, {p.rope_stride_token, p.s_new}});
     }
   }
   return ok ? width : 1;

@@ -18,7 +18,4 @@ DIFFQKV_API const char* cuda_error_string(int error);
 // Whether the stream is being captured, when host-side checks of device data are impossible.
 DIFFQKV_API int cuda_is_capturing(void* stream, bool* capturing);
 
-// The architectures this library was compiled for, in CMake's words: "80-real,90a-real,80-virtual".
-DIFFQKV_API const char* cuda_architectures();
-
 }  // namespace diffqkv

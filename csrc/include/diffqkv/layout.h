@@ -1,6 +1,6 @@
 // Where a token lies in a cache: slot -> page -> element offset, and which dimensions RoPE rotates together. Shared by
-// the CPU and CUDA kernels and by the tests. Always inlined: no copy compiled for one instruction set may be linked into
-// another's code.
+// the CPU and CUDA kernels and by the tests. Always inlined: no copy compiled for one instruction set may be linked
+// into another's code.
 #pragma once
 #include <cstdint>
 

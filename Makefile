@@ -1,0 +1,39 @@
+# make demo   trains a small Sigma on real text, generates from it, and compares its attention with torch's
+#             TEXT="a.txt b.txt" trains on those files
+# make test   all tests, C++ and Python
+# make build  the library, in place
+# make lint   style
+# Each sets up what it needs: a virtual environment in VENV, the versions of constraints.txt, the library.
+VENV ?= .venv
+export PYTHON ?= python3
+BIN := $(VENV)/bin
+# cmake and ninja may come from the environment.
+export PATH := $(abspath $(BIN)):$(PATH)
+SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: demo test build lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.built
+	$(BIN)/python examples/python/demo $(TEXT)
+
+test: $(VENV)/.built
+	scripts/build_cpp_tests.sh $$(echo build/cmake-*)
+	ctest --test-dir $$(echo build/cmake-*) --output-on-failure
+	$(BIN)/python -m pytest
+
+build: $(VENV)/.built
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf build dist python/*.egg-info python/diffqkv/*.so python/diffqkv/include python/diffqkv/share $(VENV)/.built
+
+$(VENV)/.ready: scripts/setup.sh constraints.txt
+	scripts/setup.sh $(VENV)
+
+$(VENV)/.built: $(VENV)/.ready $(SOURCES)
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-build-isolation --no-deps -e .
+	touch $@

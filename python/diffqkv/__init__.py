@@ -1,0 +1,59 @@
+"""DiffQKV attention (SIGMA, arXiv 2501.13629): ops, a cache and Hugging Face models with unequal Q, K and V heads.
+
+Without the compiled library everything runs in plain torch, more slowly; `diffqkv.show_config()` says what runs. The
+models and `diffqkv.Cache` need transformers; without it the ops are all there is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import _library, reference
+
+if _library.loaded:
+    from . import _autograd, _fake, _flops  # noqa: F401 (they register themselves)
+from ._config import config, explain, show_config
+from ._version import __version__
+from .ops import (
+    decode_attention,
+    flash_attention,
+    flash_attention_varlen,
+    kv_cache_update,
+    selective_v_attention,
+    swiglu,
+)
+from .reference import SelectiveVStats
+
+# For CMake's find_package(diffqkv), as torch.utils.cmake_prefix_path is for Torch.
+cmake_prefix_path = str(Path(__file__).parent / "share" / "cmake")
+
+__all__ = [
+    "SelectiveVStats",
+    "__version__",
+    "cmake_prefix_path",
+    "config",
+    "decode_attention",
+    "explain",
+    "flash_attention",
+    "flash_attention_varlen",
+    "kv_cache_update",
+    "reference",
+    "selective_v_attention",
+    "show_config",
+    "swiglu",
+]
+
+try:
+    from .cache import Cache
+    from .models.sigma import SigmaConfig, SigmaForCausalLM, SigmaForSequenceClassification, SigmaModel
+except ImportError as error:
+    if (error.name or "").partition(".")[0] != "transformers":
+        raise
+    _why_not = str(error)
+
+    def __getattr__(name: str) -> object:
+        if name == "Cache" or name.startswith("Sigma"):
+            raise ImportError(f"diffqkv.{name} needs a newer transformers: {_why_not}")
+        raise AttributeError(f"module 'diffqkv' has no attribute {name!r}")
+else:
+    __all__ += ["Cache", "SigmaConfig", "SigmaForCausalLM", "SigmaForSequenceClassification", "SigmaModel"]

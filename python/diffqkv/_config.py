@@ -1,0 +1,118 @@
+"""What is installed, and which path each op takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import _library
+from ._version import __version__
+
+try:
+    from . import _core
+except ImportError as error:
+    _core, _core_reason = None, f"diffqkv._core does not import: {error}"
+else:
+    _core_reason = None
+
+_OPS = (
+    "flash_attention",
+    "decode_attention",
+    "kv_cache_update",
+    "selective_v_attention",
+    "swiglu",
+)
+_KERNEL, _COMPOSED = "compiled kernel", "plain torch"
+
+
+def _cuda_path(op: str) -> str:
+    if not _library.has_kernel(op, "cuda"):
+        return f"{_COMPOSED} (no CUDA kernel in the library)"
+    if op == "kv_cache_update" and _library.CUDA_UNTESTED:
+        return f"{_KERNEL} (never run on a GPU)"
+    return f"{_COMPOSED} (the CUDA kernel has never run on a GPU; DIFFQKV_CUDA_UNTESTED=1 uses it)"
+
+
+def _cuda_archs() -> list[str] | None:
+    if not any(_library.has_kernel(op, "cuda") for op in _OPS):
+        return []
+    return None if _core is None else _core.cuda_archs()
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return f"cuda: {torch.cuda.get_device_name()}"
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def config() -> dict[str, Any]:
+    """The configuration as a dict.
+
+    Keys: `version`; `library`: path of the compiled library or None, with `reason`; `cpu_isa`: instruction set of the
+    CPU kernels; `cuda_archs`: what the CUDA kernels were compiled for; `device`; `ops`: for each op the path that it
+    takes, by device type. `cpu_isa` is None without the library, and either is where `diffqkv._core`, which knows them,
+    is missing.
+    """
+    return {
+        "version": __version__,
+        "library": _library.path,
+        "reason": _library.reason,
+        "cpu_isa": _core.cpu_isa() if _library.loaded and _core is not None else None,
+        "cuda_archs": _cuda_archs(),
+        "device": _device(),
+        "ops": {op: {"cpu": _KERNEL if _library.loaded else _COMPOSED, "cuda": _cuda_path(op)} for op in _OPS},
+    }
+
+
+def show_config() -> None:
+    """Prints `config()`."""
+    c = config()
+    unknown = "no compiled library" if not _library.loaded else _core_reason
+    print(f"diffqkv {c['version']}, torch {torch.__version__}")
+    print(f"  library     {c['library'] or 'none: ' + c['reason']}")
+    print(f"  cpu_isa     {c['cpu_isa'] or unknown}")
+    print(f"  cuda_archs  {unknown if c['cuda_archs'] is None else ', '.join(c['cuda_archs']) or 'none'}")
+    print(f"  device      {c['device']}")
+    for op, paths in c["ops"].items():
+        for device, path in paths.items():
+            print(f"  {op if device == 'cpu' else '':<22} {device:<5} {path}")
+
+
+def explain(
+    n_q: int,
+    n_k: int,
+    n_v: int,
+    d_k: int,
+    d_v: int,
+    s_q: int,
+    s_k: int,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> str:
+    """How `flash_attention` or `decode_attention` would run a shape: the plan that the op itself makes, as text.
+
+    Raises:
+        ValueError: the head counts are no head map.
+        NotImplementedError: the device has no attention kernel.
+        RuntimeError: this installation has no `diffqkv._core`.
+    """
+    if _core is None:
+        raise RuntimeError(f"explain needs the compiled planner: {_core_reason}")
+    device = torch.device(device)
+    if device.type != "cpu":
+        raise NotImplementedError(f"explain: device {device} has no attention kernel; its ops run in plain torch")
+    name = str(dtype).removeprefix("torch.")
+    plan = _core.plan_attention(n_q, n_k, n_v, d_k, d_v, s_q, s_k, batch, name, torch.get_num_threads())
+    flops, size = plan["flops"], plan["bytes"]
+    lines = {
+        "shape": f"heads {n_q}/{n_k}/{n_v}, d_k {d_k}, d_v {d_v}, s_q {s_q}, s_k {s_k}, batch {batch}, {name}",
+        "kernel": f"{plan['kernel']} ({plan['isa']})",
+        "tiles": f"{plan['block_q']} queries x {plan['block_k']} keys",
+        "work": f"{plan['items']} items, split {plan['split']}, on {plan['threads']} threads",
+        "FLOPs": f"{flops:.4g}",
+        "bytes": f"{size:.4g} ({flops / max(size, 1):.3g} FLOP/byte)",
+        "bound by": plan["bound"],
+    }
+    return "\n".join(f"{key:<10}{value}" for key, value in lines.items())

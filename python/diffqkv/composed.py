@@ -1,0 +1,280 @@
+"""The ops in plain torch, for devices without a kernel and for installations without the compiled library.
+
+Signatures and results are those of the op schemas. K is repeated to a common head count for
+`scaled_dot_product_attention`, which reads a group's K once per V head: right everywhere, fast nowhere.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _checks, reference
+from ._checks import PANELS, ROWS
+
+_LAYOUTS = {ROWS: "rows", PANELS: "panels"}
+_SCORE_BYTES = 256 * 2**20  # of the float32 scores that the lse holds at a time
+DROP, RENORM, MEAN = 0, 1, 2
+
+
+def _repeat(x: Tensor, heads: int) -> Tensor:
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """Dot products in float32, `[b, n_q, s_q, s_k]`; K is not repeated."""
+    rows = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3).float()
+    return (rows @ k.float().transpose(2, 3)).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+
+
+def _lse(q: Tensor, k: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+    b, n_q, s_q, _ = q.shape
+    rows = max(1, _SCORE_BYTES // (4 * max(1, b * n_q * k.shape[2])))
+    parts = []
+    for start in range(0, s_q, rows):
+        logits = _scores(q[:, :, start : start + rows], k) * scale
+        if visible is not None:
+            logits = logits.masked_fill(~visible[:, :, start : start + rows], float("-inf"))
+        parts.append(logits.logsumexp(-1))
+    return torch.cat(parts, dim=2) if parts else q.new_empty((b, n_q, 0), dtype=torch.float32)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, square_causal: bool, scale: float | None, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """visible: bool, broadcastable to `[b, n_q, s_q, s_k]`, or None; square_causal: the mask of s_q = s_k."""
+    n_q, n_k, n_v = q.shape[1], k.shape[1], v.shape[1]
+    heads = n_k * n_v // _checks.gcd(n_k, n_v)  # lcm
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    mask = None if square_causal else visible
+    out = F.scaled_dot_product_attention(
+        q,
+        _repeat(k, heads),
+        _repeat(v, heads),
+        attn_mask=mask,
+        is_causal=square_causal,
+        scale=scale,
+        enable_gqa=True if heads != n_q else False,  # a plain bool also where torch.compile has dynamic sizes
+    )
+    if mask is not None:  # what SDPA returns for a row that sees nothing depends on its back-end
+        out = out.masked_fill(~mask.any(-1, keepdim=True), 0)
+    return out.contiguous(), _lse(q, k, visible, scale) if need_lse else None
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    kv_start: Tensor | None = None,
+    kv_end: Tensor | None = None,
+    need_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """The op, save that need_lse=False leaves out the lse and the second pass over K that it takes."""
+    _checks.flash_attention(q, k, v, kv_start, kv_end)
+    s_q, s_k = q.shape[2], k.shape[2]
+    padded = kv_start is not None or kv_end is not None
+    visible = None
+    if padded or causal:
+        visible = reference.visible_keys(s_q, s_k, s_k, causal=causal, start=kv_start, end=kv_end, device=q.device)
+    k, v = reference.keep_keys(k, kv_start, kv_end), reference.keep_keys(v, kv_start, kv_end)
+    square_causal = True if causal and s_q == s_k and not padded else False  # a plain bool, as above
+    return _attend(q, k, v, visible, square_causal, softmax_scale, need_lse)
+
+
+def _crop(k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, k_layout: int) -> tuple[Tensor, Tensor]:
+    """The part of a contiguous cache that holds tokens."""
+    longest = int(cache_seqlens.max()) if cache_seqlens.numel() else 0
+    in_k = longest if k_layout == ROWS else -(-longest // reference.PANEL_TOKENS)
+    return k_cache[:, :, :in_k], v_cache[:, :, :longest]
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    cache_start: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    k_layout: int = ROWS,
+    need_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """The op, save that need_lse=False leaves out the lse."""
+    _checks.decode_attention(q, k_cache, v_cache, cache_seqlens, cache_start, block_table, k_layout)
+    if block_table is None and _checks.readable(cache_seqlens):
+        k_cache, v_cache = _crop(k_cache, v_cache, cache_seqlens, k_layout)
+    k, v = reference.dense_cache(k_cache, v_cache, cache_seqlens, cache_start, block_table, _LAYOUTS[k_layout])
+    visible = reference.visible_keys(
+        q.shape[2], k.shape[2], cache_seqlens, causal=True, start=cache_start, device=q.device
+    )
+    return _attend(q, k, v, visible, False, softmax_scale, need_lse)
+
+
+def _ranks(scores: Tensor, visible: Tensor) -> Tensor:
+    """int64 whose order is: visible first, then score, NaN above all, then the smaller index."""
+    bits = scores.masked_fill(scores == 0, 0.0).view(torch.int32)  # -0 and +0 are one score
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    index = torch.arange(scores.shape[-1], device=scores.device)
+    return torch.where(visible, (ordered.long() << 32) | (0xFFFFFFFF - index), torch.iinfo(torch.int64).min)
+
+
+def _fetch_rows(v_cache: Tensor, block_table: Tensor | None, n_q: int, positions: Tensor, used: Tensor) -> Tensor:
+    """V rows at positions `[b, n_q, s_q, rows]`, zero where not used: `[b, n_q, s_q, rows, d_v]`."""
+    b, page_size, groups, per_group = positions.shape[0], v_cache.shape[2], v_cache.shape[1], v_cache.shape[3]
+    positions = torch.where(used, positions, 0)
+    entry = torch.arange(b, device=positions.device)[:, None, None, None]
+    head = (torch.arange(n_q, device=positions.device) * (groups * per_group) // n_q)[:, None, None]
+    page, slot = entry, positions
+    if block_table is not None:
+        page, slot = block_table[entry, positions // page_size], positions % page_size
+        page = torch.where(used, page, 0)
+    return torch.where(used[..., None], v_cache[page, head // per_group, slot, head % per_group].float(), 0)
+
+
+def selective_v_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    top_k: int,
+    *,
+    tail: int = DROP,
+    keep_first: int = 0,
+    keep_last: int = 0,
+    v_stats: Tensor | None = None,
+    cache_start: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    k_layout: int = ROWS,
+    return_bound: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The op: out, lse, kept_mass, indices, rows_used, error_bound."""
+    _checks.selective_v_attention(
+        q, k_cache, v_cache, cache_seqlens, top_k, tail, keep_first, keep_last, v_stats, cache_start, block_table,
+        k_layout,
+    )  # fmt: skip
+    b, n_q, s_q, d_k = q.shape
+    start = torch.zeros_like(cache_seqlens) if cache_start is None else cache_start
+    layout = _LAYOUTS[k_layout]
+    k, v = reference.dense_cache(k_cache, v_cache, cache_seqlens, cache_start, block_table, layout)
+    capacity = k.shape[2]
+    visible = reference.visible_keys(s_q, capacity, cache_seqlens, causal=True, start=start, device=q.device)
+    first = start[:, None, None, None].long()
+    query = torch.arange(s_q, device=q.device)[:, None]
+    end = (query + cache_seqlens[:, None, None, None] - s_q + 1).long().clamp_min(first)  # [b, 1, s_q, 1]
+    count = end - first
+
+    scale = d_k**-0.5 if softmax_scale is None else softmax_scale
+    scores = _scores(q, k)
+    lse = (scores * scale).masked_fill(~visible, float("-inf")).logsumexp(-1)
+
+    listed = min(top_k, capacity)
+    best = _ranks(-scores if scale < 0 else scores, visible).topk(listed, dim=-1, sorted=False).indices
+    best = torch.where(visible.expand_as(scores).gather(-1, best), best, capacity).sort(dim=-1).values
+    # Forced rows: the first ones and the last ones, unless they overlap or are among the best already.
+    ahead = (first + torch.arange(min(keep_first, capacity), device=q.device)).expand(b, n_q, s_q, -1)
+    behind = (end - 1 - torch.arange(min(keep_last, capacity), device=q.device)).expand(b, n_q, s_q, -1)
+    is_best = torch.zeros(b, n_q, s_q, capacity + 1, dtype=torch.bool, device=q.device).scatter(-1, best, True)
+    rows = torch.cat([best, ahead, behind], dim=-1)
+    inside = (rows >= first) & (rows < end)
+    forced = torch.cat([ahead < end, (behind >= first + keep_first) & (behind >= first)], dim=-1)
+    forced = forced & ~is_best.gather(-1, rows[..., listed:].clamp(0, capacity))
+    used = inside & torch.cat([torch.ones_like(best, dtype=torch.bool), forced], dim=-1)
+    rows_used = used.sum(-1)
+
+    weights = (scores.gather(-1, rows.clamp(0, max(0, capacity - 1))) * scale - lse[..., None]).exp()
+    weights = torch.where(used, weights, 0)
+    kept_mass = weights.sum(-1)
+    count = count[..., 0].expand_as(rows_used)
+    kept_mass = torch.where((rows_used == count) & ~kept_mass.isnan(), (count > 0).float(), kept_mass)
+    discarded = torch.where(count > 0, 1 - kept_mass, 0).clamp_min(0)
+    out = (weights[..., None, :] @ _fetch_rows(v_cache, block_table, n_q, rows, used))[..., 0, :]
+    if tail == RENORM:
+        out = torch.where(count[..., None] > 0, out / kept_mass[..., None], out)
+
+    bound = torch.full_like(lse, float("inf"))
+    if tail == MEAN or return_bound:
+        if v_stats is None:
+            dense = v.float()
+            norms = dense.norm(dim=-1)
+            v_sum, v_norm = dense.sum(2), norms.amax(-1) if capacity else norms.sum(-1)
+        else:
+            v_sum, v_norm = v_stats[..., :-1], v_stats[..., -1]
+        tokens = (cache_seqlens - start).clamp_min(1)[:, None, None]
+        v_mean = _repeat(v_sum / tokens, n_q)[:, :, None]
+        radius = _repeat(v_norm, n_q)[:, :, None]
+        if tail == RENORM:
+            radius = radius + out.norm(dim=-1)
+        elif tail == MEAN:
+            out = out + discarded[..., None] * v_mean
+            radius = radius + v_mean.norm(dim=-1)
+        if return_bound:
+            bound = torch.where(discarded > 0, discarded * radius, discarded)
+
+    indices = F.pad(torch.where(best < capacity, best, -1), (0, top_k - listed), value=-1)
+    return out.to(q.dtype), lse, kept_mass, indices, rows_used.int(), bound
+
+
+def kv_cache_update(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    *,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    block_table: Tensor | None = None,
+    v_stats: Tensor | None = None,
+    k_layout: int = ROWS,
+) -> None:
+    """The op; no data-dependent shape, so it neither synchronises nor breaks a graph."""
+    cache = _checks.kv_cache_update(k_cache, v_cache, k, v, positions, cos, sin, block_table, v_stats, k_layout)
+    if positions.numel() == 0 or cache.capacity == 0 or cache.pages == 0:
+        return
+    if cos is not None:
+        k = reference.rotate(k, cos, sin).to(k_cache.dtype)
+    positions = positions.long()
+    written = (positions >= 0) & (positions < cache.capacity)
+    slot = positions.clamp(0, cache.capacity - 1)
+    page = torch.arange(len(positions), device=k.device)[:, None].expand_as(slot)
+    if block_table is not None:
+        page, slot = block_table.long().gather(1, slot // cache.page_size), slot % cache.page_size
+        written = written & (page >= 0) & (page < cache.pages)
+        page = page.clamp(0, cache.pages - 1)
+    # A token that is not written repeats the write of one that is; if there is none, it writes back what is there.
+    written, page, slot = written.flatten(), page.flatten(), slot.flatten()
+    source = torch.where(written, torch.arange(len(written), device=k.device), written.byte().argmax())
+    page, slot = page[source], slot[source]
+    at_k = (page, slice(None), slot)
+    if k_layout == PANELS:
+        panel, token = slot // reference.PANEL_TOKENS, slot % reference.PANEL_TOKENS
+        at_k = (page, slice(None), panel, slice(None), token)
+    for x_cache, at, x in ((k_cache, at_k, k), (v_cache, (page, slice(None), slot), v)):
+        now = x_cache[at]  # [tokens, G, heads / G, d]; K panels: [tokens, n_k, d] or [tokens, n_k, d / 2, 2]
+        new = x.transpose(1, 2).flatten(0, 1)[source].reshape(now.shape)
+        x_cache[at] = torch.where(written.any(), new, now)
+    if v_stats is not None:
+        rows = torch.where(written.view_as(positions)[:, None, :, None], v.float(), 0)
+        v_stats[..., :-1] += rows.sum(2)
+        v_stats[..., -1] = torch.maximum(v_stats[..., -1], rows.norm(dim=-1).amax(2))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """The op, differentiable through torch's own autograd."""
+    _checks.swiglu(gate, up)
+    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def swiglu_backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The op: the gradients of gate and up."""
+    _checks.swiglu(gate, up, dout)
+    g, u, d = gate.float(), up.float(), dout.float()
+    sigmoid = torch.sigmoid(g)
+    dgate = d * u * sigmoid * (1 + g * (1 - sigmoid))
+    return dgate.to(gate.dtype), (d * g * sigmoid).to(gate.dtype)

@@ -1,0 +1,391 @@
+"""The public ops.
+
+Notation of the shapes: `b` batch, `s` tokens, `n_q, n_k, n_v` heads, `d_k, d_v` head dimensions, G = gcd(n_k, n_v)
+KV groups. q head i reads K head `i * n_k // n_q` and V head `i * n_v // n_q` (SIGMA, arXiv 2501.13629, eq. 16 and 17),
+so n_k and n_v divide n_q. Head dimensions are multiples of 8 from 8 to 256. Tensors are float32, bfloat16 or float16,
+all of one call alike, with a last dimension of stride 1 and otherwise any strides; results are contiguous.
+
+Every wrong argument is a ValueError, or a TypeError if its type or dtype is wrong, with the text
+`argument: got ..., want ...`, raised before anything is written. NotImplementedError names what is not built.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _library, composed
+from ._checks import PANELS, ROWS, wrong
+from .reference import SelectiveVStats
+
+_LAYOUTS = {"rows": ROWS, "panels": PANELS}
+_TAILS = {"drop": composed.DROP, "renorm": composed.RENORM, "mean": composed.MEAN}
+
+if _library.loaded:
+    _FLASH: Callable = torch.ops.diffqkv.flash_attention.default
+    _DECODE: Callable = torch.ops.diffqkv.decode_attention.default
+    _UPDATE: Callable = torch.ops.diffqkv.kv_cache_update.default
+    _SELECTIVE: Callable = torch.ops.diffqkv.selective_v_attention.default
+    _SWIGLU: Callable = torch.ops.diffqkv.swiglu.default
+
+_OURS = re.compile(r"diffqkv: (\w+: got (.+), want .+)")
+_DISPATCHER = re.compile(r"Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'")
+
+
+# ---- calling ---------------------------------------------------------------------------------------------------------
+
+
+def _translated(op: Callable, error: RuntimeError, args: tuple, kwargs: dict[str, Any]) -> Exception | None:
+    """The exception that a failed op call should have been; None if the error is not about an argument."""
+    text = str(error)
+    if ours := _OURS.search(text):
+        return (TypeError if ours[2].startswith("dtype ") else ValueError)(ours[1])
+    if dispatcher := _DISPATCHER.search(text):
+        want, name, got = dispatcher.groups()
+        return wrong(name, got, f"a {want}", TypeError)
+    if isinstance(op, torch._ops.OpOverload):
+        named = dict(zip((a.name for a in op._schema.arguments), args, strict=False)) | kwargs
+        for argument in op._schema.arguments:
+            if str(argument.type) == "Tensor" and named[argument.name] is None:
+                return wrong(argument.name, "None", "a Tensor", TypeError)
+        tensors = {name: x for name, x in named.items() if isinstance(x, Tensor)}
+        first, device = next((name, x.device) for name, x in tensors.items())
+        for name, x in tensors.items():
+            if x.device != device:
+                return wrong(name, f"device {x.device}", f"{device}, where {first} is")
+    return None
+
+
+def _call(op: Callable, *args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return op(*args, **kwargs)
+    try:
+        return op(*args, **kwargs)
+    except RuntimeError as error:
+        translated = _translated(op, error, args, kwargs)
+        if translated is None:
+            raise
+        raise translated from None
+
+
+def _has_kernel(name: str, x: Tensor, devices: frozenset[str] = _library.DEVICES) -> bool:
+    if not isinstance(x, Tensor):
+        raise wrong(name, type(x).__name__, "a Tensor", TypeError)
+    return x.device.type in devices
+
+
+def _choice(name: str, value: str, choices: dict[str, int]) -> int:
+    if not isinstance(value, str):
+        raise wrong(name, type(value).__name__, "a str", TypeError)
+    if value not in choices:
+        raise wrong(name, repr(value), " or ".join(map(repr, choices)))
+    return choices[value]
+
+
+def _refuse_gradients(op: str, **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if isinstance(x, Tensor) and x.requires_grad:
+            raise wrong(name, "requires_grad=True in grad mode", f"torch.no_grad(): {op} is for inference only")
+
+
+def _count(name: str, value: int, least: int) -> None:
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise wrong(name, type(value).__name__, "an int", TypeError)
+    if value < least:
+        raise wrong(name, value, f"an integer >= {least}")
+
+
+def _not_built(op: str, what: str) -> NotImplementedError:
+    return NotImplementedError(f"{op}: {what} is not built yet")
+
+
+def _refuse_options(op: str, window: tuple[int, int], softcap: float, sinks: Tensor | None, dropout_p: float = 0.0):
+    if tuple(window) != (-1, -1):
+        raise _not_built(op, f"window={window}")
+    if softcap != 0:
+        raise _not_built(op, f"softcap={softcap}")
+    if sinks is not None:
+        raise _not_built(op, "sinks")
+    if dropout_p != 0:
+        raise _not_built(op, f"dropout_p={dropout_p}")
+
+
+# ---- ops -------------------------------------------------------------------------------------------------------------
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    kv_start: Tensor | None = None,
+    kv_end: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    deterministic: bool = True,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention with unequal numbers of K and V heads (eq. 16 and 17), without a matrix of scores.
+
+    Args:
+        q: `[b, n_q, s_q, d_k]`.
+        k: `[b, n_k, s_k, d_k]`.
+        v: `[b, n_v, s_k, d_v]`.
+        causal: query i sees the keys j <= i + s_k - s_q (aligned at the bottom right).
+        softmax_scale: factor of the scores; d_k ** -0.5 by default.
+        kv_start, kv_end: int32 `[b]`: only the keys in [kv_start, kv_end) exist, for left or right padding. The causal
+            alignment does not move. What lies outside may be NaN.
+        window, softcap, sinks, dropout_p: not built yet beyond their defaults. seed belongs to dropout.
+        deterministic: results never depend on the run, the batch or the number of threads, whatever is given here.
+        return_lse: also return the logarithm of the softmax denominator.
+
+    Returns:
+        out `[b, n_q, s_q, d_v]` in q's dtype; with return_lse also lse `[b, n_q, s_q]`, float32, natural logarithm.
+        A query that sees no key gets out 0 and lse -inf.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong.
+        NotImplementedError: an option that is not built, or an input that requires a gradient in grad mode.
+    """
+    _refuse_options("flash_attention", window, softcap, sinks, dropout_p)
+    run = _has_kernel("q", q)
+    if torch.is_grad_enabled():
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if isinstance(x, Tensor) and x.requires_grad:
+                raise _not_built("flash_attention", f"the backward pass ({name} requires a gradient in grad mode)")
+    if run:
+        out, lse = _call(_FLASH, q, k, v, causal=causal, softmax_scale=softmax_scale, kv_start=kv_start, kv_end=kv_end)
+    else:
+        out, lse = composed.flash_attention(
+            q, k, v, causal=causal, softmax_scale=softmax_scale, kv_start=kv_start, kv_end=kv_end, need_lse=return_lse
+        )
+    return (out, lse) if return_lse else out
+
+
+def flash_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    deterministic: bool = True,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`flash_attention` of packed sequences: tensors `[total, heads, dim]`, cu_seqlens int32 `[b + 1]`.
+
+    Raises:
+        NotImplementedError: always; it is not built yet.
+    """
+    raise NotImplementedError("flash_attention_varlen is not built yet; pad the sequences and use flash_attention")
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    cache_start: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    k_layout: str = "rows",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of the newest tokens with everything cached; K is read once per group. For inference only.
+
+    Args:
+        q: `[b, n_q, s_q, d_k]`: the last s_q of the cached tokens, causal among themselves.
+        k_cache: k_layout "rows": `[b, G, s, n_k / G, d_k]`, so that a plain `[b, n_k, s, d_k]` cache is a free view;
+            "panels": `[b, n_k, ceil(s / 32), d_k, 32]` (float32, float16) or
+            `[b, n_k, ceil(s / 32), d_k / 2, 32, 2]` (bfloat16), contiguous inside a panel.
+        v_cache: `[b, G, s, n_v / G, d_v]`.
+        cache_seqlens: int32 `[b]`, 0 to s: tokens in the cache, those of q included. Slots behind them may be NaN.
+        cache_start: int32 `[b]`: first slot that counts, for left padding.
+        block_table: int32 `[b, max_blocks]`. Then the first dimension of the caches counts blocks, s is the number of
+            tokens of a block (a multiple of 32 in panels), and token t of entry i lies in block
+            `block_table[i, t // s]`. Entries that no token needs may hold anything.
+        softmax_scale: factor of the scores; d_k ** -0.5 by default.
+        window, softcap, sinks: not built yet beyond their defaults.
+        return_lse: also return the logarithm of the softmax denominator.
+
+    Returns:
+        out `[b, n_q, s_q, d_v]` in q's dtype; with return_lse also lse `[b, n_q, s_q]`, float32, natural logarithm.
+        A query that sees no key gets out 0 and lse -inf.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong, or requires a gradient in grad mode. The contents of
+            cache_seqlens, cache_start and block_table are checked on the CPU.
+        NotImplementedError: an option that is not built.
+    """
+    _refuse_options("decode_attention", window, softcap, sinks)
+    layout = _choice("k_layout", k_layout, _LAYOUTS)
+    run = _has_kernel("q", q)
+    if torch.is_grad_enabled():
+        _refuse_gradients("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache)
+    options = {
+        "cache_start": cache_start,
+        "block_table": block_table,
+        "softmax_scale": softmax_scale,
+        "k_layout": layout,
+    }
+    if run:
+        out, lse = _call(_DECODE, q, k_cache, v_cache, cache_seqlens, **options)
+    else:
+        out, lse = composed.decode_attention(q, k_cache, v_cache, cache_seqlens, need_lse=return_lse, **options)
+    return (out, lse) if return_lse else out
+
+
+def kv_cache_update(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    *,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    block_table: Tensor | None = None,
+    v_stats: Tensor | None = None,
+    k_layout: str = "rows",
+) -> None:
+    """Writes new K and V rows into a cache, in place, rotating K on the way (eq. 10, RoPE).
+
+    Args:
+        k_cache, v_cache, block_table, k_layout: as in `decode_attention`; written.
+        k: `[b, n_k, s_new, d_k]`.
+        v: `[b, n_v, s_new, d_v]`.
+        positions: int32 or int64 `[b, s_new]`: the slot of each token; -1 skips it. No two tokens of a call may have
+            the same slot.
+        cos, sin: `[b or 1, s_new, d_rot]`, float32 or k's dtype, d_rot even and at most d_k: rotate the first d_rot
+            dimensions of k, in float32, dimension c with c + d_rot / 2 (the half-split convention).
+        v_stats: float32 `[b, n_v, d_v + 1]`, written: the sum of the V rows, and last their largest L2 norm. Only the
+            rows that this call writes are added; a slot that is written again counts twice.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong, or requires a gradient in grad mode. On the CPU this includes a
+            position outside the cache and an unmapped block; on CUDA such a token is not written, unless
+            DIFFQKV_DEBUG=1 asks for the check, which synchronises.
+    """
+    layout = _choice("k_layout", k_layout, _LAYOUTS)
+    run = _has_kernel("k_cache", k_cache, _library.UPDATE_DEVICES)
+    if torch.is_grad_enabled():
+        _refuse_gradients("kv_cache_update", k_cache=k_cache, v_cache=v_cache, k=k, v=v, cos=cos, sin=sin)
+    options = {"cos": cos, "sin": sin, "block_table": block_table, "v_stats": v_stats, "k_layout": layout}
+    if run:
+        _call(_UPDATE, k_cache, v_cache, k, v, positions, **options)
+    else:
+        composed.kv_cache_update(k_cache, v_cache, k, v, positions, **options)
+
+
+def selective_v_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    top_k: int,
+    *,
+    tail: str = "drop",
+    max_error: float | None = None,
+    keep_first: int = 0,
+    keep_last: int = 0,
+    v_stats: Tensor | None = None,
+    cache_start: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    k_layout: str = "rows",
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, SelectiveVStats]:
+    """`decode_attention` that fetches, for each query row, only the V rows of its best scores (Table 3).
+
+    The softmax runs over all scores. The order is total: dot product descending (float32, before scaling; ascending for
+    a negative scale), then index ascending. A row whose top_k reaches all it sees is dense attention.
+
+    Args:
+        q, k_cache, v_cache, cache_seqlens, cache_start, block_table, softmax_scale, k_layout: as in
+            `decode_attention`.
+        top_k: V rows that a query row selects, at least 1.
+        tail: what becomes of the softmax mass d of the rows that are not read: "drop": nothing is added, as in the
+            paper; "renorm": the result is divided by 1 - d; "mean": d times the mean V row of the sequence is added.
+        max_error: not built yet.
+        keep_first, keep_last: rows at the beginning and the end of what a query sees that are read besides the top_k.
+        v_stats: float32 `[b, n_v, d_v + 1]` as `kv_cache_update` keeps it. Without it tail "mean" and return_stats
+            take one pass over V.
+        return_stats: also return a `SelectiveVStats`.
+
+    Returns:
+        out `[b, n_q, s_q, d_v]` in q's dtype; with return_stats also lse, kept_mass, rows_used and error_bound
+        `[b, n_q, s_q]` and indices int64 `[b, n_q, s_q, top_k]`: the cache positions of the top_k best rows, ascending,
+        then -1. error_bound bounds the L2 distance of a row of out to dense attention, up to rounding: with Vmax the
+        largest norm of a V row, d * Vmax (drop), d * (Vmax + |out|) (renorm), d * (Vmax + |mean V row|) (mean).
+
+    Raises:
+        ValueError, TypeError: an argument is wrong, or requires a gradient in grad mode.
+        NotImplementedError: max_error is given.
+    """
+    if max_error is not None:
+        raise _not_built("selective_v_attention", f"max_error={max_error}")
+    layout = _choice("k_layout", k_layout, _LAYOUTS)
+    tail_mode = _choice("tail", tail, _TAILS)
+    _count("top_k", top_k, 1)
+    _count("keep_first", keep_first, 0)
+    _count("keep_last", keep_last, 0)
+    run = _has_kernel("q", q)
+    if torch.is_grad_enabled():
+        _refuse_gradients("selective_v_attention", q=q, k_cache=k_cache, v_cache=v_cache, v_stats=v_stats)
+    out, *stats = _call(
+        _SELECTIVE if run else composed.selective_v_attention,
+        q,
+        k_cache,
+        v_cache,
+        cache_seqlens,
+        top_k,
+        tail=tail_mode,
+        keep_first=keep_first,
+        keep_last=keep_last,
+        v_stats=v_stats,
+        cache_start=cache_start,
+        block_table=block_table,
+        softmax_scale=softmax_scale,
+        k_layout=layout,
+        return_bound=return_stats,
+    )
+    return (out, SelectiveVStats(*stats)) if return_stats else out
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up in one pass, computed in float32: the activation of augmented Q (appendix E) and of the FFN.
+
+    Args:
+        gate, up: equal shapes and dtypes (float32, bfloat16, float16).
+
+    Returns:
+        A tensor of that shape and dtype; differentiable once.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong.
+    """
+    if _has_kernel("gate", gate):
+        return _call(_SWIGLU, gate, up)
+    return composed.swiglu(gate, up)

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Makes the virtual environment that the Makefile works in: setup.sh FOLDER. Every obstacle is one sentence and what to do.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=$1
+python=${PYTHON:-python3}
+needed_mb=4096
+
+die() {
+  echo "setup: $*" >&2
+  exit 1
+}
+
+command -v "$python" >/dev/null || die "$python not found: install Python 3.10 or newer, or name one with PYTHON=..."
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+  die "$("$python" --version) is too old: name Python 3.10 or newer with PYTHON=..."
+"$python" -c 'import ensurepip, venv' 2>/dev/null ||
+  die "$python has no venv module: install it (Debian: apt-get install python3-venv)"
+"$python" -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
+  die "$python has no headers: install them (Debian: apt-get install python3-dev)"
+compiler=${CXX:-c++}
+command -v "$compiler" >/dev/null ||
+  die "no C++ compiler found: install one (Debian: apt-get install g++), or name one with CXX=..."
+if [ ! -d "$venv" ]; then
+  mkdir -p "$(dirname "$venv")"
+  free_mb=$(df -Pm "$(dirname "$venv")" | awk 'NR == 2 { print $4 }')
+  [ "$free_mb" -ge "$needed_mb" ] ||
+    die "$free_mb MB of disk space left, $needed_mb MB needed: free some, or put the environment elsewhere with VENV=..."
+fi
+
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet -c constraints.txt)
+"${pip[@]}" torch || die "torch did not install: see pip's message above"
+"${pip[@]}" setuptools ninja pybind11 cmeel-fmt
+command -v cmake >/dev/null || "${pip[@]}" cmake
+"${pip[@]}" accelerate hypothesis matplotlib numpy peft pytest pytest-timeout rich ruff safetensors tokenizers transformers
+touch "$venv/.ready"

@@ -1,0 +1,48 @@
+"""Fixtures of all tests: a fixed seed, and the two paths that every op can take."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffqkv import _library, composed
+
+OPS = (
+    "flash_attention",
+    "decode_attention",
+    "kv_cache_update",
+    "selective_v_attention",
+    "swiglu",
+    "swiglu_backward",
+)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def library():
+    """The compiled ops. Without them the test fails, unless they were left out on purpose."""
+    if os.environ.get("DIFFQKV_DISABLE_LIBRARY") == "1":
+        pytest.skip("DIFFQKV_DISABLE_LIBRARY=1")
+    if not _library.loaded:
+        pytest.fail(f"the compiled library is missing: {_library.reason}")
+    return SimpleNamespace(name="library", **{op: getattr(torch.ops.diffqkv, op).default for op in OPS})
+
+
+@pytest.fixture(params=["library", "composed"])
+def ops(request):
+    """The compiled ops, then the plain-torch ones; both with the signatures of the schemas."""
+    if request.param == "library":
+        return request.getfixturevalue("library")
+    return SimpleNamespace(name="composed", **{op: getattr(composed, op) for op in OPS})
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, undone afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -1,0 +1,372 @@
+"""Every wrong argument: an exception of the right type that names it, and nothing written."""
+
+import os
+import re
+
+import diffqkv
+import pytest
+import torch
+from diffqkv import _library
+from helpers import int32
+
+
+@pytest.fixture(params=["library", "composed"])
+def api(request, monkeypatch):
+    """The public functions, over the compiled ops and over plain torch."""
+    if request.param == "library":
+        request.getfixturevalue("library")
+    else:
+        monkeypatch.setattr(diffqkv.ops, "_has_kernel", lambda name, x, devices=None: _tensor_or_raise(name, x))
+    return diffqkv
+
+
+def _tensor_or_raise(name, x):
+    _library_check(name, x, frozenset())
+    return False
+
+
+_library_check = diffqkv.ops._has_kernel
+
+
+def flash_arguments():
+    return {
+        "q": torch.randn(2, 8, 3, 16),
+        "k": torch.randn(2, 2, 5, 16),
+        "v": torch.randn(2, 4, 5, 24),
+        "kv_start": int32(0, 0),
+        "kv_end": int32(5, 5),
+    }
+
+
+def decode_arguments(layout="rows", paged=False):
+    n = 6 if paged else 2
+    k_cache = torch.randn(n, 2, 64, 1, 16) if layout == "rows" else torch.randn(n, 2, 2, 16, 32)
+    return {
+        "q": torch.randn(2, 8, 1, 16),
+        "k_cache": k_cache,
+        "v_cache": torch.randn(n, 2, 64, 2, 24),
+        "cache_seqlens": int32(64, 10),
+        "cache_start": int32(0, 3),
+        "block_table": torch.tensor([[0, 3], [5, 1]], dtype=torch.int32) if paged else None,
+        "k_layout": layout,
+    }
+
+
+def selective_arguments():
+    return decode_arguments() | {"top_k": 4, "v_stats": torch.zeros(2, 4, 25)}
+
+
+def update_arguments(layout="rows", paged=False):
+    cache = decode_arguments(layout, paged)
+    return {
+        "k_cache": cache["k_cache"],
+        "v_cache": cache["v_cache"],
+        "k": torch.randn(2, 2, 3, 16),
+        "v": torch.randn(2, 4, 3, 24),
+        "positions": torch.tensor([[0, 1, 2], [5, -1, 7]]),
+        "cos": torch.randn(1, 3, 16),
+        "sin": torch.randn(1, 3, 16),
+        "block_table": cache["block_table"],
+        "v_stats": torch.zeros(2, 4, 25),
+        "k_layout": layout,
+    }
+
+
+def wide(x):
+    """x with a last stride of 2."""
+    return torch.stack([x, x], -1).flatten(-2)[..., ::2]
+
+
+def check(function, arguments, changes, error, name):
+    """function refuses the changed arguments with `name: got ..., want ...`, and changes no tensor."""
+    arguments = {n: changes[n](x) if callable(changes.get(n)) else changes.get(n, x) for n, x in arguments.items()} | {
+        n: x for n, x in changes.items() if n not in arguments
+    }
+    tensors = {n: x for n, x in arguments.items() if isinstance(x, torch.Tensor) and x.device.type == "cpu"}
+    before = {n: x.detach().clone() for n, x in tensors.items()}
+    with pytest.raises(error) as caught:
+        function(**arguments)
+    assert type(caught.value) is error
+    assert re.fullmatch(rf"({name}): got .+, want .+", str(caught.value)), str(caught.value)
+    for n, x in tensors.items():
+        assert torch.equal(x.detach(), before[n]), f"{n} was written"
+
+
+def half(x):
+    return x.to(torch.bfloat16)
+
+
+def double(x):
+    return x.double()
+
+
+FLASH = [
+    ({"q": lambda x: x[0]}, ValueError, "q"),
+    ({"k": lambda x: x[0]}, ValueError, "k"),
+    ({"v": lambda x: x[None]}, ValueError, "v"),
+    ({"q": double, "k": double, "v": double}, TypeError, "q"),
+    ({"q": lambda x: x.int()}, TypeError, "q"),
+    ({"k": half}, TypeError, "k"),
+    ({"v": double}, TypeError, "v"),
+    ({"k": lambda x: x[:1]}, ValueError, "k"),
+    ({"v": lambda x: x[:1]}, ValueError, "v"),
+    ({"k": lambda x: x[..., :8]}, ValueError, "k"),
+    ({"v": lambda x: x[:, :, :4]}, ValueError, "v"),
+    ({"k": lambda x: x.repeat(1, 2, 1, 1)[:, :3]}, ValueError, "k"),
+    ({"v": lambda x: x[:, :3]}, ValueError, "v"),
+    ({"k": lambda x: x[:, :0]}, ValueError, "k"),
+    ({"v": lambda x: x.repeat(1, 4, 1, 1)}, ValueError, "v"),
+    ({"q": lambda x: x[..., :12], "k": lambda x: x[..., :12]}, ValueError, "q"),
+    ({"v": lambda x: x[..., :4]}, ValueError, "v"),
+    ({"v": lambda x: x[..., :0]}, ValueError, "v"),
+    ({"v": lambda x: torch.randn(2, 4, 5, 264)}, ValueError, "v"),
+    ({"q": wide}, ValueError, "q"),
+    ({"k": wide}, ValueError, "k"),
+    ({"v": wide}, ValueError, "v"),
+    ({"kv_start": lambda x: x.long()}, TypeError, "kv_start"),
+    ({"kv_end": lambda x: x.float()}, TypeError, "kv_end"),
+    ({"kv_end": lambda x: x[:1]}, ValueError, "kv_end"),
+    ({"kv_start": lambda x: x[None]}, ValueError, "kv_start"),
+    ({"k": lambda x: x.to("meta")}, ValueError, "k"),
+    ({"kv_end": lambda x: x.to("meta")}, ValueError, "kv_end"),
+    ({"q": None}, TypeError, "q"),
+    ({"k": [1.0]}, TypeError, "k"),
+    ({"v": 3}, TypeError, "v"),
+    ({"kv_end": 5}, TypeError, "kv_end"),
+]
+
+DECODE = [
+    ({"q": lambda x: x[0]}, ValueError, "q"),
+    ({"k_cache": lambda x: x[0]}, ValueError, "k_cache"),
+    ({"v_cache": lambda x: x.flatten(3)}, ValueError, "v_cache"),
+    ({"q": double}, TypeError, "q"),
+    ({"k_cache": half}, TypeError, "k_cache"),
+    ({"v_cache": half}, TypeError, "v_cache"),
+    ({"q": lambda x: x[..., :8]}, ValueError, "q"),
+    ({"q": lambda x: x[:1]}, ValueError, "q|k_cache|v_cache"),
+    ({"q": lambda x: x[:, :3]}, ValueError, "q|k|k_cache"),
+    ({"q": lambda x: x[:, :6]}, ValueError, "q|v|v_cache"),
+    ({"k_cache": lambda x: x[..., :12], "q": lambda x: x[..., :12]}, ValueError, "k_cache"),
+    ({"v_cache": lambda x: x[..., :4]}, ValueError, "v_cache"),
+    ({"k_cache": lambda x: x.repeat(1, 1, 1, 2, 1)}, ValueError, "k_cache|v_cache"),
+    ({"k_cache": lambda x: x[:, :1]}, ValueError, "k_cache"),
+    ({"k_cache": lambda x: x[:, :, :63]}, ValueError, "k_cache"),
+    ({"k_cache": lambda x: x[:, :, :, :0]}, ValueError, "k_cache|v_cache"),
+    ({"q": wide}, ValueError, "q"),
+    ({"k_cache": wide}, ValueError, "k_cache"),
+    ({"v_cache": wide}, ValueError, "v_cache"),
+    ({"cache_seqlens": lambda x: x.long()}, TypeError, "cache_seqlens"),
+    ({"cache_seqlens": lambda x: x[:1]}, ValueError, "cache_seqlens"),
+    ({"cache_seqlens": lambda x: x[:, None]}, ValueError, "cache_seqlens"),
+    ({"cache_seqlens": int32(65, 1)}, ValueError, "cache_seqlens"),
+    ({"cache_seqlens": int32(1, -1)}, ValueError, "cache_seqlens"),
+    ({"cache_start": int32(-1, 0)}, ValueError, "cache_start"),
+    ({"cache_start": lambda x: x.short()}, TypeError, "cache_start"),
+    ({"cache_seqlens": None}, TypeError, "cache_seqlens"),
+    ({"v_cache": "cache"}, TypeError, "v_cache"),
+    ({"v_cache": lambda x: x.to("meta")}, ValueError, "v_cache"),
+    ({"k_layout": "columns"}, ValueError, "k_layout"),
+    ({"k_layout": 1}, TypeError, "k_layout"),
+    ({"q": lambda x: x.requires_grad_()}, ValueError, "q"),
+    ({"v_cache": lambda x: x.requires_grad_()}, ValueError, "v_cache"),
+]
+
+PANELS = [
+    ({"k_cache": lambda x: x[..., 0]}, ValueError, "k_cache"),
+    ({"k_cache": lambda x: x[..., :16]}, ValueError, "k_cache"),
+    ({"k_cache": lambda x: x[:, :, :1]}, ValueError, "k_cache"),
+    ({"k_cache": lambda x: x.mT.contiguous().mT}, ValueError, "k_cache"),
+    ({"k_cache": lambda x: x[..., :12, :], "q": lambda x: x[..., :12]}, ValueError, "k_cache"),
+]
+
+PAGED = [
+    ({"block_table": lambda x: x.long()}, TypeError, "block_table"),
+    ({"block_table": lambda x: x[0]}, ValueError, "block_table"),
+    ({"block_table": lambda x: x[:1]}, ValueError, "block_table"),
+    ({"block_table": torch.tensor([[0, 6], [1, 2]], dtype=torch.int32), "cache_seqlens": int32(65, 1)}, ValueError,
+     "block_table"),
+    ({"block_table": torch.tensor([[0, 1], [-1, 2]], dtype=torch.int32)}, ValueError, "block_table"),
+    ({"cache_seqlens": int32(129, 1)}, ValueError, "cache_seqlens"),
+]  # fmt: skip
+
+SELECTIVE = [
+    ({"top_k": 0}, ValueError, "top_k"),
+    ({"top_k": -3}, ValueError, "top_k"),
+    ({"top_k": True}, TypeError, "top_k"),
+    ({"top_k": 4.0}, TypeError, "top_k"),
+    ({"top_k": "4"}, TypeError, "top_k"),
+    ({"keep_first": -1}, ValueError, "keep_first"),
+    ({"keep_last": 1.5}, TypeError, "keep_last"),
+    ({"tail": "head"}, ValueError, "tail"),
+    ({"tail": None}, TypeError, "tail"),
+    ({"v_stats": half}, TypeError, "v_stats"),
+    ({"v_stats": lambda x: x[0]}, ValueError, "v_stats"),
+    ({"v_stats": lambda x: x[:, :3].contiguous()}, ValueError, "v_stats"),
+    ({"v_stats": lambda x: x[..., :24].contiguous()}, ValueError, "v_stats"),
+    ({"v_stats": wide}, ValueError, "v_stats"),
+]
+
+UPDATE = [
+    ({"k": lambda x: x[0]}, ValueError, "k"),
+    ({"v": lambda x: x[0]}, ValueError, "v"),
+    ({"k": half}, TypeError, "k"),
+    ({"v": half}, TypeError, "v"),
+    ({"k_cache": half}, TypeError, "k|k_cache|v_cache"),
+    ({"k": lambda x: x[:, :1]}, ValueError, "k"),
+    ({"v": lambda x: x[:, :3]}, ValueError, "v"),
+    ({"k": lambda x: x[..., :8]}, ValueError, "k"),
+    ({"v": lambda x: x[..., :16]}, ValueError, "v"),
+    ({"v": lambda x: x[:, :, :2]}, ValueError, "v"),
+    ({"v": lambda x: x[:1]}, ValueError, "v"),
+    ({"k": wide}, ValueError, "k"),
+    ({"v": wide}, ValueError, "v"),
+    ({"positions": lambda x: x.float()}, TypeError, "positions"),
+    ({"positions": lambda x: x[0]}, ValueError, "positions"),
+    ({"positions": lambda x: x[:, :2]}, ValueError, "positions"),
+    ({"positions": torch.tensor([[0, 1, 2], [5, -1, 64]])}, ValueError, "positions"),
+    ({"positions": torch.tensor([[0, 1, -2], [5, -1, 6]])}, ValueError, "positions"),
+    ({"positions": torch.tensor([[0, 1, 2**40], [5, -1, 6]])}, ValueError, "positions"),
+    ({"cos": None}, ValueError, "cos"),
+    ({"sin": None}, ValueError, "sin"),
+    ({"cos": lambda x: x[0]}, ValueError, "cos"),
+    ({"cos": lambda x: x[:, :2]}, ValueError, "cos"),
+    ({"cos": lambda x: x[..., :8]}, ValueError, "cos|sin"),
+    ({"cos": lambda x: x[..., :7], "sin": lambda x: x[..., :7]}, ValueError, "cos"),
+    ({"cos": lambda x: x.repeat(1, 1, 2), "sin": lambda x: x.repeat(1, 1, 2)}, ValueError, "cos"),
+    ({"cos": lambda x: x.repeat(3, 1, 1), "sin": lambda x: x.repeat(3, 1, 1)}, ValueError, "cos"),
+    ({"cos": half, "sin": half}, TypeError, "cos"),
+    ({"cos": wide, "sin": wide}, ValueError, "cos"),
+    ({"sin": double}, TypeError, "sin"),
+    ({"v_stats": double}, TypeError, "v_stats"),
+    ({"v_stats": lambda x: x[:, :2]}, ValueError, "v_stats"),
+    ({"positions": None}, TypeError, "positions"),
+    ({"k_layout": "row"}, ValueError, "k_layout"),
+    ({"k": lambda x: x.requires_grad_()}, ValueError, "k"),
+    ({"v_cache": lambda x: x.to("meta")}, ValueError, "v_cache"),
+]
+
+SWIGLU = [
+    ({"up": lambda x: x[:2]}, ValueError, "up"),
+    ({"up": lambda x: x[0]}, ValueError, "up"),
+    ({"up": half}, TypeError, "up"),
+    ({"gate": double, "up": double}, TypeError, "gate"),
+    ({"gate": lambda x: x.int(), "up": lambda x: x.int()}, TypeError, "gate"),
+    ({"gate": 1.0}, TypeError, "gate"),
+    ({"up": 1.0}, TypeError, "up"),
+    ({"up": lambda x: x.to("meta")}, ValueError, "up"),
+]
+
+
+def numbered(cases):
+    return pytest.mark.parametrize("changes, error, name", cases, ids=[f"{i}-{c[2]}" for i, c in enumerate(cases)])
+
+
+@numbered(FLASH)
+def test_flash(api, changes, error, name):
+    check(api.flash_attention, flash_arguments(), changes, error, name)
+
+
+@numbered(DECODE)
+def test_decode(api, changes, error, name):
+    check(api.decode_attention, decode_arguments(), changes, error, name)
+    check(api.selective_v_attention, selective_arguments(), changes, error, name)
+
+
+@numbered(PANELS)
+def test_decode_panels(api, changes, error, name):
+    check(api.decode_attention, decode_arguments("panels"), changes, error, name)
+
+
+def test_panels_of_bfloat16_have_pairs(api):
+    arguments = decode_arguments("panels")
+    arguments |= {name: half(arguments[name]) for name in ("q", "k_cache", "v_cache")}
+    check(api.decode_attention, arguments, {}, ValueError, "k_cache")
+
+
+def test_blocks_of_panels_are_whole_panels(api):
+    arguments = decode_arguments("panels", paged=True)
+    changes = {"v_cache": torch.randn(6, 2, 40, 2, 24)}
+    check(api.decode_attention, arguments, changes, ValueError, "k_cache|v_cache")
+
+
+@numbered(PAGED)
+def test_decode_paged(api, changes, error, name):
+    check(api.decode_attention, decode_arguments(paged=True), changes, error, name)
+
+
+@numbered(SELECTIVE)
+def test_selective(api, changes, error, name):
+    check(api.selective_v_attention, selective_arguments(), changes, error, name)
+
+
+@pytest.mark.parametrize("layout", ["rows", "panels"])
+@numbered(UPDATE)
+def test_update(api, layout, changes, error, name):
+    check(api.kv_cache_update, update_arguments(layout), changes, error, name)
+
+
+@pytest.mark.parametrize("block", [-1, 6, 2**31 - 1])
+def test_update_of_an_unmapped_block(api, block):
+    table = torch.tensor([[0, 3], [5, block]], dtype=torch.int32)
+    changes = {"block_table": table, "positions": torch.tensor([[0, 1, 2], [5, -1, 70]])}
+    check(api.kv_cache_update, update_arguments(paged=True), changes, ValueError, "block_table")
+    arguments = update_arguments(paged=True) | {"block_table": table}
+    api.kv_cache_update(**arguments)  # no token needs that entry
+
+
+@numbered(SWIGLU)
+def test_swiglu(api, changes, error, name):
+    check(api.swiglu, {"gate": torch.randn(3, 4), "up": torch.randn(3, 4)}, changes, error, name)
+
+
+@pytest.mark.parametrize(
+    "option, what",
+    [
+        ({"window": (128, 0)}, "window"),
+        ({"softcap": 30.0}, "softcap"),
+        ({"sinks": torch.zeros(8)}, "sinks"),
+        ({"dropout_p": 0.1}, "dropout_p"),
+    ],
+)
+def test_not_built(api, option, what):
+    with pytest.raises(NotImplementedError, match=what):
+        api.flash_attention(**flash_arguments(), **option)
+    if what != "dropout_p":
+        with pytest.raises(NotImplementedError, match=what):
+            api.decode_attention(**decode_arguments(), **option)
+
+
+def test_not_built_backward_varlen_and_max_error(api):
+    for name in ("q", "k", "v"):
+        arguments = flash_arguments()
+        arguments[name].requires_grad_()
+        with pytest.raises(NotImplementedError, match="backward"):
+            api.flash_attention(**arguments)
+        with torch.no_grad():
+            api.flash_attention(**arguments)
+    with pytest.raises(NotImplementedError, match="max_error"):
+        api.selective_v_attention(**selective_arguments(), max_error=0.1)
+    x, lengths = torch.randn(7, 2, 8), int32(0, 7)
+    with pytest.raises(NotImplementedError, match="flash_attention_varlen"):
+        api.flash_attention_varlen(x, x, x, lengths, lengths, 7, 7)
+
+
+def test_direct_calls_raise_runtime_errors(library):
+    with pytest.raises(RuntimeError, match=r"k: got .*, want"):
+        library.flash_attention(torch.randn(1, 4, 1, 8), torch.randn(1, 3, 1, 8), torch.randn(1, 4, 1, 8))
+    with pytest.raises(RuntimeError, match=r"tail: got .*, want"):
+        library.selective_v_attention(
+            torch.randn(1, 1, 1, 8), torch.randn(1, 1, 4, 1, 8), torch.randn(1, 1, 4, 1, 8), int32(4), 2, tail=3
+        )
+    with pytest.raises(RuntimeError, match=r"k_layout: got .*, want"):
+        library.decode_attention(
+            torch.randn(1, 1, 1, 8), torch.randn(1, 1, 4, 1, 8), torch.randn(1, 1, 4, 1, 8), int32(4), k_layout=2
+        )
+
+
+def test_missing_library_is_explained():
+    if os.environ.get("DIFFQKV_DISABLE_LIBRARY") == "1":
+        assert not _library.loaded and diffqkv.config()["reason"] == "DIFFQKV_DISABLE_LIBRARY=1"
+    else:
+        assert _library.loaded, _library.reason
+        assert diffqkv.config()["reason"] is None

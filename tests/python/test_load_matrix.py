@@ -1,0 +1,19 @@
+"""One library file runs in every torch release at hand, those in DIFFQKV_TEST_PYTHONS (interpreters, colon-separated)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from diffqkv import _library
+
+INTERPRETERS = [sys.executable, *filter(None, os.environ.get("DIFFQKV_TEST_PYTHONS", "").split(":"))]
+
+
+@pytest.mark.parametrize("interpreter", INTERPRETERS)
+def test_every_op_runs(interpreter):
+    command = [interpreter, str(Path(__file__).with_name("smoke.py")), _library.path]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "every op ran" in result.stdout

@@ -1,0 +1,476 @@
+"""Every op against the reference, through the compiled library and through plain torch."""
+
+import diffqkv
+import pytest
+import torch
+from diffqkv import reference
+from helpers import (
+    DIMS,
+    DTYPES,
+    HEADS,
+    LAYOUT_CODE,
+    LAYOUTS,
+    NAN,
+    TAILS,
+    assert_accurate,
+    assert_lse,
+    cache_of,
+    int32,
+    qkv,
+)
+
+D = torch.float64
+
+
+def exact_and_low(function, dtype, *args, **kwargs):
+    """(out, lse) in float64, and out of the same computation by torch in dtype."""
+    exact = function(*args, return_lse=True, dtype=D, **kwargs)
+    return exact, function(*args, dtype=dtype, **kwargs)
+
+
+def check_flash(ops, q, k, v, **kwargs):
+    out, lse = ops.flash_attention(q, k, v, **kwargs)
+    assert out.dtype == q.dtype and out.is_contiguous() and lse.is_contiguous()
+    (exact, exact_lse), low = exact_and_low(reference.attention, q.dtype, q, k, v, **kwargs)
+    assert_accurate(out, exact, low)
+    assert_lse(lse, exact_lse, q.dtype)
+
+
+def check_decode(ops, q, cache, **kwargs):
+    args = (q, cache.k_cache, cache.v_cache, cache.seqlens)
+    out, lse = ops.decode_attention(*args, **cache.options, **kwargs)
+    assert out.dtype == q.dtype and out.is_contiguous() and lse.is_contiguous()
+    (exact, exact_lse), low = exact_and_low(
+        reference.decode_attention, q.dtype, *args, **cache.reference_options, **kwargs
+    )
+    assert_accurate(out, exact, low)
+    assert_lse(lse, exact_lse, q.dtype)
+
+
+# ---- flash_attention -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS)
+def test_flash_heads(ops, heads, dtype, causal):
+    check_flash(ops, *qkv(2, heads, 33, 47, (40, 56), dtype), causal=causal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", [*DIMS, (8, 8), (16, 248), (256, 256)])
+def test_flash_dims(ops, dims, dtype):
+    check_flash(ops, *qkv(1, (12, 4, 6), 31, 70, dims, dtype), causal=True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "s_q, s_k", [(1, 1), (2, 1), (1, 2), (31, 33), (33, 31), (113, 203), (203, 113), (0, 5), (5, 0), (0, 0), (1, 20000)]
+)
+def test_flash_lengths(ops, s_q, s_k, dtype, causal):
+    check_flash(ops, *qkv(1, (8, 2, 4), s_q, s_k, (32, 64), dtype), causal=causal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_flash_long(ops, dtype):
+    check_flash(ops, *qkv(1, (4, 1, 2), 1023, 1024, (64, 64), dtype), causal=True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("s_q", [1, 40])
+def test_flash_padding(ops, s_q, dtype, causal):
+    """What lies outside [kv_start, kv_end) is NaN; one entry has no keys at all; ends are clamped to the keys."""
+    q, k, v = qkv(5, (8, 2, 4), s_q, 300, (64, 32), dtype)
+    start, end = int32(0, 17, 260, 50, -3), int32(300, 290, 280, 50, 1000)
+    for b, (lo, hi) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
+        for x in (k, v):
+            x[b, :, : max(lo, 0)] = NAN
+            x[b, :, hi:] = NAN
+    check_flash(ops, q, k, v, causal=causal, kv_start=start, kv_end=end)
+    check_flash(ops, q, k.nan_to_num(1.0), v.nan_to_num(1.0), causal=causal, kv_end=end)
+
+
+def strided(x, how):
+    """x with gaps between tokens, in another order of memory, or in the middle of a larger storage."""
+    b, h, s, d = x.shape
+    if how == "gaps":
+        base = x.new_full((b, h, 2 * s, d + 8), NAN)
+        view = base[:, :, ::2, :d]
+    elif how == "tokens first":
+        view = x.new_empty(b, s, h, d).transpose(1, 2)
+    else:
+        base = x.new_full((b * h * s * d + 13,), NAN)
+        view = base[13:].view(b, h, s, d)
+    return view.copy_(x)
+
+
+@pytest.mark.parametrize("how", ["gaps", "tokens first", "offset"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_flash_strides(ops, dtype, how):
+    q, k, v = qkv(2, (12, 6, 4), 19, 37, (40, 24), dtype)
+    out, lse = ops.flash_attention(*(strided(x, how) for x in (q, k, v)), causal=True)
+    expected, expected_lse = ops.flash_attention(q, k, v, causal=True)
+    if ops.name == "library":
+        assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+    else:
+        torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.25, 1.5])
+def test_flash_scale(ops, scale):
+    check_flash(ops, *qkv(1, (8, 2, 4), 20, 40, (16, 16)), softmax_scale=scale)
+
+
+def test_flash_large_scores(ops):
+    """The running maximum has to move: scores grow along the keys, up to 1e4."""
+    q, k, v = qkv(1, (4, 2, 2), 17, 600, (16, 16))
+    k = k.abs() * torch.arange(600)[:, None]
+    check_flash(ops, q.abs(), k, v)
+
+
+def test_flash_nan_and_inf_propagate(library):
+    """The compiled op only: torch SDPA returns 0 for a row of NaN scores."""
+    q, k, v = qkv(1, (4, 2, 2), 5, 9, (8, 8))
+    q[0, 1, 2, 3] = NAN
+    out, _ = library.flash_attention(q, k, v)
+    assert out.isnan().any(-1).nonzero().tolist() == [[0, 1, 2]]
+    v[0, 1, 4, 5] = torch.inf
+    out, _ = library.flash_attention(*qkv(1, (4, 2, 2), 5, 9, (8, 8))[:2], v)
+    assert torch.isinf(out[0, 2:, :, 5]).all() and torch.isfinite(out[0, :2]).all()
+
+
+def test_empty_batch(ops):
+    q, k, v = qkv(0, (8, 2, 4), 3, 5, (16, 24))
+    out, lse = ops.flash_attention(q, k, v)
+    assert out.shape == (0, 8, 3, 24) and lse.shape == (0, 8, 3)
+    cache = cache_of(k, v, int32())
+    out, lse = ops.decode_attention(q, cache.k_cache, cache.v_cache, cache.seqlens)
+    assert out.shape == (0, 8, 3, 24) and lse.shape == (0, 8, 3)
+    out, *_, indices, _, _ = ops.selective_v_attention(q, cache.k_cache, cache.v_cache, cache.seqlens, 2)
+    assert out.shape == (0, 8, 3, 24) and indices.shape == (0, 8, 3, 2)
+    ops.kv_cache_update(cache.k_cache, cache.v_cache, k, v, torch.zeros(0, 5, dtype=torch.int64))
+    assert ops.swiglu(torch.empty(0, 3), torch.empty(0, 3)).shape == (0, 3)
+
+
+# ---- decode_attention ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_size", [None, 32])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS)
+def test_decode_heads(ops, heads, dtype, layout, block_size):
+    q, k, v = qkv(3, heads, 1, 100, (64, 64), dtype)
+    check_decode(ops, q, cache_of(k, v, int32(100, 1, 33), layout=layout, block_size=block_size))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", [*DIMS, (8, 8), (16, 248), (256, 256)])
+def test_decode_dims(ops, dims, dtype, layout):
+    q, k, v = qkv(2, (12, 4, 6), 2, 70, dims, dtype)
+    check_decode(ops, q, cache_of(k, v, int32(70, 31), layout=layout))
+
+
+@pytest.mark.parametrize("block_size", [None, 64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("s_q", [0, 1, 3, 16, 40])
+def test_decode_lengths(ops, s_q, dtype, layout, block_size):
+    """Empty, one token, fewer tokens than queries, several splits; left padding that ends in the last block."""
+    q, k, v = qkv(6, (8, 2, 4), s_q, 1100, (32, 40), dtype)
+    seqlens, start = int32(0, 1, 2, 513, 1100, 1024), int32(0, 0, 1, 512, 77, 1024)
+    check_decode(ops, q, cache_of(k, v, seqlens, layout=layout, block_size=block_size))
+    check_decode(ops, q, cache_of(k, v, seqlens, layout=layout, block_size=block_size, start=start))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode_long(ops, dtype, layout):
+    q, k, v = qkv(1, (8, 1, 4), 1, 20000, (64, 32), dtype)
+    check_decode(ops, q, cache_of(k, v, int32(19999), layout=layout), softmax_scale=0.2)
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 16])
+def test_decode_small_pages(ops, block_size):
+    q, k, v = qkv(2, (8, 4, 2), 2, 43, (16, 16))
+    check_decode(ops, q, cache_of(k, v, int32(43, 20), block_size=block_size, start=int32(6, 0)))
+
+
+def test_decode_of_a_plain_cache(ops):
+    """A `[b, n_k, s, d_k]` tensor is a cache by a free view, whatever its strides."""
+    q, k, v = qkv(2, (12, 4, 6), 1, 50, (24, 16))
+    k, v = strided(k, "tokens first"), strided(v, "gaps")
+    k_cache, v_cache = reference.group(k, 2), reference.group(v, 2)
+    assert k_cache.data_ptr() == k.data_ptr() and v_cache.data_ptr() == v.data_ptr()
+    out, _ = ops.decode_attention(q, k_cache, v_cache, int32(50, 41))
+    exact = reference.attention(q, k, v, kv_end=int32(50, 41), dtype=D)
+    assert_accurate(out, exact, reference.attention(q, k, v, kv_end=int32(50, 41)))
+
+
+# ---- selective_v_attention -------------------------------------------------------------------------------------------
+
+
+def integers(b, heads, s_q, s_k, dims, dtype):
+    """q and k of small integers: every dot product is exact in every precision, and ties abound."""
+    q, k, v = qkv(b, heads, s_q, s_k, dims)
+    return q.round().clamp(-2, 2).to(dtype), k.round().clamp(-2, 2).to(dtype), v.to(dtype)
+
+
+def check_selective(ops, q, cache, top_k, tail="drop", v_stats=None, **kwargs):
+    args = (q, cache.k_cache, cache.v_cache, cache.seqlens, top_k)
+    out, *stats = ops.selective_v_attention(
+        *args, tail=TAILS.index(tail), v_stats=v_stats, return_bound=True, **cache.options, **kwargs
+    )
+    stats = diffqkv.SelectiveVStats(*stats)
+    options = {"tail": tail, "v_stats": v_stats, **cache.reference_options, **kwargs}
+    exact, want = reference.selective_v_attention(*args, dtype=D, **options)
+    low, _ = reference.selective_v_attention(*args, dtype=torch.float32, **options)
+    assert torch.equal(stats.indices, want.indices)
+    assert torch.equal(stats.rows_used, want.rows_used)
+    assert_accurate(out, exact, low.to(q.dtype))
+    assert_lse(stats.lse, want.lse, q.dtype)
+    torch.testing.assert_close(stats.kept_mass.double(), want.kept_mass, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stats.error_bound.double(), want.error_bound, atol=1e-3, rtol=1e-3)
+    return out, stats
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS)
+def test_selective_heads(ops, heads, dtype, layout, tail):
+    q, k, v = integers(3, heads, 1, 150, (16, 24), dtype)
+    check_selective(ops, q, cache_of(k, v, int32(150, 7, 64), layout=layout), 20, tail)
+
+
+@pytest.mark.parametrize("top_k", [1, 7, 100, 999, 1000, 3000])
+@pytest.mark.parametrize("block_size", [None, 32])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_selective_sizes(ops, layout, block_size, top_k):
+    q, k, v = integers(3, (8, 2, 4), 3, 1000, (32, 16), torch.float32)
+    seqlens, start = int32(1000, 0, 600), int32(0, 0, 555)
+    cache = cache_of(k, v, seqlens, layout=layout, block_size=block_size, start=start)
+    check_selective(ops, q, cache, top_k, "mean")
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("keep", [(3, 0), (0, 3), (5, 40), (100, 100)])
+def test_selective_keeps_ends(ops, keep, tail):
+    """Forced rows may overlap each other and the best ones, or reach beyond the sequence."""
+    q, k, v = integers(2, (8, 2, 4), 2, 90, (16, 16), torch.float32)
+    cache = cache_of(k, v, int32(90, 45), start=int32(10, 0))
+    check_selective(ops, q, cache, 6, tail, keep_first=keep[0], keep_last=keep[1])
+
+
+@pytest.mark.parametrize("order", ["constant", "ascending", "descending"])
+def test_selective_orders(ops, order):
+    steps = {"constant": torch.ones(2000), "ascending": torch.arange(2000.0), "descending": -torch.arange(2000.0)}
+    q, k, v = torch.zeros(1, 2, 1, 8), torch.zeros(1, 1, 2000, 8), torch.randn(1, 2, 2000, 8)
+    q[..., 0], k[..., 0] = 1.0, steps[order]
+    for scale in (1e-3, -1e-3):
+        _, stats = check_selective(ops, q, cache_of(k, v, int32(2000)), 50, softmax_scale=scale)
+        last = (order == "ascending") == (scale > 0) and order != "constant"
+        assert stats.indices[0, 0, 0].tolist() == list(range(1950, 2000) if last else range(50))
+
+
+@pytest.mark.parametrize("tail", ["mean", "renorm"])
+def test_selective_with_v_stats(ops, tail):
+    q, k, v = integers(2, (8, 2, 4), 1, 80, (16, 16), torch.bfloat16)
+    cache = cache_of(k, v, int32(80, 60))
+    rows = cache.v.double().nan_to_num(0.0)
+    v_stats = torch.cat([rows.sum(2), rows.norm(dim=-1).amax(2)[..., None]], -1).float()
+    kept, _ = check_selective(ops, q, cache, 5, tail, v_stats=v_stats)
+    computed, _ = check_selective(ops, q, cache, 5, tail)
+    torch.testing.assert_close(kept, computed)
+
+
+def test_selective_bound_holds(ops):
+    q, k, v = qkv(2, (8, 2, 4), 1, 400, (32, 32))
+    cache = cache_of(k, v, int32(400, 250))
+    args = (q, cache.k_cache, cache.v_cache, cache.seqlens)
+    dense = reference.decode_attention(*args, dtype=D)
+    for tail in range(3):
+        for top_k in (1, 10, 100, 399):
+            out, *_, bound = ops.selective_v_attention(*args, top_k, tail=tail, return_bound=True)
+            assert ((out.double() - dense).norm(dim=-1) <= bound + 1e-5).all()
+            *_, unasked = ops.selective_v_attention(*args, top_k, tail=tail)
+            assert (unasked == torch.inf).all()
+
+
+def test_selective_nan_score_makes_its_rows_nan(ops):
+    """K head 1 has a NaN among the keys that count: the q heads that read it are NaN, the others are not."""
+    q, k, v = qkv(1, (8, 2, 4), 1, 600, (16, 16))
+    k[0, 1, 123, 4] = NAN
+    cache = cache_of(k, v, int32(600))
+    for tail in range(3):
+        out, lse, *_ = ops.selective_v_attention(q, cache.k_cache, cache.v_cache, cache.seqlens, 10, tail=tail)
+        assert out[0, 4:].isnan().all() and lse[0, 4:].isnan().all()
+        assert out[0, :4].isfinite().all() and lse[0, :4].isfinite().all()
+
+
+# ---- kv_cache_update -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_size", [None, 32])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(32, 4, 16), (12, 6, 4), (5, 1, 5)])
+def test_update_writes_these_slots_only(ops, heads, dtype, layout, block_size):
+    n_q, n_k, n_v = heads
+    _, k, v = qkv(2, heads, 1, 6, (24, 16), dtype)
+    positions = torch.tensor([[3, -1, 95, 40, 41, 0], [-1, -1, -1, -1, 7, 64]])
+    empty_k, empty_v = k.new_full((2, n_k, 96, 24), NAN), v.new_full((2, n_v, 96, 16), NAN)
+    cache = cache_of(empty_k, empty_v, int32(96, 96), layout=layout, block_size=block_size)
+    want_k, want_v = cache.k_cache.clone(), cache.v_cache.clone()
+    stats = torch.zeros(2, n_v, 17)
+    want_stats = stats.double()
+    table = {"block_table": cache.block_table}
+    for index in (positions, positions.int()):
+        ops.kv_cache_update(
+            cache.k_cache, cache.v_cache, k, v, index, v_stats=stats, k_layout=LAYOUT_CODE[layout], **table
+        )
+        reference.cache_update(want_k, want_v, k, v, index, v_stats=want_stats, k_layout=layout, **table)
+        torch.testing.assert_close(cache.k_cache, want_k, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(cache.v_cache, want_v, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(stats.double(), want_stats, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rope_dtype", ["float32", "as k"])
+@pytest.mark.parametrize("d_rot", [0, 8, 24])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_update_rotates(ops, dtype, layout, shared, d_rot, rope_dtype):
+    _, k, v = qkv(2, (8, 2, 4), 1, 5, (24, 16), dtype)
+    angle = torch.rand(1 if shared else 2, 5, d_rot) * 6.3
+    rope = torch.float32 if rope_dtype == "float32" else dtype
+    cos, sin = angle.cos().to(rope), angle.sin().to(rope)
+    cache = cache_of(k.new_zeros(2, 2, 64, 24), v.new_zeros(2, 4, 64, 16), int32(64, 64), layout=layout)
+    positions = torch.tensor([[0, 1, 2, 3, 4], [59, 60, 61, 62, 63]])
+    ops.kv_cache_update(cache.k_cache, cache.v_cache, k, v, positions, cos=cos, sin=sin, k_layout=LAYOUT_CODE[layout])
+    dense = reference.ungroup(cache.k_cache) if layout == "rows" else reference.panels_to_rows(cache.k_cache)
+    written = dense.gather(2, positions[:, None, :, None].expand(2, 2, 5, 24))
+    exact = reference.rotate(k, cos, sin, D)
+    assert_accurate(written, exact, reference.rotate(k, cos, sin).to(dtype))
+    assert dense.count_nonzero() <= written.numel()
+
+
+def test_update_of_strided_inputs(ops):
+    _, k, v = qkv(2, (8, 2, 4), 1, 7, (16, 16))
+    k, v = strided(k, "tokens first"), strided(v, "gaps")
+    positions = torch.arange(14).view(7, 2).T
+    k_cache, v_cache = torch.zeros(2, 20, 2, 1, 16).transpose(1, 2), torch.zeros(2, 2, 20, 2, 16)
+    ops.kv_cache_update(k_cache, v_cache, k, v, positions)
+    for b in range(2):
+        assert torch.equal(reference.ungroup(k_cache)[b][:, positions[b]], k[b])
+        assert torch.equal(reference.ungroup(v_cache)[b][:, positions[b]], v[b])
+
+
+# ---- swiglu ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (7, 33), (2, 3, 1024), (0, 4)])
+def test_swiglu(ops, shape, dtype):
+    gate, up, dout = ((3 * torch.randn(shape)).to(dtype) for _ in range(3))
+    out = ops.swiglu(gate, up)
+    assert out.dtype == dtype and out.shape == shape
+    assert_accurate(out, reference.swiglu(gate, up, D), reference.swiglu(gate, up, dtype))
+    exact, low = (
+        torch.autograd.grad(reference.swiglu(g, u, to), (g, u), dout.to(to))
+        for to in (D, dtype)
+        for g, u in [(gate.to(to).requires_grad_(), up.to(to).requires_grad_())]
+    )
+    for actual, e, lo in zip(ops.swiglu_backward(dout, gate, up), exact, low, strict=True):
+        assert_accurate(actual, e, lo, factor=3)
+
+
+def test_swiglu_extremes(ops):
+    gate = torch.tensor([0.0, -0.0, 1e4, -1e4, torch.inf, 88.0, -88.0, -104.0, NAN])
+    out = ops.swiglu(gate, torch.ones(9))
+    assert_accurate(out, reference.swiglu(gate.double(), torch.ones(9, dtype=D)), reference.swiglu(gate, torch.ones(9)))
+
+
+def test_swiglu_strides(ops):
+    gate, up = torch.randn(2, 6, 10, 16).transpose(1, 2).unbind(0)
+    torch.testing.assert_close(ops.swiglu(gate, up), reference.swiglu(gate, up))
+    expanded = torch.ones(()).expand(gate.shape)
+    for actual, want in zip(
+        ops.swiglu_backward(expanded, gate, up), ops.swiglu_backward(torch.ones(gate.shape), gate, up), strict=True
+    ):
+        assert torch.equal(actual, want)
+
+
+# ---- bits ------------------------------------------------------------------------------------------------------------
+
+
+def results(ops, part=slice(None)):
+    """Every op on the same data; part selects batch entries."""
+    torch.manual_seed(1)
+    out = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for s_q in (1, 5, 130):
+            q, k, v = (x[part] for x in qkv(3, (8, 2, 4), s_q, 1300, (32, 64), dtype))
+            seqlens, start = int32(1300, 700, 900)[part], int32(0, 3, 600)[part]
+            out += ops.flash_attention(q, k, v, causal=True, kv_start=start, kv_end=seqlens)
+            for layout in LAYOUTS:
+                cache = cache_of(k, v, seqlens, layout=layout, start=start)
+                args = (q, cache.k_cache, cache.v_cache, seqlens)
+                out += ops.decode_attention(*args, **cache.options)
+                if s_q < 100:
+                    out += ops.selective_v_attention(*args, 30, tail=2, return_bound=True, **cache.options)
+        gate, up = torch.randn(2, 3, 7, 1001).to(dtype)
+        out.append(ops.swiglu(gate[part], up[part]))
+    return out
+
+
+def test_bits_do_not_depend_on_threads_or_repeats(library, threads):
+    threads(1)
+    one = results(library)
+    for n in (2, 3, 2):
+        threads(n)
+        for a, b in zip(one, results(library), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_bits_do_not_depend_on_the_batch(library):
+    whole = results(library)
+    for b in range(3):
+        for i, (a, alone) in enumerate(zip(whole, results(library, slice(b, b + 1)), strict=True)):
+            assert torch.equal(a[b : b + 1], alone), f"result {i} of entry {b}"
+
+
+# ---- wrappers --------------------------------------------------------------------------------------------------------
+
+
+def test_wrappers_return_what_the_ops_return(library):
+    q, k, v = qkv(2, (8, 2, 4), 2, 70, (16, 24))
+    assert torch.equal(diffqkv.flash_attention(q, k, v), library.flash_attention(q, k, v)[0])
+    for a, b in zip(
+        diffqkv.flash_attention(q, k, v, causal=True, softmax_scale=0.1, kv_start=int32(1, 2), return_lse=True),
+        library.flash_attention(q, k, v, causal=True, softmax_scale=0.1, kv_start=int32(1, 2)),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+    cache = cache_of(k, v, int32(70, 40), layout="panels", start=int32(0, 4), block_size=32)
+    args = (q, cache.k_cache, cache.v_cache, cache.seqlens)
+    out, lse = diffqkv.decode_attention(*args, return_lse=True, **cache.reference_options)
+    want, want_lse = library.decode_attention(*args, **cache.options)
+    assert torch.equal(out, want) and torch.equal(lse, want_lse)
+    assert torch.equal(diffqkv.decode_attention(*args, **cache.reference_options), want)
+    for code, tail in enumerate(TAILS):
+        out, stats = diffqkv.selective_v_attention(*args, 5, tail=tail, return_stats=True, **cache.reference_options)
+        want = library.selective_v_attention(*args, 5, tail=code, return_bound=True, **cache.options)
+        for a, b in zip((out, *stats), want, strict=True):
+            assert torch.equal(a, b)
+    k_cache, v_cache = cache.k_cache.clone(), cache.v_cache.clone()
+    positions = torch.tensor([[0, 69], [4, -1]])
+    options = {"block_table": cache.block_table}
+    diffqkv.kv_cache_update(k_cache, v_cache, k[:, :, :2], v[:, :, :2], positions, k_layout="panels", **options)
+    library.kv_cache_update(cache.k_cache, cache.v_cache, k[:, :, :2], v[:, :, :2], positions, k_layout=1, **options)
+    torch.testing.assert_close(k_cache, cache.k_cache, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(v_cache, cache.v_cache, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(diffqkv.swiglu(q, q), library.swiglu(q, q))

@@ -1,0 +1,43 @@
+"""The README's examples run as printed, one after another as a reader would type them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_python_blocks_run(capsys):
+    assert len(BLOCKS) == 4, "one example for each kind of user"
+    names: dict = {}
+    for block in BLOCKS:
+        exec(compile(block, "README.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "diffqkv::flash_attention" in printed
+    assert "4 16 3072" in printed
+    assert "tensor(True)" in printed
+
+
+def test_commands_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"^make (\w+)", README, re.MULTILINE)) <= targets
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
+def test_links_lead_somewhere(target):
+    assert (ROOT / target).exists()
+
+
+def test_settings_are_read_somewhere():
+    sources = "\n".join(
+        path.read_text()
+        for folder in ("csrc", "python", "cmake")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in {".cpp", ".py", ".cmake"} and "share" not in path.parts
+    )
+    sources += (ROOT / "setup.py").read_text() + (ROOT / "CMakeLists.txt").read_text()
+    for name in re.findall(r"`((?:DIFFQKV|CMAKE)_\w+)", README):
+        assert name in sources, name
