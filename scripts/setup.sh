@@ -33,5 +33,5 @@ pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet -c co
 "${pip[@]}" torch || die "torch did not install: see pip's message above"
 "${pip[@]}" setuptools ninja pybind11 cmeel-fmt
 command -v cmake >/dev/null || "${pip[@]}" cmake
-"${pip[@]}" accelerate hypothesis matplotlib numpy peft pytest pytest-timeout rich ruff safetensors tokenizers transformers
+"${pip[@]}" accelerate hypothesis matplotlib numpy peft psutil pytest pytest-timeout rich ruff safetensors tokenizers transformers
 touch "$venv/.ready"

@@ -50,7 +50,7 @@ AttentionPlan plan_split(const HeadGroups& heads, int64_t batch, int64_t s_q, in
   plan.splits = std::max<int64_t>(1, ceil_div(max_keys, kSplitTokens));
   plan.items = batch * plan.groups * plan.splits;
   if (plan.splits > 1) plan.partial_floats = plan.items * plan.rows * (d_v + 2);
-  plan.scratch_bytes = aligned(plan.rows * (row_bytes(d_k, d_v) + kKeyTile * 4 + 8)) + panel_bytes(d_k) + kAlignmentSlack;
+  plan.scratch_bytes = aligned(plan.rows * (row_bytes(d_k, d_v) + kKeyTile * 4 + 16)) + panel_bytes(d_k) + kAlignmentSlack;
   set_threads(plan, threads);
   return plan;
 }
@@ -75,7 +75,7 @@ AttentionPlan plan_attention(const HeadGroups& heads, int64_t batch, int64_t s_q
   while (plan.block_q > 24 && items() < 4 * threads) plan.block_q -= 12;
   plan.head_chunks = ceil_div(group_heads, plan.heads_per_item);
   plan.items = items();
-  plan.scratch_bytes = aligned(plan.heads_per_item * plan.block_q * (row_bytes(d_k, d_v) + 8)) + panel_bytes(d_k) +
+  plan.scratch_bytes = aligned(plan.heads_per_item * plan.block_q * (row_bytes(d_k, d_v) + 16)) + panel_bytes(d_k) +
                        aligned(kKeyTile * row_bytes(d_k, d_v)) + aligned(plan.block_q * kKeyTile * 6) + kAlignmentSlack;
   set_threads(plan, threads);
   return plan;

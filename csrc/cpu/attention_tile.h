@@ -230,13 +230,15 @@ inline void score_rows(const word* q, int64_t first, int64_t count, const word* 
 // ---- softmax --------------------------------------------------------------------------------------------------------
 
 struct RowState {
-  float max, sum;  // of the raw scores; of 2^((score - max) * c)
+  float max;   // of the raw scores
+  float sum;   // of the probabilities 2^((score - max) * c): the lse comes from it
+  float norm;  // of the probabilities as they were multiplied with V: the result is divided by it
 };
-constexpr RowState kEmptyRow = {-kInf, 0.0f};
+constexpr RowState kEmptyRow = {-kInf, 0.0f, 0.0f};
 
 // Takes the scores of the columns [lo, hi) into the row's state and turns them into un-normalised probabilities; the
 // other columns of [zero_lo, zero_hi) become 0. Returns the factor for what the row had accumulated before.
-// kDot: the probabilities are rounded to bf16 into p, and their sum is that of the rounded values.
+// kDot: the probabilities go to p, rounded to bf16.
 template <bool kDot>
 inline float softmax_row(float* s, uint16_t* p, int64_t lo, int64_t hi, int64_t zero_lo, int64_t zero_hi, float c,
                          RowState& state) {
@@ -259,21 +261,19 @@ inline float softmax_row(float* s, uint16_t* p, int64_t lo, int64_t hi, int64_t 
   // A row whose scores are all -inf so far has no maximum to subtract.
   const float shift = state.max > -kInf ? -state.max * c : 0.0f;
   const vf vc = vset(c), vshift = vset(shift);
-  vf sum0 = vset(0.0f), sum1 = sum0;
+  vf sum = vset(0.0f), norm = vset(0.0f);
   for (j = first; j < last; j += VL) {
-    vf e = vexp2(vfma(vload(s + j), vc, vshift));
+    const vf e = vexp2(vfma(vload(s + j), vc, vshift));
+    sum = vadd(sum, e);
     if (kDot) {
       vstore_bf16(p + j, e);
-      e = vload_bf16(p + j);
+      norm = vadd(norm, vload_bf16(p + j));
     } else {
       vstore(s + j, e);
     }
-    if ((j / VL) & 1)
-      sum1 = vadd(sum1, e);
-    else
-      sum0 = vadd(sum0, e);
   }
-  state.sum = state.sum * factor + vsum(vadd(sum0, sum1));
+  state.sum = state.sum * factor + vsum(sum);
+  state.norm = kDot ? state.norm * factor + vsum(norm) : state.sum;
   for (j = zero_lo; j < first; ++j) kDot ? (void)(p[j] = 0) : (void)(s[j] = 0.0f);
   for (j = last; j < zero_hi; ++j) kDot ? (void)(p[j] = 0) : (void)(s[j] = 0.0f);
   return factor;
@@ -339,7 +339,7 @@ inline void accumulate_rows(int64_t rows, const word* p, const typename E::T* v,
 
 inline void store_row(const AttentionParams& p, int64_t b, int64_t q_head, int64_t query, const float* o, RowState state,
                       float c) {
-  const float scale = state.sum == 0.0f ? 0.0f : 1.0f / state.sum;
+  const float scale = state.norm == 0.0f ? 0.0f : 1.0f / state.norm;
   const int64_t at = b * p.out.stride_batch + q_head * p.out.stride_head + query * p.out.stride_token;
   for (int64_t x = 0; x < p.d_v; ++x) {
     const float value = o[x] * scale;
@@ -352,8 +352,12 @@ inline void store_row(const AttentionParams& p, int64_t b, int64_t q_head, int64
       state.sum == 0.0f ? -kInf : (state.max * c + __builtin_log2f(state.sum)) * kLn2;
 }
 
-// The softmax runs on |softmax_scale|; a negative scale is folded into q, so that the maximum is the right end.
-DIFFQKV_INLINE float exp2_scale(const AttentionParams& p) { return __builtin_fabsf(p.softmax_scale) * kLog2e; }
+// The softmax runs on |softmax_scale|; a negative scale is folded into q, so that the maximum is the right end. 0 becomes
+// a number that makes nothing of any score, but not a NaN of the -inf in masked columns.
+DIFFQKV_INLINE float exp2_scale(const AttentionParams& p) {
+  const float c = __builtin_fabsf(p.softmax_scale) * kLog2e;
+  return c < 1e-37f ? 1e-37f : c;
+}
 
 }  // namespace
 }  // namespace diffqkv

@@ -112,7 +112,8 @@ void attention_merge(const AttentionParams& p, const AttentionPlan& plan, int64_
       const float maximum = partial[0] > state.max ? partial[0] : state.max;
       const float old = state.max > -kInf ? exp2_of((state.max - maximum) * c) : 1.0f;
       const float now = partial[0] > -kInf ? exp2_of((partial[0] - maximum) * c) : 1.0f;
-      state = {maximum, state.sum * old + partial[1] * now};
+      state.max = maximum;
+      state.norm = state.sum = state.sum * old + partial[1] * now;
       for (int64_t x = 0; x < p.d_v; ++x) o[x] = o[x] * old + partial[2 + x] * now;
     }
     store_row(p, b, h0 + r / p.s_q, r % p.s_q, o, state, c);

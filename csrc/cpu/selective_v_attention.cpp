@@ -210,14 +210,17 @@ void gather(const SelectiveVParams& sp, const SelectiveWorkspace& work, int64_t 
     const float maximum = mass[0] > state.max ? mass[0] : state.max;
     const float old = state.max > -kInf ? exp2_of((state.max - maximum) * c) : 1.0f;
     const float now = mass[0] > -kInf ? exp2_of((mass[0] - maximum) * c) : 1.0f;
-    state = {maximum, state.sum * old + mass[1] * now};
+    state.max = maximum;
+    state.norm = state.sum = state.sum * old + mass[1] * now;
   }
 
   int64_t count = k;
   if (k == n) {
     for (int64_t i = 0; i < n; ++i) used[i] = uint32_t(i);
   } else if (!select_best(scores, n, k, ranks, used)) {
-    state.sum = state.max = __builtin_nanf("");  // a NaN score makes its row NaN, as a dense softmax would
+    // A NaN score makes its row NaN, as in a dense softmax; there is no order to select by.
+    state.norm = state.sum = state.max = __builtin_nanf("");
+    for (int64_t i = 0; i < k; ++i) used[i] = uint32_t(i);
   }
   for (int64_t i = 0; i < sp.top_k; ++i) indices[i] = i < k ? keys.lo + used[i] : -1;
   if (k < n && (sp.keep_first > 0 || sp.keep_last > 0)) {  // insert the forced rows that were not selected
@@ -269,16 +272,13 @@ void gather(const SelectiveVParams& sp, const SelectiveWorkspace& work, int64_t 
   const float discarded = kept_mass < 1.0f ? 1.0f - kept_mass : kept_mass == kept_mass ? 0.0f : kept_mass;
   const float* stats = sp.v_stats ? sp.v_stats : work.v_stats;
   if (stats) stats += (b * p.heads.n_v + v_head) * (p.d_v + 1);
-  if (sp.tail == Tail::renorm && !empty && count < n) {
-    state.sum = kept;  // store_row divides by it
+  if (sp.tail == Tail::renorm && all == all && !empty && count < n) {
+    state.norm = kept;
   } else if (sp.tail == Tail::mean && !empty && count < n) {
     const float factor = discarded * all / float(entry.hi - entry.lo);
     for (int64_t x = 0; x < p.d_v; ++x) o[x] += factor * stats[x];
   }
   store_row(p, b, h, query, o, state, c);
-  if (sp.tail == Tail::renorm && !empty) {
-    p.lse[row] = (state.max * c + __builtin_log2f(all)) * kLn2;
-  }
   sp.kept_mass[row] = kept_mass;
   sp.rows_used[row] = int32_t(count);
   if (!sp.want_bound) {

@@ -3,8 +3,11 @@
 import os
 from types import SimpleNamespace
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads do not spin: the shapes here are tiny
+
 import pytest
 import torch
+
 from diffqkv import _library, composed
 
 OPS = (

@@ -3,11 +3,12 @@
 import os
 import re
 
-import diffqkv
 import pytest
 import torch
-from diffqkv import _library
 from helpers import int32
+
+import diffqkv
+from diffqkv import _library
 
 
 @pytest.fixture(params=["library", "composed"])

@@ -6,13 +6,14 @@ import re
 import subprocess
 import sys
 
-import diffqkv
 import psutil
 import pytest
 import torch
-from diffqkv import _library, reference
 from helpers import DTYPES, LAYOUTS, assert_accurate, cache_of, int32, qkv
 from torch.utils.flop_counter import FlopCounterMode
+
+import diffqkv
+from diffqkv import _library, reference
 
 HEADS, DIMS = (8, 2, 4), (16, 24)
 

@@ -3,10 +3,11 @@
 from math import gcd
 
 import torch
-from diffqkv import reference
 from helpers import DTYPES, LAYOUTS, NAN, assert_accurate, cache_of, int32, qkv
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from diffqkv import reference
 
 D = torch.float64
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from diffqkv import reference
 from helpers import HEADS, LAYOUTS, NAN, TAILS, cache_of, int32, qkv
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diffqkv import reference
 
 D = torch.float64
 
