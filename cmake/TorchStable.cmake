@@ -4,13 +4,14 @@
 # only located (DIFFQKV_TORCH_ROOT, or the torch that the Python interpreter finds), and <torch>/include/torch alone is
 # made visible.
 if(NOT DIFFQKV_TORCH_ROOT)
+  # pip hides the environment's packages from an isolated build by PYTHONPATH; torch is wanted all the same.
   execute_process(
-    COMMAND "${Python_EXECUTABLE}" -c
+    COMMAND "${CMAKE_COMMAND}" -E env --unset=PYTHONPATH "${Python_EXECUTABLE}" -c
             "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"
     OUTPUT_VARIABLE DIFFQKV_TORCH_ROOT OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET RESULT_VARIABLE torch_missing)
   if(torch_missing)
-    message(FATAL_ERROR "torch >= 2.11 not found by ${Python_EXECUTABLE}: install it and build with "
-                        "--no-build-isolation, or set DIFFQKV_TORCH_ROOT to a torch folder")
+    message(FATAL_ERROR "torch >= 2.11 not found by ${Python_EXECUTABLE}: install it beside diffqkv first, or set "
+                        "DIFFQKV_TORCH_ROOT to a torch folder")
   endif()
 endif()
 set(torch_shim "${DIFFQKV_TORCH_ROOT}/include/torch/csrc/stable/c/shim.h")

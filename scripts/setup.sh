@@ -11,16 +11,21 @@ die() {
   exit 1
 }
 
-command -v "$python" >/dev/null || die "$python not found: install Python 3.10 or newer, or name one with PYTHON=..."
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-  die "$("$python" --version) is too old: name Python 3.10 or newer with PYTHON=..."
+# The package itself runs on 3.10; the versions of constraints.txt do not.
+command -v "$python" >/dev/null || die "$python not found: install Python 3.11 or newer, or name one with PYTHON=..."
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+  die "$("$python" --version) is too old: name Python 3.11 or newer with PYTHON=..."
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
   die "$python has no venv module: install it (Debian: apt-get install python3-venv)"
 "$python" -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
-  die "$python has no headers: install them (Debian: apt-get install python3-dev)"
+  [ "${DIFFQKV_PYBIND:-ON}" = OFF ] ||
+  die "$python has no headers: install them (Debian: apt-get install python3-dev), or set DIFFQKV_PYBIND=OFF"
 compiler=${CXX:-c++}
 command -v "$compiler" >/dev/null ||
   die "no C++ compiler found: install one (Debian: apt-get install g++), or name one with CXX=..."
+echo '#include <concepts>
+static_assert(std::integral<int>);' | "$compiler" -std=c++20 -fsyntax-only -x c++ - 2>/dev/null ||
+  die "$compiler cannot compile C++20: install g++ 11 or newer, or name another compiler with CXX=..."
 if [ ! -d "$venv" ]; then
   mkdir -p "$(dirname "$venv")"
   free_mb=$(df -Pm "$(dirname "$venv")" | awk 'NR == 2 { print $4 }')
@@ -32,6 +37,7 @@ fi
 pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet -c constraints.txt)
 "${pip[@]}" torch || die "torch did not install: see pip's message above"
 "${pip[@]}" setuptools ninja pybind11 cmeel-fmt
-command -v cmake >/dev/null || "${pip[@]}" cmake
+cmake_version=$(cmake --version 2>/dev/null | sed -n '1s/.* //p') || true
+printf '3.25\n%s\n' "${cmake_version:-0}" | sort -C -V || "${pip[@]}" cmake
 "${pip[@]}" accelerate hypothesis matplotlib numpy peft psutil pytest pytest-timeout rich ruff safetensors tokenizers transformers
 touch "$venv/.ready"

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from diffqkv import Cache
 from tiny_sigma import tiny_config, tiny_model, tokens
 from transformers import DynamicCache
+
+from diffqkv import Cache
 
 SHAPES = [(2, 16, 4, 16), (4, 8, 2, 16), (4, 16, 6, 24), (3, 8, 3, 8)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

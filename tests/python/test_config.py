@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from diffqkv import SigmaConfig, SigmaModel
-from diffqkv.models import PRESETS
 from tiny_sigma import tiny_config
 from transformers import AutoConfig
+
+from diffqkv import SigmaConfig, SigmaModel
+from diffqkv.models import PRESETS
 
 
 def test_default_is_sigma_1_5b():

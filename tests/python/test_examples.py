@@ -4,9 +4,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import diffqkv
 import pytest
 import torch
+
+import diffqkv
 
 SOURCE = Path(__file__).parents[2] / "examples" / "cpp"
 

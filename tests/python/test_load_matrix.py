@@ -1,4 +1,4 @@
-"""One library file runs in every torch release at hand, those in DIFFQKV_TEST_PYTHONS (interpreters, colon-separated)."""
+"""One library file runs in every torch release at hand: DIFFQKV_TEST_PYTHONS lists interpreters, with colons."""
 
 import os
 import subprocess
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from diffqkv import _library
 
 INTERPRETERS = [sys.executable, *filter(None, os.environ.get("DIFFQKV_TEST_PYTHONS", "").split(":"))]

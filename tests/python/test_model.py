@@ -6,11 +6,8 @@ import subprocess
 import sys
 import textwrap
 
-import diffqkv
 import pytest
 import torch
-from diffqkv.models import attention as diffqkv_models_attention
-from diffqkv.models.sigma import modeling_sigma
 from tiny_sigma import HEADS, VOCAB, padded, tiny_model, tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -25,6 +22,10 @@ from transformers import (
     pipeline,
 )
 from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+import diffqkv
+from diffqkv.models import attention as diffqkv_models_attention
+from diffqkv.models.sigma import modeling_sigma
 
 ATTENTIONS = ["diffqkv", "sdpa", "eager"]
 CACHES = ["diffqkv", "dynamic", "static", "none"]

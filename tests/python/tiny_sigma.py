@@ -1,6 +1,7 @@
 """Small random SIGMA models that the tests share."""
 
 import torch
+
 from diffqkv import SigmaConfig, SigmaForCausalLM
 
 HEADS = [(8, 2, 4), (8, 4, 2), (12, 4, 6)]

@@ -213,7 +213,7 @@ class SigmaConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs) -> "SigmaConfig":
-        """A saved configuration. Unlike the constructor it must name its head counts: those of a file are no default."""
+        """A saved configuration, which must name its head counts: unlike the constructor's, they have no default."""
         cls._refuse_foreign_fields(dict(config_dict))
         for name in _HEAD_COUNTS:
             if config_dict.get(name) is None:

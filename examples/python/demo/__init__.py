@@ -1,0 +1,1 @@
+"""Trains a small byte-level Sigma on real text and generates from it: `make demo`."""

@@ -1,0 +1,160 @@
+"""`make demo`: train, measure, plot, save, generate, time."""
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import pipeline
+from transformers.utils import logging as transformers_logging
+
+import diffqkv
+
+from .corpus import Corpus, CorpusError, build_corpus, python_documentation, read_files
+from .decode_table import decode_table
+from .packing import Windows, evaluation_windows
+from .plot import plot_losses
+from .reporting import report
+from .tokenizer import END_OF_TEXT, PADDING, VOCAB_SIZE, byte_tokenizer, encode
+from .training import CheckpointError, Recipe, Trainer, bits_per_byte, fast_dtype, unigram_entropy
+
+# About three and a half minutes of training on two cores.
+STEPS = 1200
+CONTEXT = 256
+HELD_OUT_WINDOWS = 256
+SAMPLES = 3
+PROMPT_BYTES = 48
+NEW_BYTES = 200
+NEEDED_BYTES = 200 << 20
+
+MODEL = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_heads": 2,
+    "num_value_heads": 4,
+    "q_aug_dim": 256,
+    "max_position_embeddings": 2 * CONTEXT,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": True,
+    # hidden_size ** -0.5 keeps the size of augmented Q, a product of three matrices, near 1.
+    "initializer_range": 0.0625,
+    "bos_token_id": END_OF_TEXT,
+    "eos_token_id": END_OF_TEXT,
+    "pad_token_id": PADDING,
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m demo", description="Train a small Sigma on text, then use it.")
+    parser.add_argument("text", nargs="*", type=Path, help="files of UTF-8 text (default: Python's own documentation)")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything written")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
+    parser.add_argument("--restart", action="store_true", help="forget an earlier run in the same folder")
+    args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps: got {args.steps}, want a positive number")
+    return args
+
+
+def load_corpus(files: list[Path], console: Console) -> Corpus:
+    corpus = build_corpus(read_files(files) if files else python_documentation())
+    train, held_out = corpus.sizes
+    source = f"{len(files)} files" if files else "documentation and docstrings of this Python"
+    console.print(f"text: {source}, {train:,} bytes to train on, {held_out:,} held out, SHA-256 {corpus.sha256}")
+    return corpus
+
+
+def train(corpus: Corpus, args: argparse.Namespace, console: Console) -> diffqkv.SigmaForCausalLM | None:
+    """The trained model, or None after Ctrl-C. Writes the checkpoint and the plot."""
+    recipe = replace(Recipe(steps=args.steps), context=CONTEXT, dtype=fast_dtype())
+    windows = Windows(encode(corpus.train), recipe.context, recipe.batch_size, recipe.seed)
+    held_out = evaluation_windows(encode(corpus.held_out), recipe.context, HELD_OUT_WINDOWS)
+    entropy = unigram_entropy(held_out)
+
+    torch.manual_seed(recipe.seed)
+    model = diffqkv.SigmaForCausalLM(diffqkv.SigmaConfig(**MODEL))
+    console.print(
+        f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {recipe.dtype}; heads "
+        f"{MODEL['num_attention_heads']}/{MODEL['num_key_heads']}/{MODEL['num_value_heads']}, augmented Q"
+    )
+    trainer = Trainer(
+        model,
+        windows,
+        recipe,
+        evaluate=lambda: bits_per_byte(model, held_out, recipe.dtype),
+        checkpoint=args.out / "checkpoint.pt",
+        identity={"corpus": corpus.sha256, "model": MODEL},
+    )
+    if trainer.step:
+        console.print(f"continuing {trainer.checkpoint} at step {trainer.step}")
+    report(trainer.run(), trainer.step, recipe.steps, recipe.batch_size * recipe.context, console)
+    if trainer.interrupted:
+        console.print(f"interrupted after step {trainer.step}; the same command continues there")
+        return None
+    (_, before), *_, (_, after) = trainer.history.held_out
+    plot_losses(trainer.history, entropy, args.out / "loss.png")
+    console.print(
+        f"held-out bits per byte: {before:.3f} before, {after:.3f} after; byte-unigram entropy of the same text: "
+        f"{entropy:.3f}"
+    )
+    return model
+
+
+def show_samples(folder: Path, corpus: Corpus, console: Console) -> None:
+    """Loads model and tokenizer again, as any user would, and continues the beginnings of held-out texts."""
+    generator = pipeline("text-generation", model=str(folder))
+    torch.manual_seed(0)
+    longest = sorted(corpus.held_out, key=len)[-SAMPLES:]
+    for text in longest:
+        prompt = text.encode()[:PROMPT_BYTES].decode(errors="ignore")
+        [result] = generator(prompt, max_new_tokens=NEW_BYTES, do_sample=True, temperature=0.7, return_full_text=False)
+        console.rule("sample")
+        console.print(prompt, style="bold", end="", markup=False, highlight=False)
+        console.print(result["generated_text"], markup=False, highlight=False)
+    console.rule()
+
+
+def main() -> int:
+    args = arguments()
+    console = Console(soft_wrap=True)
+    begin = time.perf_counter()
+    # Its bars and its advice about devices would only interrupt the demo's own lines.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        if args.restart:
+            shutil.rmtree(args.out, ignore_errors=True)
+        args.out.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(args.out).free
+        if free < NEEDED_BYTES:
+            raise OSError(f"{args.out}: {free >> 20} MB free, want {NEEDED_BYTES >> 20}; use another --out")
+        diffqkv.show_config()
+        corpus = load_corpus(args.text, console)
+        model = train(corpus, args, console)
+        if model is None:
+            return 130
+        model.save_pretrained(args.out / "model")
+        byte_tokenizer(MODEL["max_position_embeddings"]).save_pretrained(args.out / "model")
+        show_samples(args.out / "model", corpus, console)
+        console.print(decode_table())
+    except (CorpusError, CheckpointError, OSError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    console.print(
+        f"written: {args.out / 'model'}, {args.out / 'loss.png'}, {args.out / 'checkpoint.pt'}; "
+        f"{time.perf_counter() - begin:.0f} s in all on {torch.get_num_threads()} threads"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())
