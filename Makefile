@@ -5,6 +5,7 @@
 # make lint   style
 # Each sets up what it needs: a virtual environment in VENV, the versions of constraints.txt, the library.
 VENV ?= .venv
+export DIFFQKV_BUILD_DIR := $(abspath build/cmake)
 export PYTHON ?= python3
 BIN := $(VENV)/bin
 # cmake and ninja may come from the environment.
@@ -18,8 +19,8 @@ demo: $(VENV)/.built
 	PYTHONPATH=examples/python:benchmarks $(BIN)/python -m demo $(TEXT) $(DEMO_ARGS)
 
 test: $(VENV)/.built
-	scripts/build_cpp_tests.sh $$(echo build/cmake-*)
-	ctest --test-dir $$(echo build/cmake-*) --output-on-failure
+	scripts/build_cpp_tests.sh $(DIFFQKV_BUILD_DIR)
+	ctest --test-dir $(DIFFQKV_BUILD_DIR) --output-on-failure
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 build: $(VENV)/.built

@@ -29,6 +29,10 @@ struct CpuKernels {
   void (*kv_cache_update)(const CacheUpdateParams&, int64_t batch_group);
   void (*swiglu)(const SwigluParams&, int64_t begin, int64_t end);
   void (*swiglu_backward)(const SwigluParams&, int64_t begin, int64_t end);
+  // FLOPs done by `rounds` of multiply-adds on registers, in fp32 and by bf16 dot products (0 where there are none).
+  double (*probe_fma)(int64_t rounds, float* sink);
+  double (*probe_dot)(int64_t rounds, float* sink);
+  void (*probe_read)(const void* data, int64_t bytes, float* sink);
 };
 
 extern const CpuKernels kernels_v2, kernels_v3, kernels_v4, kernels_v4_bf16;

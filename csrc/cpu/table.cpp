@@ -18,13 +18,17 @@ void selective_v_gather(const SelectiveVParams&, const SelectiveWorkspace&, int6
 void kv_cache_update(const CacheUpdateParams&, int64_t);
 void swiglu(const SwigluParams&, int64_t, int64_t);
 void swiglu_backward(const SwigluParams&, int64_t, int64_t);
+double probe_fma(int64_t, float*);
+double probe_dot(int64_t, float*);
+void probe_read(const void*, int64_t, float*);
 }  // namespace DIFFQKV_ISA
 
 extern const CpuKernels DIFFQKV_JOIN(kernels_, DIFFQKV_ISA) = {
     DIFFQKV_STRING(DIFFQKV_ISA),         DIFFQKV_ISA::attention_block,   DIFFQKV_ISA::attention_split,
     DIFFQKV_ISA::attention_merge,        DIFFQKV_ISA::selective_v_score, DIFFQKV_ISA::selective_v_stats,
     DIFFQKV_ISA::selective_v_gather,     DIFFQKV_ISA::kv_cache_update,   DIFFQKV_ISA::swiglu,
-    DIFFQKV_ISA::swiglu_backward,
+    DIFFQKV_ISA::swiglu_backward,        DIFFQKV_ISA::probe_fma,         DIFFQKV_ISA::probe_dot,
+    DIFFQKV_ISA::probe_read,
 };
 
 }  // namespace diffqkv

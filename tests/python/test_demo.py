@@ -14,8 +14,9 @@ import torch
 import diffqkv
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "examples" / "python"))
+sys.path += [str(ROOT / "examples" / "python"), str(ROOT / "benchmarks")]
 
+from demo import __main__ as demo_main  # noqa: E402
 from demo import corpus as demo_corpus  # noqa: E402
 from demo.corpus import CorpusError, Document, build_corpus, python_documentation, read_files  # noqa: E402
 from demo.packing import Windows, evaluation_windows  # noqa: E402
@@ -266,6 +267,22 @@ def test_demo_from_end_to_end(tmp_path):
     assert other.returncode == 1
     assert other.stderr.startswith("demo: ") and "is of another run: steps is 4, not 5" in other.stderr
     assert "Traceback" not in other.stderr
+
+
+def test_restart_forgets_the_checkpoint_alone(tmp_path, monkeypatch):
+    text, checkpoint, notes = (tmp_path / name for name in ("text.txt", "checkpoint.pt", "notes.txt"))
+    text.write_text("\n\n".join(document.text for document in documents()))
+    for file in (checkpoint, notes):
+        file.write_text("of another time")
+    monkeypatch.setattr(demo_main, "decode_table", lambda: "")
+    # It would silence the tests that follow.
+    monkeypatch.setattr(demo_main.transformers_logging, "set_verbosity_error", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["demo", str(text), "--out", str(tmp_path), "--steps", "1"])
+    assert demo_main.main() == 1
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--restart"])
+    assert demo_main.main() == 0
+    assert torch.load(checkpoint, weights_only=True)["step"] == 1
+    assert notes.read_text() == "of another time"
 
 
 def test_demo_without_usable_text(tmp_path):

@@ -5,7 +5,6 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -74,7 +73,7 @@ def load_corpus(files: list[Path], console: Console) -> Corpus:
 
 def train(corpus: Corpus, args: argparse.Namespace, console: Console) -> diffqkv.SigmaForCausalLM | None:
     """The trained model, or None after Ctrl-C. Writes the checkpoint and the plot."""
-    recipe = replace(Recipe(steps=args.steps), context=CONTEXT, dtype=fast_dtype())
+    recipe = Recipe(steps=args.steps, context=CONTEXT, dtype=fast_dtype())
     windows = Windows(encode(corpus.train), recipe.context, recipe.batch_size, recipe.seed)
     held_out = evaluation_windows(encode(corpus.held_out), recipe.context, HELD_OUT_WINDOWS)
     entropy = unigram_entropy(held_out)
@@ -130,9 +129,9 @@ def main() -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        if args.restart:
-            shutil.rmtree(args.out, ignore_errors=True)
         args.out.mkdir(parents=True, exist_ok=True)
+        if args.restart:
+            (args.out / "checkpoint.pt").unlink(missing_ok=True)
         free = shutil.disk_usage(args.out).free
         if free < NEEDED_BYTES:
             raise OSError(f"{args.out}: {free >> 20} MB free, want {NEEDED_BYTES >> 20}; use another --out")
