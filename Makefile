@@ -28,6 +28,7 @@ build: $(VENV)/.built
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 clean:
 	rm -rf build dist python/*.egg-info python/diffqkv/*.so python/diffqkv/include python/diffqkv/share $(VENV)/.built

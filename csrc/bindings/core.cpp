@@ -32,7 +32,8 @@ py::dict plan(int64_t n_q, int64_t n_k, int64_t n_v, int64_t d_k, int64_t d_v, i
               const std::string& dtype, int64_t threads, bool causal) {
   const HeadGroups heads{n_q, n_k, n_v};
   if (!heads.valid())
-    throw py::value_error(fmt::format("n_q: got n_q = {}, n_k = {}, n_v = {}, want n_q a multiple of both", n_q, n_k, n_v));
+    throw py::value_error(
+        fmt::format("n_q: got n_q = {}, n_k = {}, n_v = {}, want n_q a multiple of both", n_q, n_k, n_v));
   for (const auto& [name, d] : {std::pair{"d_k", d_k}, {"d_v", d_v}})
     if (d < 8 || d > kMaxHeadDim || d % 8 != 0)
       throw py::value_error(fmt::format("{}: got {}, want a multiple of 8 from 8 to {}", name, d, kMaxHeadDim));

@@ -43,14 +43,15 @@ constexpr int64_t kAlignmentSlack = 4096;
 
 }  // namespace
 
-AttentionPlan plan_split(const HeadGroups& heads, int64_t batch, int64_t s_q, int64_t max_keys, int64_t d_k, int64_t d_v,
-                         DType dtype, bool causal, int64_t threads) {
+AttentionPlan plan_split(const HeadGroups& heads, int64_t batch, int64_t s_q, int64_t max_keys, int64_t d_k,
+                         int64_t d_v, DType dtype, bool causal, int64_t threads) {
   AttentionPlan plan = common_plan(heads, batch, s_q, max_keys, d_k, d_v, dtype, causal);
   plan.kernel = AttentionKernel::split;
   plan.splits = std::max<int64_t>(1, ceil_div(max_keys, kSplitTokens));
   plan.items = batch * plan.groups * plan.splits;
   if (plan.splits > 1) plan.partial_floats = plan.items * plan.rows * (d_v + 2);
-  plan.scratch_bytes = aligned(plan.rows * (row_bytes(d_k, d_v) + kKeyTile * 4 + 16)) + panel_bytes(d_k) + kAlignmentSlack;
+  plan.scratch_bytes =
+      aligned(plan.rows * (row_bytes(d_k, d_v) + kKeyTile * 4 + 16)) + panel_bytes(d_k) + kAlignmentSlack;
   set_threads(plan, threads);
   return plan;
 }

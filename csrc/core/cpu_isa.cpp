@@ -9,16 +9,14 @@ namespace {
 bool supported(CpuIsa isa) {
   __builtin_cpu_init();
   switch (isa) {
-    case CpuIsa::v2:
-      return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
+    case CpuIsa::v2: return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
     case CpuIsa::v3:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
     case CpuIsa::v4:
       return supported(CpuIsa::v3) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vl");
-    case CpuIsa::v4_bf16:
-      return supported(CpuIsa::v4) && __builtin_cpu_supports("avx512bf16");
+    case CpuIsa::v4_bf16: return supported(CpuIsa::v4) && __builtin_cpu_supports("avx512bf16");
   }
   return false;
 }

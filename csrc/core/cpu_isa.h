@@ -10,8 +10,8 @@ enum class CpuIsa { v2 = 0, v3 = 1, v4 = 2, v4_bf16 = 3 };
 const char* name_of(CpuIsa isa);
 // The levels that this CPU runs, lowest first.
 std::vector<CpuIsa> supported_cpu_isas();
-// The level that `wanted` names, null or empty for the best one. Throws std::runtime_error if the name is unknown or the
-// CPU lacks the level.
+// The level that `wanted` names, null or empty for the best one. Throws std::runtime_error if the name is unknown or
+// the CPU lacks the level.
 CpuIsa choose_cpu_isa(const char* wanted);
 // choose_cpu_isa of the environment variable DIFFQKV_CPU_ISA, once.
 CpuIsa cpu_isa();

@@ -1,13 +1,13 @@
 // The steps of attention over one tile of keys, shared by the kernels for prefill (flash_attention.cpp), decode
-// (decode_attention.cpp) and selective V. Scores of a query row lie in a row of kKeyTile floats; softmax overwrites them
-// with probabilities.
+// (decode_attention.cpp) and selective V. Scores of a query row lie in a row of kKeyTile floats; softmax overwrites
+// them with probabilities.
 //
 // K always arrives as compute panels of 32 tokens, [W][32] words of 32 bits: one fp32 per word (W = d_k), or, where the
 // CPU has a bf16 dot product and the data is bf16, two neighbouring dimensions per word (W = d_k / 2). kDot names the
 // second form. A row of q is broadcast word by word against a panel.
 #pragma once
-#include "diffqkv/attention_plan.h"
 #include "cpu/simd.h"
+#include "diffqkv/attention_plan.h"
 #include "diffqkv/layout.h"
 #include "diffqkv/params.h"
 
@@ -115,9 +115,9 @@ inline void transpose_panel(const word* const* rows, int64_t W, word* dst) {
     for (int i = 0; i < 32; ++i) dst[w * 32 + i] = rows[i][w];
 }
 
-// The compute panel of the keys [t0, t0 + 32) of a K head, t0 a multiple of 32: the cache's own memory where it has that
-// form already, else a copy in `panel`. Keys outside `valid` are never read from rows; their columns hold anything.
-// `rows` is room for 32 fp32 rows.
+// The compute panel of the keys [t0, t0 + 32) of a K head, t0 a multiple of 32: the cache's own memory where it has
+// that form already, else a copy in `panel`. Keys outside `valid` are never read from rows; their columns hold
+// anything. `rows` is room for 32 fp32 rows.
 template <bool kDot>
 inline const word* key_panel(const AttentionParams& p, int64_t b, int64_t k_head, int64_t t0, KeyRange valid,
                              word* panel, float* rows) {
@@ -161,6 +161,11 @@ inline const word* key_panel(const AttentionParams& p, int64_t b, int64_t k_head
   }
   transpose_panel(row, kDot ? d / 2 : d, panel);
   return panel;
+}
+
+DIFFQKV_INLINE const void* query_row(const AttentionParams& p, int64_t b, int64_t q_head, int64_t query) {
+  const int64_t at = b * p.q.stride_batch + q_head * p.q.stride_head + query * p.q.stride_token;
+  return (const char*)p.q.data + at * (p.q.dtype == DType::f32 ? 4 : 2);
 }
 
 // Query rows in the order in which score_rows reads them: blocks of kQkRows rows, [W][rows of the block] words.
@@ -299,22 +304,25 @@ inline void accumulate_block(const word* p, const typename E::T* v, int64_t stri
   constexpr int64_t stride_p = kDot ? kKeyTile / 2 : kKeyTile;
   vf acc[MR][NV];
   DIFFQKV_UNROLL
-  for (int i = 0; i < MR; ++i)
+  for (int i = 0; i < MR; ++i) {
     DIFFQKV_UNROLL
     for (int x = 0; x < NV; ++x) acc[i][x] = vload(o + i * stride_o + x * VL);
+  }
   for (int64_t t = 0; t < n; ++t, ++p, v += stride_v) {
     vf b[NV];
     DIFFQKV_UNROLL
     for (int x = 0; x < NV; ++x) b[x] = NV == 1 ? E::load_first(v, columns) : E::load(v + x * VL);
     DIFFQKV_UNROLL
-    for (int i = 0; i < MR; ++i)
+    for (int i = 0; i < MR; ++i) {
       DIFFQKV_UNROLL
       for (int x = 0; x < NV; ++x) acc[i][x] = mac<kDot>(p[i * stride_p], b[x], acc[i][x]);
+    }
   }
   DIFFQKV_UNROLL
-  for (int i = 0; i < MR; ++i)
+  for (int i = 0; i < MR; ++i) {
     DIFFQKV_UNROLL
     for (int x = 0; x < NV; ++x) vstore(o + i * stride_o + x * VL, acc[i][x]);
+  }
 }
 template <bool kDot, class E, int MR>
 inline void accumulate_columns(const word* p, const typename E::T* v, int64_t stride_v, int64_t n, int64_t d, float* o,
@@ -323,8 +331,7 @@ inline void accumulate_columns(const word* p, const typename E::T* v, int64_t st
   for (; c + kPvVectors * VL <= d; c += kPvVectors * VL)
     accumulate_block<kDot, E, MR, kPvVectors>(p, v + c, stride_v, n, o + c, stride_o, VL);
   if constexpr (kPvVectors > 2)
-    for (; c + 2 * VL <= d; c += 2 * VL)
-      accumulate_block<kDot, E, MR, 2>(p, v + c, stride_v, n, o + c, stride_o, VL);
+    for (; c + 2 * VL <= d; c += 2 * VL) accumulate_block<kDot, E, MR, 2>(p, v + c, stride_v, n, o + c, stride_o, VL);
   for (; c < d; c += VL)
     accumulate_block<kDot, E, MR, 1>(p, v + c, stride_v, n, o + c, stride_o, int(min_of(VL, d - c)));
 }
@@ -337,8 +344,8 @@ inline void accumulate_rows(int64_t rows, const word* p, const typename E::T* v,
 
 // ---- results --------------------------------------------------------------------------------------------------------
 
-inline void store_row(const AttentionParams& p, int64_t b, int64_t q_head, int64_t query, const float* o, RowState state,
-                      float c) {
+inline void store_row(const AttentionParams& p, int64_t b, int64_t q_head, int64_t query, const float* o,
+                      RowState state, float c) {
   const float scale = state.norm == 0.0f ? 0.0f : 1.0f / state.norm;
   const int64_t at = b * p.out.stride_batch + q_head * p.out.stride_head + query * p.out.stride_token;
   for (int64_t x = 0; x < p.d_v; ++x) {
@@ -352,8 +359,8 @@ inline void store_row(const AttentionParams& p, int64_t b, int64_t q_head, int64
       state.sum == 0.0f ? -kInf : (state.max * c + __builtin_log2f(state.sum)) * kLn2;
 }
 
-// The softmax runs on |softmax_scale|; a negative scale is folded into q, so that the maximum is the right end. 0 becomes
-// a number that makes nothing of any score, but not a NaN of the -inf in masked columns.
+// The softmax runs on |softmax_scale|; a negative scale is folded into q, so that the maximum is the right end. 0
+// becomes a number that makes nothing of any score, but not a NaN of the -inf in masked columns.
 DIFFQKV_INLINE float exp2_scale(const AttentionParams& p) {
   const float c = __builtin_fabsf(p.softmax_scale) * kLog2e;
   return c < 1e-37f ? 1e-37f : c;

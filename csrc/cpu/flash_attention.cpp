@@ -1,5 +1,5 @@
-// Attention of a block of queries over all their keys. An item holds the queries [i0, i1) of some heads of one KV group,
-// so a tile of K packed once serves every q head of its K head, and a tile of V every q head of its V head.
+// Attention of a block of queries over all their keys. An item holds the queries [i0, i1) of some heads of one KV
+// group, so a tile of K packed once serves every q head of its K head, and a tile of V every q head of its V head.
 #include "cpu/attention_tile.h"
 #include "cpu/kernels.h"
 
@@ -59,12 +59,9 @@ void attention_block(const AttentionParams& p, const AttentionPlan& plan, int64_
 
   const KeyRange entry = keys_of_entry(p, b);
   for (int64_t h = h0; h < h1; ++h)
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = b * p.q.stride_batch + h * p.q.stride_head + (i0 + r) * p.q.stride_token;
-      const void* src = p.q.dtype == DType::f32 ? (const void*)((const float*)p.q.data + at)
-                                                : (const uint16_t*)p.q.data + at;
-      pack_query<kDot>(src, p.q.dtype, p.d_k, p.softmax_scale < 0, q + (h - h0) * rows * W, r, rows);
-    }
+    for (int64_t r = 0; r < rows; ++r)
+      pack_query<kDot>(query_row(p, b, h, i0 + r), p.q.dtype, p.d_k, p.softmax_scale < 0, q + (h - h0) * rows * W, r,
+                       rows);
   for (int64_t x = 0; x < heads * rows * stride_o; ++x) o[x] = 0.0f;
   for (int64_t r = 0; r < heads * rows; ++r) state[r] = kEmptyRow;
 
@@ -84,8 +81,8 @@ void attention_block(const AttentionParams& p, const AttentionPlan& plan, int64_
       if (p.heads.k_head(h) != k_packed) {
         k_packed = p.heads.k_head(h);
         for (int64_t x = first_panel; x < end_panel; ++x)
-          panels[x] = key_panel<kDot>(p, b, k_packed, t0 + x * kPanelTokens, tile, k_tile + x * kPanelTokens * W,
-                                      row_copies);
+          panels[x] =
+              key_panel<kDot>(p, b, k_packed, t0 + x * kPanelTokens, tile, k_tile + x * kPanelTokens * W, row_copies);
       }
       if (p.heads.v_head(h) != v_packed) {
         v_packed = p.heads.v_head(h);

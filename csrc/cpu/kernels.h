@@ -10,11 +10,11 @@ namespace diffqkv {
 
 // Workspace of selective_v_attention, shared by its items. Rows are (batch, q head, query).
 struct SelectiveWorkspace {
-  float* scores;          // [rows, stride] raw dot products, signed so that larger is better
-  int64_t stride;         // keys, rounded up to a whole tile
-  float* mass;            // [rows, splits, 2]: maximum and sum of exponentials of a split
+  float* scores;   // [rows, stride] raw dot products, signed so that larger is better
+  int64_t stride;  // keys, rounded up to a whole tile
+  float* mass;     // [rows, splits, 2]: maximum and sum of exponentials of a split
   int64_t splits;
-  float* v_stats;         // [batch, n_v, d_v + 1], computed here unless the caller keeps them; or null
+  float* v_stats;  // [batch, n_v, d_v + 1], computed here unless the caller keeps them; or null
 };
 
 struct CpuKernels {

@@ -30,8 +30,8 @@ void update_entry(const CacheUpdateParams& p, int64_t b, int64_t group) {
     if (slot.page < 0) continue;
     for (int64_t i = 0; i < p.heads.k_per_group(); ++i) {
       const int64_t head = group * p.heads.k_per_group() + i;
-      const T* src = (const T*)p.k_new.data + b * p.k_new.stride_batch + head * p.k_new.stride_head +
-                     t * p.k_new.stride_token;
+      const T* src =
+          (const T*)p.k_new.data + b * p.k_new.stride_batch + head * p.k_new.stride_head + t * p.k_new.stride_token;
       if (p.d_rot > 0) {
         row_to_float(src, p.k_new.dtype, p.d_k, row);
         rotate(p, b, t, row, rotated);
@@ -48,8 +48,8 @@ void update_entry(const CacheUpdateParams& p, int64_t b, int64_t group) {
     }
     for (int64_t i = 0; i < p.heads.v_per_group(); ++i) {
       const int64_t head = group * p.heads.v_per_group() + i;
-      const T* src = (const T*)p.v_new.data + b * p.v_new.stride_batch + head * p.v_new.stride_head +
-                     t * p.v_new.stride_token;
+      const T* src =
+          (const T*)p.v_new.data + b * p.v_new.stride_batch + head * p.v_new.stride_head + t * p.v_new.stride_token;
       __builtin_memcpy((T*)p.v_cache.data + kv_row(p.v_cache, group, i, slot), src, p.d_v * sizeof(T));
       if (p.v_stats == nullptr) continue;
       float* stats = p.v_stats + (b * p.heads.n_v + head) * (p.d_v + 1);

@@ -48,11 +48,13 @@ void probe_read(const void* data, int64_t bytes, float* sink) {
   const float* p = (const float*)data;
   const int64_t n = bytes / 4 / kStreams / (4 * VL) * (4 * VL);
   vf acc[4] = {vset(0), vset(0), vset(0), vset(0)};
-  for (int64_t i = 0; i < n; i += 4 * VL)
+  for (int64_t i = 0; i < n; i += 4 * VL) {
     DIFFQKV_UNROLL
-    for (int s = 0; s < kStreams; ++s)
+    for (int s = 0; s < kStreams; ++s) {
       DIFFQKV_UNROLL
       for (int x = 0; x < 4; ++x) acc[x] = vmax(acc[x], vload(p + s * n + i + x * VL));
+    }
+  }
   *sink = vsum(vadd(vadd(acc[0], acc[1]), vadd(acc[2], acc[3])));
 }
 

@@ -1,7 +1,7 @@
 // Selective V (the paper's Table 3): all scores, softmax over all of them, then only the V rows of the best ones.
-// Three kinds of items: scores of a range of keys for the rows of a group; sum and largest norm of a V head's rows, where
-// the caller does not keep them; selection and fetch for one query row.
-#include "cpu/attention_tile.h"
+// Three kinds of items: scores of a range of keys for the rows of a group; sum and largest norm of a V head's rows,
+// where the caller does not keep them; selection and fetch for one query row.
+#include "cpu/group_split.h"
 #include "cpu/kernels.h"
 
 namespace diffqkv {
@@ -11,47 +11,25 @@ template <bool kDot>
 void score(const SelectiveVParams& sp, const AttentionPlan& plan, const SelectiveWorkspace& work, int64_t item,
            void* workspace) {
   const AttentionParams& p = sp.attention;
-  const int64_t split = item % plan.splits, group = item / plan.splits % plan.groups, b = item / plan.splits / plan.groups;
-  const int64_t W = kDot ? p.d_k / 2 : p.d_k, rows = plan.rows, s_q = p.s_q;
   Scratch scratch(workspace);
-  word* q = scratch.take<word>(rows * W);
-  RowState* state = scratch.take<RowState>(rows);
-  word* panel = scratch.take<word>(kPanelTokens * W);
-  float* row_copies = scratch.take<float>(kPanelTokens * p.d_k);
-  float* s = scratch.take<float>(rows * kKeyTile);
-
-  const KeyRange entry = keys_of_entry(p, b), newest = keys_of_query(p, b, entry, s_q - 1);
-  const KeyRange range = {max_of(newest.lo, split * kSplitTokens), min_of(newest.hi, (split + 1) * kSplitTokens)};
-  const int64_t rows_k = p.heads.q_per_k() * s_q, h0 = group * p.heads.q_per_group();
-  for (int64_t r = 0; r < rows; ++r) {
-    state[r] = kEmptyRow;
-    const int64_t at = b * p.q.stride_batch + (h0 + r / s_q) * p.q.stride_head + r % s_q * p.q.stride_token;
-    const void* src = p.q.dtype == DType::f32 ? (const void*)((const float*)p.q.data + at)
-                                              : (const uint16_t*)p.q.data + at;
-    pack_query<kDot>(src, p.q.dtype, p.d_k, p.softmax_scale < 0, q + r / rows_k * rows_k * W, r % rows_k, rows_k);
-  }
+  const GroupSplit<kDot> part(p, plan, item, scratch);
   const float c = exp2_scale(p);
-  const int64_t row0 = (b * p.heads.n_q + h0) * s_q;
-  for (int64_t t0 = range.lo / kKeyTile * kKeyTile; t0 < range.hi; t0 += kKeyTile) {
-    const KeyRange tile = {max_of(range.lo, t0), min_of(range.hi, t0 + kKeyTile)};
-    for (int64_t k = 0; k < p.heads.k_per_group(); ++k)
-      for (int64_t t = tile.lo / kPanelTokens * kPanelTokens; t < tile.hi; t += kPanelTokens) {
-        const word* keys = key_panel<kDot>(p, b, group * p.heads.k_per_group() + k, t, tile, panel, row_copies);
-        score_rows<kDot>(q + k * rows_k * W, 0, rows_k, keys, W, s + k * rows_k * kKeyTile + (t - t0));
-      }
-    for (int64_t r = 0; r < rows; ++r) {
-      const KeyRange keys = keys_of_query(p, b, entry, r % s_q);
-      const int64_t lo = max_of(tile.lo, keys.lo) - t0, hi = min_of(tile.hi, keys.hi) - t0;
+  const int64_t row0 = (part.b * p.heads.n_q + part.h0) * p.s_q;
+  for (int64_t t0 = part.range.lo / kKeyTile * kKeyTile; t0 < part.range.hi; t0 += kKeyTile) {
+    const KeyRange tile = {max_of(part.range.lo, t0), min_of(part.range.hi, t0 + kKeyTile)};
+    part.score(t0, tile);
+    for (int64_t r = 0; r < part.rows; ++r) {
+      const auto [lo, hi] = part.columns_of(r, t0, tile);
       if (lo >= hi) continue;
-      float* row = s + r * kKeyTile;
+      float* row = part.s + r * kKeyTile;
       __builtin_memcpy(work.scores + (row0 + r) * work.stride + t0 + lo, row + lo, (hi - lo) * sizeof(float));
-      softmax_row<false>(row, nullptr, lo, hi, lo, hi, c, state[r]);
+      softmax_row<false>(row, nullptr, lo, hi, lo, hi, c, part.state[r]);
     }
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    float* mass = work.mass + ((row0 + r) * plan.splits + split) * 2;
-    mass[0] = state[r].max;
-    mass[1] = state[r].sum;
+  for (int64_t r = 0; r < part.rows; ++r) {
+    float* mass = work.mass + ((row0 + r) * plan.splits + part.split) * 2;
+    mass[0] = part.state[r].max;
+    mass[1] = part.state[r].sum;
   }
 }
 
@@ -65,9 +43,9 @@ void v_stats(const SelectiveVParams& sp, const SelectiveWorkspace& work, int64_t
   float row[kMaxHeadDim];
   for (int64_t t = keys.lo; t < keys.hi; ++t) {
     const KvSlot slot = kv_page(p.paging, b, t);
-    row_to_float(head_at<const typename E::T>(p.v, slot.page, head, p.heads.v_per_group()) +
-                     slot.token * p.v.stride_token,
-                 p.v.dtype, p.d_v, row);
+    row_to_float(
+        head_at<const typename E::T>(p.v, slot.page, head, p.heads.v_per_group()) + slot.token * p.v.stride_token,
+        p.v.dtype, p.d_v, row);
     float square = 0.0f;
     for (int64_t x = 0; x < p.d_v; ++x) {
       stats[x] += row[x];

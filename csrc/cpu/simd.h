@@ -134,8 +134,8 @@ DIFFQKV_INLINE uint32_t vge_bits(vf a, vf b) { return _mm256_movemask_ps(_mm256_
 DIFFQKV_INLINE uint32_t vnan_bits(vf a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
 // p * 2^n for p in [0.7, 1.5]; 0 where the result would be subnormal.
 DIFFQKV_INLINE vf vexp2_scaled(vf p, vf n) {
-  const vf scaled = _mm256_castsi256_ps(
-      _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
+  const vf scaled =
+      _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
   return _mm256_andnot_ps(_mm256_cmp_ps(n, _mm256_set1_ps(-125.0f), _CMP_LT_OQ), scaled);
 }
 DIFFQKV_INLINE vf vround(vf y) { return _mm256_round_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -172,8 +172,7 @@ DIFFQKV_INLINE void vstore_bf16(uint16_t* p, vf v) {
 DIFFQKV_INLINE uint32_t vge_bits(vf a, vf b) { return _mm_movemask_ps(_mm_cmpge_ps(a, b)); }
 DIFFQKV_INLINE uint32_t vnan_bits(vf a) { return _mm_movemask_ps(_mm_cmpunord_ps(a, a)); }
 DIFFQKV_INLINE vf vexp2_scaled(vf p, vf n) {
-  const vf scaled =
-      _mm_castsi128_ps(_mm_add_epi32(_mm_castps_si128(p), _mm_slli_epi32(_mm_cvtps_epi32(n), 23)));
+  const vf scaled = _mm_castsi128_ps(_mm_add_epi32(_mm_castps_si128(p), _mm_slli_epi32(_mm_cvtps_epi32(n), 23)));
   return _mm_andnot_ps(_mm_cmplt_ps(n, _mm_set1_ps(-125.0f)), scaled);
 }
 DIFFQKV_INLINE vf vround(vf y) { return _mm_round_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

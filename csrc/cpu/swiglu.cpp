@@ -12,8 +12,8 @@ DIFFQKV_INLINE vf sigmoid(vf x) {
   return vdiv(vset(1.0f), vadd(vset(1.0f), vexp2(vsub(vset(0.0f), y))));
 }
 
-// Runs body(in, out) on [begin, end) of arrays of E, VL elements at a time; the rest goes through padded copies, so that
-// an element's result does not depend on where it stands.
+// Runs body(in, out) on [begin, end) of arrays of E, VL elements at a time; the rest goes through padded copies, so
+// that an element's result does not depend on where it stands.
 template <class E, int kIn, int kOut, class Body>
 DIFFQKV_INLINE void map(const typename E::T* const (&in)[kIn], typename E::T* const (&out)[kOut], int64_t begin,
                         int64_t end, Body body) {

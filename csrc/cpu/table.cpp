@@ -24,10 +24,10 @@ void probe_read(const void*, int64_t, float*);
 }  // namespace DIFFQKV_ISA
 
 extern const CpuKernels DIFFQKV_JOIN(kernels_, DIFFQKV_ISA) = {
-    DIFFQKV_STRING(DIFFQKV_ISA),         DIFFQKV_ISA::attention_block,   DIFFQKV_ISA::attention_split,
-    DIFFQKV_ISA::attention_merge,        DIFFQKV_ISA::selective_v_score, DIFFQKV_ISA::selective_v_stats,
-    DIFFQKV_ISA::selective_v_gather,     DIFFQKV_ISA::kv_cache_update,   DIFFQKV_ISA::swiglu,
-    DIFFQKV_ISA::swiglu_backward,        DIFFQKV_ISA::probe_fma,         DIFFQKV_ISA::probe_dot,
+    DIFFQKV_STRING(DIFFQKV_ISA),     DIFFQKV_ISA::attention_block,   DIFFQKV_ISA::attention_split,
+    DIFFQKV_ISA::attention_merge,    DIFFQKV_ISA::selective_v_score, DIFFQKV_ISA::selective_v_stats,
+    DIFFQKV_ISA::selective_v_gather, DIFFQKV_ISA::kv_cache_update,   DIFFQKV_ISA::swiglu,
+    DIFFQKV_ISA::swiglu_backward,    DIFFQKV_ISA::probe_fma,         DIFFQKV_ISA::probe_dot,
     DIFFQKV_ISA::probe_read,
 };
 

@@ -35,8 +35,8 @@ void check_same_dtype(const char* name, const Tensor& t, const char* other_name,
 }
 void check_same_device(const char* name, const Tensor& t, const char* other_name, const Tensor& other) {
   const auto device = t.device(), wanted = other.device();
-  DIFFQKV_CHECK(device.type() == wanted.type() && (t.is_cpu() || t.get_device_index() == other.get_device_index()), name,
-                ": got another device, want that of ", other_name);
+  DIFFQKV_CHECK(device.type() == wanted.type() && (t.is_cpu() || t.get_device_index() == other.get_device_index()),
+                name, ": got another device, want that of ", other_name);
 }
 void check_unit_last_stride(const char* name, const Tensor& t) {
   const int64_t last = t.dim() - 1;
@@ -72,9 +72,7 @@ DType dtype_of(const Tensor& t) {
     default: return DType::f32;
   }
 }
-TokenView token_view(const Tensor& t) {
-  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), dtype_of(t)};
-}
+TokenView token_view(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), dtype_of(t)}; }
 KvView kv_view_of_heads(const Tensor& t, int64_t heads_per_group) {
   KvView view;
   view.data = t.data_ptr();

@@ -54,8 +54,8 @@ std::tuple<Tensor, Tensor> flash_attention_cpu(const Tensor& q, const Tensor& k,
 }
 
 void run_attention(const AttentionParams& p, int64_t max_keys, const Tensor& like) {
-  const AttentionPlan plan = plan_attention(p.heads, p.batch, p.s_q, max_keys, p.d_k, p.d_v, p.q.dtype, p.causal,
-                                            torch_threads());
+  const AttentionPlan plan =
+      plan_attention(p.heads, p.batch, p.s_q, max_keys, p.d_k, p.d_v, p.q.dtype, p.causal, torch_threads());
   Tensor workspace = torch::stable::new_empty(like, {cpu::attention_workspace(plan)}, ScalarType::Byte);
   cpu::attention(p, plan, workspace.data_ptr(), parallel_on_torch);
 }

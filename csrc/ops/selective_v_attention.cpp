@@ -44,8 +44,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_v_attention
   p.error_bound = static_cast<float*>(error_bound.data_ptr());
   p.indices = static_cast<int64_t*>(indices.data_ptr());
 
-  const AttentionPlan plan = plan_split(a.heads, a.batch, a.s_q, call.max_keys, a.d_k, a.d_v, a.q.dtype, a.causal,
-                                        torch_threads());
+  const AttentionPlan plan =
+      plan_split(a.heads, a.batch, a.s_q, call.max_keys, a.d_k, a.d_v, a.q.dtype, a.causal, torch_threads());
   Tensor workspace =
       torch::stable::new_empty(q, {cpu::selective_v_workspace(p, plan, call.max_keys)}, ScalarType::Byte);
   cpu::selective_v_attention(p, plan, call.max_keys, workspace.data_ptr(), parallel_on_torch);

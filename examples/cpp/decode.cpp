@@ -25,14 +25,14 @@ int main() {
   const Tensor cache_seqlens = torch::full({1}, tokens, torch::kInt);
 
   auto& dispatcher = c10::Dispatcher::singleton();
-  const auto update = dispatcher.findSchemaOrThrow("diffqkv::kv_cache_update", "")
-                          .typed<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                      const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-                                      int64_t)>();
-  const auto decode = dispatcher.findSchemaOrThrow("diffqkv::decode_attention", "")
-                          .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                                            const MaybeTensor&, const MaybeTensor&,
-                                                            std::optional<double>, int64_t)>();
+  const auto update =
+      dispatcher.findSchemaOrThrow("diffqkv::kv_cache_update", "")
+          .typed<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&,
+                      const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, int64_t)>();
+  const auto decode =
+      dispatcher.findSchemaOrThrow("diffqkv::decode_attention", "")
+          .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                            const MaybeTensor&, const MaybeTensor&, std::optional<double>, int64_t)>();
 
   update.call(k_cache, v_cache, k, v, positions, {}, {}, {}, {}, /*k_layout=*/0);
   const auto [out, lse] = decode.call(q, k_cache, v_cache, cache_seqlens, {}, {}, {}, /*k_layout=*/0);

@@ -60,8 +60,11 @@ struct Problem {
     p.q = {q.data(), c.heads.n_q * c.s_q * c.d_k, c.s_q * c.d_k, c.d_k};
     p.out = {out.data(), c.heads.n_q * c.s_q * c.d_v, c.s_q * c.d_v, c.d_v};
     const auto view = [&](std::vector<float>& x, int64_t n, int64_t d, int64_t per_group) {
-      return KvView{.data = x.data(), .stride_page = n * c.s_k * d, .stride_group = per_group * c.s_k * d,
-                    .stride_head = c.s_k * d, .stride_token = d};
+      return KvView{.data = x.data(),
+                    .stride_page = n * c.s_k * d,
+                    .stride_group = per_group * c.s_k * d,
+                    .stride_head = c.s_k * d,
+                    .stride_token = d};
     };
     p.k = view(k, c.heads.n_k, c.d_k, c.heads.k_per_group());
     p.v = view(v, c.heads.n_v, c.d_v, c.heads.v_per_group());
@@ -106,8 +109,7 @@ struct Problem {
 };
 
 void run(const AttentionParams& p, int64_t threads) {
-  AttentionPlan plan =
-      plan_attention(p.heads, p.batch, p.s_q, p.s_k, p.d_k, p.d_v, DType::f32, p.causal, threads);
+  AttentionPlan plan = plan_attention(p.heads, p.batch, p.s_q, p.s_k, p.d_k, p.d_v, DType::f32, p.causal, threads);
   plan.threads = threads;  // also where the planner would not start a second one
   std::vector<char> workspace(cpu::attention_workspace(plan));
   cpu::attention(p, plan, workspace.data(), parallel_on_threads);
@@ -154,11 +156,17 @@ TEST_CASE("pages of panels, shuffled, with poison in unused slots give the same 
     const std::vector<int32_t> length(c.batch, int32_t(c.s_k));
     p.length = length.data();
     p.paging = {table.data(), blocks, kPage};
-    p.k = {.data = k.data(), .stride_page = c.heads.n_k * kPage * c.d_k,
-           .stride_group = c.heads.k_per_group() * kPage * c.d_k, .stride_head = kPage * c.d_k,
-           .stride_panel = kPanelTokens * c.d_k, .layout = KLayout::panels};
-    p.v = {.data = v.data(), .stride_page = c.heads.n_v * kPage * c.d_v,
-           .stride_group = c.heads.v_per_group() * kPage * c.d_v, .stride_head = kPage * c.d_v, .stride_token = c.d_v};
+    p.k = {.data = k.data(),
+           .stride_page = c.heads.n_k * kPage * c.d_k,
+           .stride_group = c.heads.k_per_group() * kPage * c.d_k,
+           .stride_head = kPage * c.d_k,
+           .stride_panel = kPanelTokens * c.d_k,
+           .layout = KLayout::panels};
+    p.v = {.data = v.data(),
+           .stride_page = c.heads.n_v * kPage * c.d_v,
+           .stride_group = c.heads.v_per_group() * kPage * c.d_v,
+           .stride_head = kPage * c.d_v,
+           .stride_token = c.d_v};
     for (int64_t b = 0; b < c.batch; ++b)
       for (int64_t t = problem.start[b]; t < problem.end[b]; ++t) {
         const KvSlot slot = kv_page(p.paging, b, t);

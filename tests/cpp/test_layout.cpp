@@ -1,11 +1,10 @@
 // Where tokens and dimensions lie: every place is used, and used once.
-#include "diffqkv/layout.h"
-
 #include <cstdint>
 #include <limits>
 #include <vector>
 
 #include "catch.h"
+#include "diffqkv/layout.h"
 
 using namespace diffqkv;
 
@@ -41,8 +40,8 @@ TEST_CASE("panel offsets are those of the documented shapes") {
   const int64_t d = 24;
   for (int64_t t = 0; t < 3 * kPanelTokens; ++t) {
     for (int64_t c = 0; c < d; ++c) {
-      const int64_t plain = ((t / 32) * d + c) * 32 + t % 32;                               // [s / 32, d, 32]
-      const int64_t words = ((t / 32) * (d / 2) + c / 2) * 64 + (t % 32) * 2 + c % 2;       // [s / 32, d / 2, 32, 2]
+      const int64_t plain = ((t / 32) * d + c) * 32 + t % 32;                          // [s / 32, d, 32]
+      const int64_t words = ((t / 32) * (d / 2) + c / 2) * 64 + (t % 32) * 2 + c % 2;  // [s / 32, d / 2, 32, 2]
       REQUIRE(panel_offset(t, c, d, DType::f32) == plain);
       REQUIRE(panel_offset(t, c, d, DType::f16) == plain);
       REQUIRE(panel_offset(t, c, d, DType::bf16) == words);
@@ -74,7 +73,7 @@ TEST_CASE("a contiguous cache has one page per batch entry") {
 TEST_CASE("a paged cache finds its blocks through the table") {
   constexpr int64_t kBatch = 2, kBlocks = 3, kStride = 5, kPageSize = 32, kPages = 7;
   const int32_t unused = std::numeric_limits<int32_t>::max();
-  const std::vector<int32_t> table = {4, 0, 6, unused, unused,  //
+  const std::vector<int32_t> table = {4, 0,  6, unused, unused,  //
                                       2, -1, 7, unused, unused};
   Paging paging;
   paging.block_table = table.data();

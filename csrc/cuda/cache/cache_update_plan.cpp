@@ -35,11 +35,9 @@ bool aligned(const KvView& view, int64_t element_bytes, int64_t pages, int64_t g
                                                  {view.stride_head, heads},
                                                  {view.stride_panel, ceil_div(tokens, kPanelTokens)}});
   }
-  return aligned(view.data, element_bytes, kVectorBytes,
-                 {{view.stride_page, pages},
-                  {view.stride_group, groups},
-                  {view.stride_head, heads},
-                  {view.stride_token, tokens}});
+  return aligned(
+      view.data, element_bytes, kVectorBytes,
+      {{view.stride_page, pages}, {view.stride_group, groups}, {view.stride_head, heads}, {view.stride_token, tokens}});
 }
 
 // Elements that a thread may move at once.
@@ -54,8 +52,8 @@ int64_t vector_width(const CacheUpdateParams& p) {
   if (p.d_rot > 0) {
     const int64_t rope_size = p.rope_dtype == DType::f32 ? 4 : 2;
     for (const void* table : {p.cos, p.sin}) {
-      ok = ok && aligned(table, rope_size, kVectorBytes,
-                         {{p.rope_stride_batch, p.batch}, {p.rope_stride_token, p.s_new}});
+      ok = ok &&
+           aligned(table, rope_size, kVectorBytes, {{p.rope_stride_batch, p.batch}, {p.rope_stride_token, p.s_new}});
     }
   }
   return ok ? width : 1;

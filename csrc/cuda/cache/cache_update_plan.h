@@ -12,12 +12,12 @@ inline constexpr int32_t kCacheUpdateThreads = 256;  // at most, per block
 // RoPE the two such vectors that rotate together. A tile is `tile_tokens` new tokens of one (batch entry, KV group), K
 // and V. Blocks [0, stats_blocks) each keep the v_stats of one (batch entry, V head), the others copy one tile each.
 struct CacheUpdatePlan {
-  int32_t groups = 0, k_heads = 0, v_heads = 0;          // heads per group
-  int32_t k_head_units = 0, v_head_units = 0;            // per head and token
-  int32_t width = 1;                                     // elements of a vector: 16 bytes, or 1
+  int32_t groups = 0, k_heads = 0, v_heads = 0;  // heads per group
+  int32_t k_head_units = 0, v_head_units = 0;    // per head and token
+  int32_t width = 1;                             // elements of a vector: 16 bytes, or 1
   int32_t tile_tokens = 1, token_tiles = 0;
-  int32_t threads = 0;                                   // per block
-  int64_t stats_blocks = 0, blocks = 0;                  // blocks: in all
+  int32_t threads = 0;                   // per block
+  int64_t stats_blocks = 0, blocks = 0;  // blocks: in all
 };
 
 CacheUpdatePlan plan_cache_update(const CacheUpdateParams& p);

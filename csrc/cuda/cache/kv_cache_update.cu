@@ -1,12 +1,11 @@
 // kv_cache_update in one launch: K (rotated) and V of the new tokens to their slots, and v_stats.
-#include "cuda/cache/kv_cache_update.cuh"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <climits>
 
+#include "cuda/cache/kv_cache_update.cuh"
 #include "diffqkv/cuda.h"
 
 namespace diffqkv {
@@ -45,8 +44,8 @@ __device__ void update_stats(const CacheUpdateParams& p, const CacheUpdatePlan& 
   const int d_v = static_cast<int>(p.d_v);
   const uint32_t n_v = plan.groups * plan.v_heads;
   const int64_t entry = block / n_v, head = block % n_v;
-  const auto* rows = static_cast<const typename E::T*>(p.v_new.data) + entry * p.v_new.stride_batch +
-                     head * p.v_new.stride_head;
+  const auto* rows =
+      static_cast<const typename E::T*>(p.v_new.data) + entry * p.v_new.stride_batch + head * p.v_new.stride_head;
   float* stats = p.v_stats + static_cast<int64_t>(block) * (d_v + 1);
 
   float sum = thread < d_v ? stats[thread] : 0.0f, norm = 0.0f;

@@ -76,8 +76,8 @@ DIFFQKV_LAYOUT void write_k(const CacheUpdateParams& p, const CacheUpdatePlan& p
   using T = typename E::T;
   const int32_t head = unit / plan.k_head_units, u = unit - head * plan.k_head_units;
   const int32_t half = static_cast<int32_t>(p.d_rot / 2), pairs = half / N;
-  const int64_t row = entry * p.k_new.stride_batch + (group * plan.k_heads + head) * p.k_new.stride_head +
-                      token * p.k_new.stride_token;
+  const int64_t row =
+      entry * p.k_new.stride_batch + (group * plan.k_heads + head) * p.k_new.stride_head + token * p.k_new.stride_token;
   if (u >= pairs) {
     const int32_t dim = 2 * half + (u - pairs) * N;
     const auto x = load<T, N>(p.k_new.data, row + dim);
@@ -110,8 +110,8 @@ DIFFQKV_LAYOUT void write_v(const CacheUpdateParams& p, const CacheUpdatePlan& p
                             int64_t token, int32_t unit) {
   using T = typename E::T;
   const int32_t head = unit / plan.v_head_units, dim = (unit - head * plan.v_head_units) * N;
-  const int64_t row = entry * p.v_new.stride_batch + (group * plan.v_heads + head) * p.v_new.stride_head +
-                      token * p.v_new.stride_token;
+  const int64_t row =
+      entry * p.v_new.stride_batch + (group * plan.v_heads + head) * p.v_new.stride_head + token * p.v_new.stride_token;
   const auto x = load<T, N>(p.v_new.data, row + dim);
   const KvSlot slot = new_token_slot(p, entry, token);
   if (slot.page >= 0) store<T, N>(p.v_cache.data, kv_row(p.v_cache, group, head, slot) + dim, x);

@@ -19,16 +19,16 @@ enum class AttentionKernel : int32_t {
 
 struct AttentionPlan {
   AttentionKernel kernel = AttentionKernel::block;
-  int64_t groups = 0;         // KV groups per batch entry
-  int64_t rows = 0;           // query rows of a group: n_q / G * s_q
-  int64_t block_q = 0;        // block: queries of an item
-  int64_t heads_per_item = 0; // block: q heads of an item
-  int64_t head_chunks = 0;    // block: items that share the heads of a group
-  int64_t splits = 0;         // split: key ranges per group
+  int64_t groups = 0;          // KV groups per batch entry
+  int64_t rows = 0;            // query rows of a group: n_q / G * s_q
+  int64_t block_q = 0;         // block: queries of an item
+  int64_t heads_per_item = 0;  // block: q heads of an item
+  int64_t head_chunks = 0;     // block: items that share the heads of a group
+  int64_t splits = 0;          // split: key ranges per group
   int64_t items = 0;
-  int64_t threads = 1;        // worth starting
-  int64_t scratch_bytes = 0;  // per thread
-  int64_t partial_floats = 0; // split, if splits > 1: un-normalised results, [items, rows, d_v + 2]
+  int64_t threads = 1;         // worth starting
+  int64_t scratch_bytes = 0;   // per thread
+  int64_t partial_floats = 0;  // split, if splits > 1: un-normalised results, [items, rows, d_v + 2]
   double flops = 0, bytes = 0;
 };
 

@@ -15,7 +15,8 @@ DIFFQKV_API int64_t attention_workspace(const AttentionPlan& plan);
 DIFFQKV_API int64_t selective_v_workspace(const SelectiveVParams& params, const AttentionPlan& plan, int64_t max_keys);
 
 // plan: plan_attention(...) of the same shape, with max_keys >= the longest kv_end.
-DIFFQKV_API void attention(const AttentionParams& params, const AttentionPlan& plan, void* workspace, Parallel parallel);
+DIFFQKV_API void attention(const AttentionParams& params, const AttentionPlan& plan, void* workspace,
+                           Parallel parallel);
 // plan: plan_split(...).
 DIFFQKV_API void selective_v_attention(const SelectiveVParams& params, const AttentionPlan& plan, int64_t max_keys,
                                        void* workspace, Parallel parallel);

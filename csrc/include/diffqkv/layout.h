@@ -66,8 +66,7 @@ DIFFQKV_LAYOUT int64_t kv_element(const KvView& view, int64_t group, int64_t hea
 // Position of the new token `token` of batch entry `entry`.
 DIFFQKV_LAYOUT int64_t new_token_position(const CacheUpdateParams& p, int64_t entry, int64_t token) {
   const int64_t i = entry * p.positions_stride_batch + token * p.positions_stride_token;
-  return p.positions_int64 ? static_cast<const int64_t*>(p.positions)[i]
-                           : static_cast<const int32_t*>(p.positions)[i];
+  return p.positions_int64 ? static_cast<const int64_t*>(p.positions)[i] : static_cast<const int32_t*>(p.positions)[i];
 }
 
 // Where that token is written; page -1: nowhere.

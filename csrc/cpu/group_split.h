@@ -1,0 +1,63 @@
+// All query rows of one KV group over one range of its keys: what decode and selective V have in common. Rows are
+// (q head of the group, query); those of a K head are neighbours, and so are those of a V head.
+#pragma once
+#include "cpu/attention_tile.h"
+
+namespace diffqkv {
+namespace {
+
+template <bool kDot>
+struct GroupSplit {
+  const AttentionParams& p;
+  int64_t split, group, b;  // of the item
+  int64_t rows, h0;         // h0: the group's first q head
+  int64_t W;                // words of a q row
+  KeyRange entry, range;    // keys of the batch entry; those of this item that any row sees
+  word *q, *panel;
+  float *row_copies, *s;
+  RowState* state;
+
+  GroupSplit(const AttentionParams& params, const AttentionPlan& plan, int64_t item, Scratch& scratch)
+      : p(params), rows(plan.rows), W(kDot ? params.d_k / 2 : params.d_k) {
+    split = item % plan.splits;
+    group = item / plan.splits % plan.groups;
+    b = item / plan.splits / plan.groups;
+    h0 = group * p.heads.q_per_group();
+    q = scratch.take<word>(rows * W);
+    panel = scratch.take<word>(kPanelTokens * W);
+    row_copies = scratch.take<float>(kPanelTokens * p.d_k);
+    s = scratch.take<float>(rows * kKeyTile);
+    state = scratch.take<RowState>(rows);
+
+    entry = keys_of_entry(p, b);
+    const KeyRange newest = keys_of_query(p, b, entry, p.s_q - 1);
+    range = {max_of(newest.lo, split * kSplitTokens), min_of(newest.hi, (split + 1) * kSplitTokens)};
+    const int64_t rows_k = p.heads.q_per_k() * p.s_q;
+    for (int64_t r = 0; r < rows; ++r) {
+      state[r] = kEmptyRow;
+      pack_query<kDot>(query_row(p, b, q_head(r), query(r)), p.q.dtype, p.d_k, p.softmax_scale < 0,
+                       q + r / rows_k * rows_k * W, r % rows_k, rows_k);
+    }
+  }
+
+  int64_t q_head(int64_t row) const { return h0 + row / p.s_q; }
+  int64_t query(int64_t row) const { return row % p.s_q; }
+
+  // Scores of all rows with the keys of a tile, into s; t0 is the tile's first column.
+  void score(int64_t t0, KeyRange tile) const {
+    const int64_t rows_k = p.heads.q_per_k() * p.s_q;
+    for (int64_t k = 0; k < p.heads.k_per_group(); ++k)
+      for (int64_t t = tile.lo / kPanelTokens * kPanelTokens; t < tile.hi; t += kPanelTokens) {
+        const word* keys = key_panel<kDot>(p, b, group * p.heads.k_per_group() + k, t, tile, panel, row_copies);
+        score_rows<kDot>(q + k * rows_k * W, 0, rows_k, keys, W, s + k * rows_k * kKeyTile + (t - t0));
+      }
+  }
+  // The columns of a tile that a row sees; hi <= lo: none.
+  KeyRange columns_of(int64_t row, int64_t t0, KeyRange tile) const {
+    const KeyRange keys = keys_of_query(p, b, entry, query(row));
+    return {max_of(tile.lo, keys.lo) - t0, min_of(tile.hi, keys.hi) - t0};
+  }
+};
+
+}  // namespace
+}  // namespace diffqkv
