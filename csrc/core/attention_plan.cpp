@@ -10,6 +10,7 @@ constexpr double kFlopsPerThread = 2e5;
 // Queries and accumulators of an item stay in the L2 cache beside a tile of K and V.
 constexpr int64_t kBlockBytes = 512 * 1024;
 constexpr int64_t kMaxBlockQ = 96;  // a multiple of the 12 and 6 rows of the register tiles
+constexpr int64_t kScoreRows = 12;  // rows whose scores an item holds at once
 // Above this many rows per group the split kernel's tile of scores outgrows the L2 cache.
 constexpr int64_t kMaxSplitRows = 128;
 constexpr int64_t kMaxSplitQueries = 16;
@@ -77,7 +78,7 @@ AttentionPlan plan_attention(const HeadGroups& heads, int64_t batch, int64_t s_q
   plan.head_chunks = ceil_div(group_heads, plan.heads_per_item);
   plan.items = items();
   plan.scratch_bytes = aligned(plan.heads_per_item * plan.block_q * (row_bytes(d_k, d_v) + 16)) + panel_bytes(d_k) +
-                       aligned(kKeyTile * row_bytes(d_k, d_v)) + aligned(plan.block_q * kKeyTile * 6) + kAlignmentSlack;
+                       aligned(kKeyTile * row_bytes(d_k, d_v)) + aligned(kScoreRows * kKeyTile * 6) + kAlignmentSlack;
   set_threads(plan, threads);
   return plan;
 }

@@ -241,15 +241,23 @@ struct RowState {
 };
 constexpr RowState kEmptyRow = {-kInf, 0.0f, 0.0f};
 
-// Takes the scores of the columns [lo, hi) into the row's state and turns them into un-normalised probabilities; the
-// other columns of [zero_lo, zero_hi) become 0. Returns the factor for what the row had accumulated before.
-// kDot: the probabilities go to p, rounded to bf16.
-template <bool kDot>
-inline float softmax_row(float* s, uint16_t* p, int64_t lo, int64_t hi, int64_t zero_lo, int64_t zero_hi, float c,
-                         RowState& state) {
-  const int64_t first = lo / VL * VL, last = round_up(hi, VL);
-  for (int64_t j = first; j < lo; ++j) s[j] = -kInf;
-  for (int64_t j = hi; j < last; ++j) s[j] = -kInf;
+// Stores two vectors as bf16 and adds what was stored to norm.
+DIFFQKV_INLINE vf store_rounded(uint16_t* p, vf e0, vf e1, vf norm) {
+#if defined(__AVX512BF16__)
+  const __m512bh packed = _mm512_cvtne2ps_pbh(e1, e0);
+  _mm512_storeu_si512(p, (__m512i)packed);
+  return _mm512_dpbf16_ps(norm, packed, (__m512bh)_mm512_set1_epi16(0x3f80));
+#else
+  vstore_bf16(p, e0);
+  vstore_bf16(p + VL, e1);
+  return vadd(norm, vadd(vload_bf16(p), vload_bf16(p + VL)));
+#endif
+}
+
+// Fills what the vectors of the columns [first, last) have besides the row's own with -inf, and returns the maximum.
+DIFFQKV_INLINE float masked_maximum(float* s, KeyRange own, int64_t first, int64_t last) {
+  for (int64_t j = first; j < own.lo; ++j) s[j] = -kInf;
+  for (int64_t j = own.hi; j < last; ++j) s[j] = -kInf;
   vf m0 = vset(-kInf), m1 = m0;
   int64_t j = first;
   for (; j + 2 * VL <= last; j += 2 * VL) {
@@ -257,19 +265,30 @@ inline float softmax_row(float* s, uint16_t* p, int64_t lo, int64_t hi, int64_t 
     m1 = vmax(vload(s + j + VL), m1);
   }
   if (j < last) m0 = vmax(vload(s + j), m0);
-  const float tile_max = vmaximum(vmax(m0, m1));
-  float factor = 1.0f;
-  if (tile_max > state.max) {
-    if (state.max > -kInf) factor = exp2_of((state.max - tile_max) * c);
-    state.max = tile_max;
-  }
-  // A row whose scores are all -inf so far has no maximum to subtract.
-  const float shift = state.max > -kInf ? -state.max * c : 0.0f;
+  return vmaximum(vmax(m0, m1));
+}
+
+// s[j] = 2^(s[j] * c + shift) for j in [first, last), or with kDot into p, rounded to bf16; added up into the state.
+template <bool kDot>
+DIFFQKV_INLINE void exponentials(float* s, uint16_t* p, int64_t first, int64_t last, float c, float shift, float factor,
+                                 RowState& state) {
   const vf vc = vset(c), vshift = vset(shift);
-  vf sum = vset(0.0f), norm = vset(0.0f);
-  for (j = first; j < last; j += VL) {
+  vf sum0 = vset(0.0f), sum1 = sum0, norm = sum0;
+  int64_t j = first;
+  for (; j + 2 * VL <= last; j += 2 * VL) {
+    const vf e0 = vexp2(vfma(vload(s + j), vc, vshift)), e1 = vexp2(vfma(vload(s + j + VL), vc, vshift));
+    sum0 = vadd(sum0, e0);
+    sum1 = vadd(sum1, e1);
+    if (kDot) {
+      norm = store_rounded(p + j, e0, e1, norm);
+    } else {
+      vstore(s + j, e0);
+      vstore(s + j + VL, e1);
+    }
+  }
+  if (j < last) {
     const vf e = vexp2(vfma(vload(s + j), vc, vshift));
-    sum = vadd(sum, e);
+    sum0 = vadd(sum0, e);
     if (kDot) {
       vstore_bf16(p + j, e);
       norm = vadd(norm, vload_bf16(p + j));
@@ -277,11 +296,42 @@ inline float softmax_row(float* s, uint16_t* p, int64_t lo, int64_t hi, int64_t 
       vstore(s + j, e);
     }
   }
-  state.sum = state.sum * factor + vsum(sum);
+  state.sum = state.sum * factor + vsum(vadd(sum0, sum1));
   state.norm = kDot ? state.norm * factor + vsum(norm) : state.sum;
-  for (j = zero_lo; j < first; ++j) kDot ? (void)(p[j] = 0) : (void)(s[j] = 0.0f);
-  for (j = last; j < zero_hi; ++j) kDot ? (void)(p[j] = 0) : (void)(s[j] = 0.0f);
-  return factor;
+}
+
+// Softmax of up to kPvRows rows of scores. Takes the columns own(r) into the state of row r and turns them into
+// un-normalised probabilities; the other columns of `zero` become 0. factor[r] is for what the row had accumulated
+// before. Step by step for all rows, so that no row waits for the reductions of another. factor: room for 16.
+template <bool kDot, class Own>
+inline void softmax_rows(int64_t rows, float* s, uint16_t* p, const Own& own, KeyRange zero, float c, RowState* state,
+                         float* factor) {
+  KeyRange columns[kPvRows];
+  float shift[kPvRows], change[16] = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    columns[r] = own(r);
+    if (columns[r].lo >= columns[r].hi) {
+      columns[r] = {zero.hi, zero.hi};  // nothing to see: all zeros
+      continue;
+    }
+    const float tile =
+        masked_maximum(s + r * kKeyTile, columns[r], columns[r].lo / VL * VL, round_up(columns[r].hi, VL));
+    const float old = state[r].max, now = tile > old ? tile : old;
+    state[r].max = now;
+    // Without a finite score so far there is no maximum to subtract, and nothing accumulated to scale.
+    change[r] = old > -kInf ? (old - now) * c : 0.0f;
+    shift[r] = now > -kInf ? -now * c : 0.0f;
+  }
+  for (int64_t r = 0; r < rows; r += VL) vstore(factor + r, vexp2(vload(change + r)));
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = s + r * kKeyTile;
+    uint16_t* rounded = kDot ? p + r * kKeyTile : nullptr;
+    const int64_t first = columns[r].lo < columns[r].hi ? columns[r].lo / VL * VL : zero.hi;
+    const int64_t last = columns[r].lo < columns[r].hi ? round_up(columns[r].hi, VL) : zero.hi;
+    if (first < last) exponentials<kDot>(row, rounded, first, last, c, shift[r], factor[r], state[r]);
+    for (int64_t j = zero.lo; j < first; ++j) kDot ? (void)(rounded[j] = 0) : (void)(row[j] = 0.0f);
+    for (int64_t j = last; j < zero.hi; ++j) kDot ? (void)(rounded[j] = 0) : (void)(row[j] = 0.0f);
+  }
 }
 
 DIFFQKV_INLINE void scale_row(float* o, int64_t n, float factor) {
@@ -344,17 +394,23 @@ inline void accumulate_rows(int64_t rows, const word* p, const typename E::T* v,
 
 // ---- results --------------------------------------------------------------------------------------------------------
 
+template <class E>
+DIFFQKV_INLINE void store_scaled(const float* o, int64_t d, float scale, typename E::T* out) {
+  int64_t x = 0;
+  for (; x + VL <= d; x += VL) E::store(out + x, vmul(vload(o + x), vset(scale)));
+  for (; x < d; ++x) out[x] = E::put(o[x] * scale);
+}
+
 inline void store_row(const AttentionParams& p, int64_t b, int64_t q_head, int64_t query, const float* o,
                       RowState state, float c) {
   const float scale = state.norm == 0.0f ? 0.0f : 1.0f / state.norm;
   const int64_t at = b * p.out.stride_batch + q_head * p.out.stride_head + query * p.out.stride_token;
-  for (int64_t x = 0; x < p.d_v; ++x) {
-    const float value = o[x] * scale;
-    if (p.out.dtype == DType::f32)
-      ((float*)p.out.data)[at + x] = value;
-    else
-      ((uint16_t*)p.out.data)[at + x] = p.out.dtype == DType::bf16 ? bf16_of_float(value) : f16_of_float(value);
-  }
+  if (p.out.dtype == DType::f32)
+    store_scaled<F32>(o, p.d_v, scale, (float*)p.out.data + at);
+  else if (p.out.dtype == DType::bf16)
+    store_scaled<BF16>(o, p.d_v, scale, (uint16_t*)p.out.data + at);
+  else
+    store_scaled<F16>(o, p.d_v, scale, (uint16_t*)p.out.data + at);
   p.lse[(b * p.heads.n_q + q_head) * p.s_q + query] =
       state.sum == 0.0f ? -kInf : (state.max * c + __builtin_log2f(state.sum)) * kLn2;
 }

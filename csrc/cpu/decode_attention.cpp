@@ -19,16 +19,14 @@ void attention_split(const AttentionParams& p, const AttentionPlan& plan, int64_
   for (int64_t t0 = part.range.lo / kKeyTile * kKeyTile; t0 < part.range.hi; t0 += kKeyTile) {
     const KeyRange tile = {max_of(part.range.lo, t0), min_of(part.range.hi, t0 + kKeyTile)};
     part.score(t0, tile);
-    for (int64_t r = 0; r < rows; ++r) {
-      const KeyRange keys = part.columns_of(r, t0, tile);
-      float* row = s + r * kKeyTile;
-      if (keys.lo >= keys.hi) {
-        for (int64_t j = tile.lo - t0; j < tile.hi - t0; ++j) row[j] = 0.0f;
-        continue;
-      }
-      const float factor =
-          softmax_row<false>(row, nullptr, keys.lo, keys.hi, tile.lo - t0, tile.hi - t0, c, part.state[r]);
-      if (factor != 1.0f) scale_row(o + r * stride_o, stride_o, factor);
+    for (int64_t r = 0; r < rows; r += kPvRows) {
+      const int64_t few = min_of(kPvRows, rows - r);
+      float factor[16];
+      softmax_rows<false>(
+          few, s + r * kKeyTile, nullptr, [&](int64_t x) { return part.columns_of(r + x, t0, tile); },
+          {tile.lo - t0, tile.hi - t0}, c, part.state + r, factor);
+      for (int64_t x = 0; x < few; ++x)
+        if (factor[x] != 1.0f) scale_row(o + (r + x) * stride_o, stride_o, factor[x]);
     }
     for (int64_t v = 0; v < p.heads.v_per_group(); ++v)
       for (int64_t t = tile.lo; t < tile.hi;) {

@@ -54,8 +54,8 @@ void attention_block(const AttentionParams& p, const AttentionPlan& plan, int64_
   word* k_tile = scratch.take<word>(kKeyTile * W);
   float* row_copies = scratch.take<float>(kPanelTokens * p.d_k);
   word* v_tile = scratch.take<word>(kKeyTile * stride_o);
-  float* s = scratch.take<float>(plan.block_q * kKeyTile);
-  uint16_t* s16 = scratch.take<uint16_t>(kDot ? plan.block_q * kKeyTile : 0);
+  float* s = scratch.take<float>(kQkRows * kKeyTile);
+  uint16_t* s16 = scratch.take<uint16_t>(kQkRows * kKeyTile);
 
   const KeyRange entry = keys_of_entry(p, b);
   for (int64_t h = h0; h < h1; ++h)
@@ -106,35 +106,31 @@ void attention_block(const AttentionParams& p, const AttentionPlan& plan, int64_
         const int64_t lo = max_of(tile.lo, keys.lo) - t0;
         return KeyRange{lo, max_of(lo, min_of(tile.hi, keys.hi) - t0)};
       };
-      for (int64_t x = first_panel; x < end_panel; ++x)
-        for (int64_t r = 0; r < rows; r += kQkRows) {
-          const int64_t count = min_of(kQkRows, rows - r);
-          if (row_keys(r + count - 1).hi > x * kPanelTokens)
-            score_rows<kDot>(head.q, r, count, panels[x], W, s + x * kPanelTokens);
+      // A block of rows goes through all steps before the next: its scores stay in the L1 cache.
+      for (int64_t r0 = 0; r0 < rows; r0 += kQkRows) {
+        const int64_t count = min_of(kQkRows, rows - r0), end = row_keys(r0 + count - 1).hi;
+        for (int64_t x = first_panel; x * kPanelTokens < end; ++x)
+          score_rows<kDot>(head.q + r0 * W, 0, count, panels[x], W, s + x * kPanelTokens);
+        for (int64_t r = r0; r < r0 + count; r += kPvRows) {
+          const int64_t few = min_of(kPvRows, r0 + count - r);
+          KeyRange keys = row_keys(r + few - 1);
+          if (keys.lo == keys.hi) continue;
+          if (kDot) keys = {keys.lo / 2 * 2, round_up(keys.hi, 2)};
+          float* probabilities = s + (r - r0) * kKeyTile;
+          uint16_t* rounded = s16 + (r - r0) * kKeyTile;
+          float factor[16];
+          softmax_rows<kDot>(
+              few, probabilities, rounded, [&](int64_t x) { return row_keys(r + x); }, keys, c, head.state + r, factor);
+          for (int64_t x = 0; x < few; ++x)
+            if (factor[x] != 1.0f) scale_row(head.o + (r + x) * stride_o, stride_o, factor[x]);
+          if constexpr (kDot)
+            accumulate_rows<true, Pairs>(few, (const word*)(rounded + keys.lo), v + keys.lo / 2 * stride_v, stride_v,
+                                         (keys.hi - keys.lo) / 2, p.d_v, head.o + r * stride_o, stride_o);
+          else
+            accumulate_rows<false, F32>(few, (const word*)(probabilities + keys.lo),
+                                        (const float*)v + keys.lo * stride_v, stride_v, keys.hi - keys.lo, p.d_v,
+                                        head.o + r * stride_o, stride_o);
         }
-      for (int64_t r = 0; r < rows; r += kPvRows) {
-        const int64_t count = min_of(kPvRows, rows - r);
-        KeyRange keys = row_keys(r + count - 1);
-        if (keys.lo == keys.hi) continue;
-        if (kDot) keys = {keys.lo / 2 * 2, round_up(keys.hi, 2)};
-        for (int64_t x = r; x < r + count; ++x) {
-          const KeyRange own = row_keys(x);
-          float* row = s + x * kKeyTile;
-          uint16_t* row16 = s16 + x * kKeyTile;
-          if (own.lo == own.hi) {
-            for (int64_t j = keys.lo; j < keys.hi; ++j) kDot ? (void)(row16[j] = 0) : (void)(row[j] = 0.0f);
-            continue;
-          }
-          const float factor = softmax_row<kDot>(row, row16, own.lo, own.hi, keys.lo, keys.hi, c, head.state[x]);
-          if (factor != 1.0f) scale_row(head.o + x * stride_o, stride_o, factor);
-        }
-        if constexpr (kDot)
-          accumulate_rows<true, Pairs>(count, (const word*)(s16 + r * kKeyTile + keys.lo), v + keys.lo / 2 * stride_v,
-                                       stride_v, (keys.hi - keys.lo) / 2, p.d_v, head.o + r * stride_o, stride_o);
-        else
-          accumulate_rows<false, F32>(count, (const word*)(s + r * kKeyTile + keys.lo),
-                                      (const float*)v + keys.lo * stride_v, stride_v, keys.hi - keys.lo, p.d_v,
-                                      head.o + r * stride_o, stride_o);
       }
     }
   }

@@ -21,9 +21,14 @@ void score(const SelectiveVParams& sp, const AttentionPlan& plan, const Selectiv
     for (int64_t r = 0; r < part.rows; ++r) {
       const auto [lo, hi] = part.columns_of(r, t0, tile);
       if (lo >= hi) continue;
-      float* row = part.s + r * kKeyTile;
+      const float* row = part.s + r * kKeyTile;
       __builtin_memcpy(work.scores + (row0 + r) * work.stride + t0 + lo, row + lo, (hi - lo) * sizeof(float));
-      softmax_row<false>(row, nullptr, lo, hi, lo, hi, c, part.state[r]);
+    }
+    for (int64_t r = 0; r < part.rows; r += kPvRows) {
+      float factor[16];
+      softmax_rows<false>(
+          min_of(kPvRows, part.rows - r), part.s + r * kKeyTile, nullptr,
+          [&](int64_t x) { return part.columns_of(r + x, t0, tile); }, {kKeyTile, kKeyTile}, c, part.state + r, factor);
     }
   }
   for (int64_t r = 0; r < part.rows; ++r) {

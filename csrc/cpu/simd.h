@@ -59,6 +59,15 @@ DIFFQKV_INLINE uint16_t f16_of_float(float f) {
 }
 #endif
 
+DIFFQKV_INLINE float vsum4(__m128 v) {
+  v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+  return _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)));
+}
+DIFFQKV_INLINE float vmaximum4(__m128 v) {
+  v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+  return _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)));
+}
+
 #if defined(__AVX512F__)
 
 typedef __m512 vf;
@@ -81,6 +90,11 @@ DIFFQKV_INLINE vf vload_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_l
 DIFFQKV_INLINE void vstore_f16(uint16_t* p, vf v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+#if defined(__AVX512BF16__)
+DIFFQKV_INLINE void vstore_bf16(uint16_t* p, vf v) {  // flushes subnormals
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v));
+}
+#else
 DIFFQKV_INLINE void vstore_bf16(uint16_t* p, vf v) {
   const __m512i u = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
@@ -89,6 +103,7 @@ DIFFQKV_INLINE void vstore_bf16(uint16_t* p, vf v) {
   r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(r));
 }
+#endif
 // Lanes >= n read as 0.
 DIFFQKV_INLINE vf vload_first(const float* p, int n) { return _mm512_maskz_loadu_ps((vmask)((1u << n) - 1), p); }
 DIFFQKV_INLINE vf vload_first_u16(const uint16_t* p, int n, bool half) {
@@ -98,6 +113,8 @@ DIFFQKV_INLINE vf vload_first_u16(const uint16_t* p, int n, bool half) {
 DIFFQKV_INLINE uint32_t vge_bits(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 DIFFQKV_INLINE uint32_t vnan_bits(vf a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
 DIFFQKV_INLINE vf vexp2_scaled(vf p, vf n) { return _mm512_scalef_ps(p, n); }
+DIFFQKV_INLINE float vsum(vf v) { return _mm512_reduce_add_ps(v); }
+DIFFQKV_INLINE float vmaximum(vf v) { return _mm512_reduce_max_ps(v); }
 DIFFQKV_INLINE vf vround(vf y) { return _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 #elif defined(__AVX2__)
@@ -138,6 +155,10 @@ DIFFQKV_INLINE vf vexp2_scaled(vf p, vf n) {
       _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
   return _mm256_andnot_ps(_mm256_cmp_ps(n, _mm256_set1_ps(-125.0f), _CMP_LT_OQ), scaled);
 }
+DIFFQKV_INLINE float vsum(vf v) { return vsum4(_mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1))); }
+DIFFQKV_INLINE float vmaximum(vf v) {
+  return vmaximum4(_mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)));
+}
 DIFFQKV_INLINE vf vround(vf y) { return _mm256_round_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 #else  // SSE4.2, the x86-64-v2 baseline: no FMA, no half conversion
@@ -175,6 +196,8 @@ DIFFQKV_INLINE vf vexp2_scaled(vf p, vf n) {
   const vf scaled = _mm_castsi128_ps(_mm_add_epi32(_mm_castps_si128(p), _mm_slli_epi32(_mm_cvtps_epi32(n), 23)));
   return _mm_andnot_ps(_mm_cmplt_ps(n, _mm_set1_ps(-125.0f)), scaled);
 }
+DIFFQKV_INLINE float vsum(vf v) { return vsum4(v); }
+DIFFQKV_INLINE float vmaximum(vf v) { return vmaximum4(v); }
 DIFFQKV_INLINE vf vround(vf y) { return _mm_round_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 #endif
@@ -184,25 +207,6 @@ DIFFQKV_INLINE vf vround(vf y) { return _mm_round_ps(y, _MM_FROUND_TO_NEAREST_IN
 DIFFQKV_INLINE vf vload_first(const float* p, int) { return vload(p); }
 DIFFQKV_INLINE vf vload_first_u16(const uint16_t* p, int, bool half) { return half ? vload_f16(p) : vload_bf16(p); }
 #endif
-
-DIFFQKV_INLINE float vsum(vf v) {
-  float f[VL];
-  vstore(f, v);
-  DIFFQKV_UNROLL
-  for (int width = VL / 2; width > 0; width /= 2) {
-    DIFFQKV_UNROLL
-    for (int i = 0; i < width; ++i) f[i] += f[i + width];
-  }
-  return f[0];
-}
-DIFFQKV_INLINE float vmaximum(vf v) {
-  float f[VL];
-  vstore(f, v);
-  float m = f[0];
-  DIFFQKV_UNROLL
-  for (int i = 1; i < VL; ++i) m = f[i] > m ? f[i] : m;
-  return m;
-}
 
 // 2^y for y <= 127, relative error 1.6e-7, exactly 1 at 0, 0 below 2^-125 or so, NaN for NaN. Minimax polynomial of
 // degree 5 in y - round(y) with constant term 1. The clamp keeps -inf away from -inf - (-inf).
