@@ -8,6 +8,10 @@ Contenders, in one interleaved run per line:
 - SDPA, K repeated: torch's scaled_dot_product_attention after repeating K from 4 to 16 heads, what a user of this shape
   has to do; the repetition is part of the call
 - SDPA, GQA-16: the same attention with 16 K heads, the model that the paper compares with
+- matmul (decode): torch's matrix products with the q heads of a group as rows, the fastest that plain torch does with
+  this shape
+- limit: what the machine does in the same seconds: multiply-adds on registers (bf16 dot products where the CPU has them
+  and the data is bf16) for prefill, reading memory from end to end for decode
 
 A line whose results differ from a float64 reference by more than the tolerance gets no ratio, and the program ends
 with 1. Decode walks through 512 MiB of caches, as a model does that visits its layers: a smaller working set would stay
@@ -20,14 +24,16 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
 from timing import interleaved
 
 import diffqkv
-from diffqkv import reference
+from diffqkv import _core, reference
 
 N_Q, N_K, N_V, D = 32, 4, 16, 64
 POOL_BYTES = 512 << 20
@@ -38,10 +44,32 @@ def sdpa(q, k, v, causal):
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
 
 
+def grouped_matmul(q, k, v):
+    """Decode attention of `[1, n_q, 1, d]` by matrix products that read each K and V head once."""
+    scores = q.view(1, N_K, N_Q // N_K, D) @ k.transpose(2, 3) * D**-0.5
+    weights = scores.softmax(-1).view(1, N_V, N_Q // N_V, -1)
+    return (weights @ v).view(1, N_Q, 1, D)
+
+
+def undisturbed(probe, *args) -> float:
+    """Runs a probe, which has threads of its own, while those of torch's pool sleep; then wakes them up again."""
+    time.sleep(0.01)  # they spin for some milliseconds first
+    rate = probe(*args, torch.get_num_threads())
+    torch.zeros(1 << 20).add_(1)
+    return rate
+
+
+def arithmetic_limit(dtype: torch.dtype) -> float:
+    """FLOP/s."""
+    dot = undisturbed(_core.probe_dot) if dtype == torch.bfloat16 else 0
+    return dot or undisturbed(_core.probe_fma)
+
+
 def prefill(tokens: int, dtype: torch.dtype, seconds: float) -> dict:
     q = torch.randn(1, N_Q, tokens, D).to(dtype)
     k, v = torch.randn(1, N_K, tokens, D).to(dtype), torch.randn(1, N_V, tokens, D).to(dtype)
     k_twin = torch.randn(1, N_V, tokens, D).to(dtype)
+    limits: list[float] = []
     want = reference.attention(q.double(), k.double(), v.double(), causal=True)
     error = (diffqkv.flash_attention(q, k, v, causal=True).double() - want).abs().max().item()
     times = interleaved(
@@ -49,11 +77,12 @@ def prefill(tokens: int, dtype: torch.dtype, seconds: float) -> dict:
             "ours": lambda _: diffqkv.flash_attention(q, k, v, causal=True),
             "sdpa_repeated": lambda _: sdpa(q, k.repeat_interleave(N_V // N_K, 1), v, True),
             "sdpa_gqa16": lambda _: sdpa(q, k_twin, v, True),
+            "limit": lambda _: limits.append(arithmetic_limit(dtype)),
         },
         seconds,
     )
     flops = 2 * N_Q * (2 * D) * tokens * (tokens + 1) / 2
-    return line("prefill", tokens, dtype, error, times, flops=flops)
+    return line("prefill", tokens, dtype, error, times, flops, "FLOP/s", median(limits))
 
 
 def decode(tokens: int, dtype: torch.dtype, seconds: float) -> dict:
@@ -83,16 +112,29 @@ def decode(tokens: int, dtype: torch.dtype, seconds: float) -> dict:
     def run_twin(n):
         return sdpa(q, *twins[n % len(twins)], False)
 
+    def run_matmul(n):
+        return grouped_matmul(q, *peers[n % copies])
+
+    window, limits = 64 << 20, []
+    memory = torch.zeros(POOL_BYTES, dtype=torch.uint8)
+
+    def read(n):
+        address = memory.data_ptr() + n * window % POOL_BYTES
+        limits.append(undisturbed(_core.probe_read, address, window))
+
     k, v = peers[0]
     want = reference.attention(q.double(), k.double(), v.double())
     error = (run_ours(0).double() - want).abs().max().item()
-    times = interleaved({"ours": run_ours, "sdpa_repeated": run_repeated, "sdpa_gqa16": run_twin}, seconds)
-    return line("decode", tokens, dtype, error, times, bytes=tokens * token_bytes)
+    contenders = {"ours": run_ours, "sdpa_repeated": run_repeated, "sdpa_gqa16": run_twin, "matmul": run_matmul}
+    times = interleaved(contenders | {"limit": read}, seconds)
+    return line("decode", tokens, dtype, error, times, tokens * token_bytes, "B/s", median(limits))
 
 
-def line(case, tokens, dtype, error, times, flops=None, bytes=None) -> dict:
+def line(case, tokens, dtype, error, times, work, unit, limit) -> dict:
+    """work: FLOPs or bytes of a call; limit: the machine's rate in the same unit per second."""
     correct = error <= TOLERANCE[dtype]
     ours = times["ours"].median
+    del times["limit"]
     return {
         "case": case,
         "tokens": tokens,
@@ -101,9 +143,10 @@ def line(case, tokens, dtype, error, times, flops=None, bytes=None) -> dict:
         "correct": correct,
         "ms": {name: time.median * 1e3 for name, time in times.items()},
         "spread_ms": {name: time.spread * 1e3 for name, time in times.items()},
-        "rate": f"{flops / ours / 1e9:.0f} GFLOP/s" if flops else f"{bytes / ours / 1e9:.1f} GB/s",
-        "torch_over_ours": times["sdpa_repeated"].median / ours if correct else None,
-        "gqa16_over_ours": times["sdpa_gqa16"].median / ours if correct else None,
+        "rate": f"{work / ours / 1e9:.{0 if unit == 'FLOP/s' else 1}f} G{unit}",
+        "limit": f"{limit / 1e9:.{0 if unit == 'FLOP/s' else 1}f} G{unit}",
+        "of_limit": work / ours / limit,
+        "over_ours": {name: time.median / ours for name, time in times.items() if name != "ours"} if correct else None,
     }
 
 
@@ -127,22 +170,24 @@ def machine() -> dict:
 
 
 def markdown(facts: dict, lines: list[dict]) -> str:
-    def ratio(x):
-        return "wrong result" if x is None else f"{x:.2f}"
+    def ratio(x, name):
+        if name not in x["ms"]:
+            return ""
+        return f"{x['over_ours'][name]:.2f}" if x["correct"] else "wrong result"
 
     rows = [
         f"{facts['cpu']}, {facts['threads']} threads, kernels {facts['cpu_isa']}, torch {facts['torch']}, "
-        f"commit {facts['commit']}. Heads {N_Q}/{N_K}/{N_V}, d = {D}, batch 1; times in ms (median ± half the "
-        "interquartile range).",
+        f"commit {facts['commit']}. Heads {N_Q}/{N_K}/{N_V}, d = {D}, batch 1; median ± half the interquartile "
+        "range. Peers: how many times as long they take.",
         "",
-        "| case | tokens | dtype | ours | SDPA, K repeated | SDPA, GQA-16 | rate | torch / ours | GQA-16 / ours |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| case | tokens | dtype | ours, ms | rate, of limit | SDPA, K repeated | SDPA, GQA-16 | matmul |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for x in lines:
-        times = " | ".join(f"{x['ms'][n]:.3f} ± {x['spread_ms'][n]:.3f}" for n in x["ms"])
+        ratios = " | ".join(ratio(x, name) for name in ("sdpa_repeated", "sdpa_gqa16", "matmul"))
         rows.append(
-            f"| {x['case']} | {x['tokens']} | {x['dtype']} | {times} | {x['rate']} | {ratio(x['torch_over_ours'])} | "
-            f"{ratio(x['gqa16_over_ours'])} |"
+            f"| {x['case']} | {x['tokens']} | {x['dtype']} | {x['ms']['ours']:.3f} ± {x['spread_ms']['ours']:.3f} | "
+            f"{x['rate']}, {x['of_limit']:.0%} of {x['limit']} | {ratios} |"
         )
     return "\n".join(rows) + "\n"
 
