@@ -50,9 +50,9 @@ AttentionPlan plan_split(const HeadGroups& heads, int64_t batch, int64_t s_q, in
   plan.kernel = AttentionKernel::split;
   plan.splits = std::max<int64_t>(1, ceil_div(max_keys, kSplitTokens));
   plan.items = batch * plan.groups * plan.splits;
-  if (plan.splits > 1) plan.partial_floats = plan.items * plan.rows * (d_v + 2);
+  if (plan.splits > 1) plan.partial_floats = plan.items * plan.rows * (d_v + kPartialHeader);
   plan.scratch_bytes =
-      aligned(plan.rows * (row_bytes(d_k, d_v) + kKeyTile * 4 + 16)) + panel_bytes(d_k) + kAlignmentSlack;
+      aligned(plan.rows * (row_bytes(d_k, d_v) + kKeyTile * 6 + 16)) + panel_bytes(d_k) + kAlignmentSlack;
   set_threads(plan, threads);
   return plan;
 }

@@ -392,6 +392,63 @@ inline void accumulate_rows(int64_t rows, const word* p, const typename E::T* v,
   if constexpr (MR > 1) accumulate_rows<kDot, E, MR - 1>(rows, p, v, stride_v, n, d, o, stride_o);
 }
 
+#if defined(__AVX512BF16__)
+// Rows of bf16 V meet the dot product two at a time, interleaved in registers: unpacking works within 128-bit lanes, so
+// a block of 32 columns is accumulated as the columns 8x + 0..3 and then 8x + 4..7. unshuffle puts them right.
+constexpr int kPairColumns = 32;
+
+template <int MR, int NB>
+inline void accumulate_row_pairs(const word* p, const uint16_t* even, const uint16_t* odd, int64_t stride_v, int64_t n,
+                                 float* o, int64_t stride_o) {
+  vf acc[MR][2 * NB];
+  DIFFQKV_UNROLL
+  for (int i = 0; i < MR; ++i) {
+    DIFFQKV_UNROLL
+    for (int x = 0; x < 2 * NB; ++x) acc[i][x] = vload(o + i * stride_o + x * VL);
+  }
+  for (int64_t t = 0; t < n; ++t, ++p, even += stride_v, odd += stride_v) {
+    vf b[2 * NB];
+    DIFFQKV_UNROLL
+    for (int x = 0; x < NB; ++x) {
+      const __m512i v0 = _mm512_loadu_si512(even + x * kPairColumns), v1 = _mm512_loadu_si512(odd + x * kPairColumns);
+      b[2 * x] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(v0, v1));
+      b[2 * x + 1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(v0, v1));
+    }
+    DIFFQKV_UNROLL
+    for (int i = 0; i < MR; ++i) {
+      DIFFQKV_UNROLL
+      for (int x = 0; x < 2 * NB; ++x) acc[i][x] = mac<true>(p[i * (kKeyTile / 2)], b[x], acc[i][x]);
+    }
+  }
+  DIFFQKV_UNROLL
+  for (int i = 0; i < MR; ++i) {
+    DIFFQKV_UNROLL
+    for (int x = 0; x < 2 * NB; ++x) vstore(o + i * stride_o + x * VL, acc[i][x]);
+  }
+}
+template <int MR = kPvRows>
+inline void accumulate_pairs(int64_t rows, const word* p, const uint16_t* even, const uint16_t* odd, int64_t stride_v,
+                             int64_t n, int64_t d, float* o, int64_t stride_o) {
+  if (rows == MR) {
+    int64_t c = 0;
+    for (; c + 2 * kPairColumns <= d; c += 2 * kPairColumns)
+      accumulate_row_pairs<MR, 2>(p, even + c, odd + c, stride_v, n, o + c, stride_o);
+    for (; c < d; c += kPairColumns) accumulate_row_pairs<MR, 1>(p, even + c, odd + c, stride_v, n, o + c, stride_o);
+    return;
+  }
+  if constexpr (MR > 1) accumulate_pairs<MR - 1>(rows, p, even, odd, stride_v, n, d, o, stride_o);
+}
+DIFFQKV_INLINE void unshuffle(float* o, int64_t d) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  for (int64_t c = 0; c < d; c += kPairColumns) {
+    const vf low = vload(o + c), high = vload(o + c + VL);
+    vstore(o + c, _mm512_permutex2var_ps(low, first, high));
+    vstore(o + c + VL, _mm512_permutex2var_ps(low, second, high));
+  }
+}
+#endif
+
 // ---- results --------------------------------------------------------------------------------------------------------
 
 template <class E>

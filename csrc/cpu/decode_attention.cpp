@@ -6,25 +6,64 @@
 namespace diffqkv {
 namespace {
 
-template <bool kDot, class E>
+// out[rows] += probabilities of the columns [t - t0, end - t0) times the V rows of the keys [t, end), which lie in a
+// page.
+template <class E>
+struct Values {
+  static constexpr bool kDot = false;
+  using T = typename E::T;
+  static void accumulate(int64_t rows, const float* s, const uint16_t*, int64_t column, const T* v, int64_t stride_v,
+                         int64_t n, int64_t d, float* o, int64_t stride_o) {
+    accumulate_rows<false, E>(rows, (const word*)(s + column), v, stride_v, n, d, o, stride_o);
+  }
+  static void finish(float*, int64_t) {}
+};
+
+#if defined(__AVX512BF16__)
+// The same by bf16 dot products over pairs of keys, for d_v that are multiples of kPairColumns. A key whose partner in
+// its pair of columns lies elsewhere is paired with zeros.
+struct PairedValues {
+  static constexpr bool kDot = true;
+  using T = uint16_t;
+  static void accumulate(int64_t rows, const float*, const uint16_t* p, int64_t column, const T* v, int64_t stride_v,
+                         int64_t n, int64_t d, float* o, int64_t stride_o) {
+    const T* zeros = (const T*)kZeroRow;
+    const word* pairs = (const word*)(p + column / 2 * 2);
+    if (column % 2 == 1) {
+      accumulate_pairs(rows, pairs++, zeros, v, 0, 1, d, o, stride_o);
+      v += stride_v;
+      --n;
+    }
+    accumulate_pairs(rows, pairs, v, v + stride_v, 2 * stride_v, n / 2, d, o, stride_o);
+    if (n % 2 == 1) accumulate_pairs(rows, pairs + n / 2, v + (n - 1) * stride_v, zeros, 0, 1, d, o, stride_o);
+  }
+  static void finish(float* o, int64_t d) { unshuffle(o, d); }
+};
+#endif
+
+template <bool kDot, class V>
 void attention_split(const AttentionParams& p, const AttentionPlan& plan, int64_t item, void* workspace,
                      float* partials) {
   Scratch scratch(workspace);
   const GroupSplit<kDot> part(p, plan, item, scratch);
   const int64_t rows = part.rows, rows_v = p.heads.q_per_v() * p.s_q, stride_o = padded_dim(p.d_v);
   float *o = scratch.take<float>(rows * stride_o), *s = part.s;
+  uint16_t* s16 = V::kDot ? scratch.take<uint16_t>(rows * kKeyTile) : nullptr;
   for (int64_t x = 0; x < rows * stride_o; ++x) o[x] = 0.0f;
 
   const float c = exp2_scale(p);
   for (int64_t t0 = part.range.lo / kKeyTile * kKeyTile; t0 < part.range.hi; t0 += kKeyTile) {
     const KeyRange tile = {max_of(part.range.lo, t0), min_of(part.range.hi, t0 + kKeyTile)};
+    // With pairs also the partners of the first and the last key get a probability, 0.
+    KeyRange columns = {tile.lo - t0, tile.hi - t0};
+    if (V::kDot) columns = {columns.lo / 2 * 2, round_up(columns.hi, 2)};
     part.score(t0, tile);
     for (int64_t r = 0; r < rows; r += kPvRows) {
       const int64_t few = min_of(kPvRows, rows - r);
       float factor[16];
-      softmax_rows<false>(
-          few, s + r * kKeyTile, nullptr, [&](int64_t x) { return part.columns_of(r + x, t0, tile); },
-          {tile.lo - t0, tile.hi - t0}, c, part.state + r, factor);
+      softmax_rows<V::kDot>(
+          few, s + r * kKeyTile, V::kDot ? s16 + r * kKeyTile : nullptr,
+          [&](int64_t x) { return part.columns_of(r + x, t0, tile); }, columns, c, part.state + r, factor);
       for (int64_t x = 0; x < few; ++x)
         if (factor[x] != 1.0f) scale_row(o + (r + x) * stride_o, stride_o, factor[x]);
     }
@@ -32,31 +71,25 @@ void attention_split(const AttentionParams& p, const AttentionPlan& plan, int64_
       for (int64_t t = tile.lo; t < tile.hi;) {
         const int64_t end = page_end(p.paging, t, tile.hi);
         const KvSlot slot = kv_page(p.paging, part.b, t);
-        const auto* values = (const typename E::T*)p.v.data + kv_row(p.v, part.group, v, slot);
+        const auto* values = (const typename V::T*)p.v.data + kv_row(p.v, part.group, v, slot);
         for (int64_t r = v * rows_v; r < (v + 1) * rows_v; r += kPvRows)
-          accumulate_rows<false, E>(min_of(kPvRows, (v + 1) * rows_v - r), (const word*)(s + r * kKeyTile + (t - t0)),
-                                    values, p.v.stride_token, end - t, p.d_v, o + r * stride_o, stride_o);
+          V::accumulate(min_of(kPvRows, (v + 1) * rows_v - r), s + r * kKeyTile, V::kDot ? s16 + r * kKeyTile : nullptr,
+                        t - t0, values, p.v.stride_token, end - t, p.d_v, o + r * stride_o, stride_o);
         t = end;
       }
   }
   for (int64_t r = 0; r < rows; ++r) {
+    V::finish(o + r * stride_o, p.d_v);
     if (plan.splits == 1) {
       store_row(p, part.b, part.q_head(r), part.query(r), o + r * stride_o, part.state[r], c);
       continue;
     }
-    float* partial = partials + (item * rows + r) * (p.d_v + 2);
+    float* partial = partials + (item * rows + r) * (p.d_v + kPartialHeader);
     partial[0] = part.state[r].max;
     partial[1] = part.state[r].sum;
-    for (int64_t x = 0; x < p.d_v; ++x) partial[2 + x] = o[r * stride_o + x];
+    partial[2] = part.state[r].norm;
+    for (int64_t x = 0; x < p.d_v; ++x) partial[3 + x] = o[r * stride_o + x];
   }
-}
-
-template <bool kDot>
-void attention_split_of(const AttentionParams& p, const AttentionPlan& plan, int64_t item, void* scratch,
-                        float* partials) {
-  if (p.v.dtype == DType::f32) return attention_split<false, F32>(p, plan, item, scratch, partials);
-  if (p.v.dtype == DType::f16) return attention_split<false, F16>(p, plan, item, scratch, partials);
-  attention_split<kDot, BF16>(p, plan, item, scratch, partials);
 }
 
 }  // namespace
@@ -65,11 +98,18 @@ namespace DIFFQKV_ISA {
 
 void attention_split(const AttentionParams& p, const AttentionPlan& plan, int64_t item, void* scratch,
                      float* partials) {
+  switch (p.v.dtype) {
+    case DType::f32: return diffqkv::attention_split<false, Values<F32>>(p, plan, item, scratch, partials);
+    case DType::f16: return diffqkv::attention_split<false, Values<F16>>(p, plan, item, scratch, partials);
+    case DType::bf16:
 #if defined(__AVX512BF16__)
-  attention_split_of<true>(p, plan, item, scratch, partials);
+      if (p.d_v % kPairColumns == 0)
+        return diffqkv::attention_split<true, PairedValues>(p, plan, item, scratch, partials);
+      return diffqkv::attention_split<true, Values<BF16>>(p, plan, item, scratch, partials);
 #else
-  attention_split_of<false>(p, plan, item, scratch, partials);
+      return diffqkv::attention_split<false, Values<BF16>>(p, plan, item, scratch, partials);
 #endif
+  }
 }
 
 void attention_merge(const AttentionParams& p, const AttentionPlan& plan, int64_t batch_group, const float* partials) {
@@ -80,14 +120,16 @@ void attention_merge(const AttentionParams& p, const AttentionPlan& plan, int64_
     RowState state = kEmptyRow;
     for (int64_t x = 0; x < p.d_v; ++x) o[x] = 0.0f;
     for (int64_t split = 0; split < plan.splits; ++split) {
-      const float* partial = partials + ((batch_group * plan.splits + split) * plan.rows + r) * (p.d_v + 2);
+      const float* partial =
+          partials + ((batch_group * plan.splits + split) * plan.rows + r) * (p.d_v + kPartialHeader);
       if (partial[1] == 0.0f) continue;  // no key of this range, or -inf scores only
       const float maximum = partial[0] > state.max ? partial[0] : state.max;
       const float old = state.max > -kInf ? exp2_of((state.max - maximum) * c) : 1.0f;
       const float now = partial[0] > -kInf ? exp2_of((partial[0] - maximum) * c) : 1.0f;
       state.max = maximum;
-      state.norm = state.sum = state.sum * old + partial[1] * now;
-      for (int64_t x = 0; x < p.d_v; ++x) o[x] = o[x] * old + partial[2 + x] * now;
+      state.sum = state.sum * old + partial[1] * now;
+      state.norm = state.norm * old + partial[2] * now;
+      for (int64_t x = 0; x < p.d_v; ++x) o[x] = o[x] * old + partial[3 + x] * now;
     }
     store_row(p, b, h0 + r / p.s_q, r % p.s_q, o, state, c);
   }

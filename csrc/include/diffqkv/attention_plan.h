@@ -12,6 +12,9 @@ inline constexpr int64_t kKeyTile = 256;
 // number of threads changes a result.
 inline constexpr int64_t kSplitTokens = 512;
 
+// The state of a row before its un-normalised result: maximum, sum and norm of the softmax.
+inline constexpr int64_t kPartialHeader = 3;
+
 enum class AttentionKernel : int32_t {
   block = 0,  // item = block of queries x some heads of a group, walking all its keys: prefill
   split = 1,  // item = all query rows of a KV group x a range of keys, merged afterwards: decode
@@ -28,7 +31,7 @@ struct AttentionPlan {
   int64_t items = 0;
   int64_t threads = 1;         // worth starting
   int64_t scratch_bytes = 0;   // per thread
-  int64_t partial_floats = 0;  // split, if splits > 1: un-normalised results, [items, rows, d_v + 2]
+  int64_t partial_floats = 0;  // split, if splits > 1: [items, rows, kPartialHeader + d_v]
   double flops = 0, bytes = 0;
 };
 
