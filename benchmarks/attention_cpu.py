@@ -19,9 +19,11 @@ in the L3 cache, where no layout saves anything.
 """
 
 import argparse
+import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -151,14 +153,13 @@ def line(case, tokens, dtype, error, times, work, unit, limit) -> dict:
 
 
 def machine() -> dict:
-    model = next(
-        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "?"
-    )
+    cpuinfo = dict(re.findall(r"^(model name|cpu family)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
     )
     return {
-        "cpu": model,
+        "date": datetime.date.today().isoformat(),
+        "cpu": f"{cpuinfo['model name']} (family {cpuinfo['cpu family']})",
         "cpu_isa": diffqkv.config()["cpu_isa"],
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
@@ -176,7 +177,7 @@ def markdown(facts: dict, lines: list[dict]) -> str:
         return f"{x['over_ours'][name]:.2f}" if x["correct"] else "wrong result"
 
     rows = [
-        f"{facts['cpu']}, {facts['threads']} threads, kernels {facts['cpu_isa']}, torch {facts['torch']}, "
+        f"{facts['date']}, {facts['cpu']}, {facts['threads']} threads, kernels {facts['cpu_isa']}, torch {facts['torch']}, "
         f"commit {facts['commit']}. Heads {N_Q}/{N_K}/{N_V}, d = {D}, batch 1; median ± half the interquartile "
         "range. Peers: how many times as long they take.",
         "",
