@@ -177,9 +177,9 @@ def markdown(facts: dict, lines: list[dict]) -> str:
         return f"{x['over_ours'][name]:.2f}" if x["correct"] else "wrong result"
 
     rows = [
-        f"{facts['date']}, {facts['cpu']}, {facts['threads']} threads, kernels {facts['cpu_isa']}, torch {facts['torch']}, "
-        f"commit {facts['commit']}. Heads {N_Q}/{N_K}/{N_V}, d = {D}, batch 1; median ± half the interquartile "
-        "range. Peers: how many times as long they take.",
+        f"{facts['date']}, {facts['cpu']}, {facts['threads']} threads, kernels {facts['cpu_isa']}, torch "
+        f"{facts['torch']}, commit {facts['commit']}. Heads {N_Q}/{N_K}/{N_V}, d = {D}, batch 1; median ± half the "
+        "interquartile range. Peers: how many times as long they take.",
         "",
         "| case | tokens | dtype | ours, ms | rate, of limit | SDPA, K repeated | SDPA, GQA-16 | matmul |",
         "|---|---|---|---|---|---|---|---|",

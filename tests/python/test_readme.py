@@ -41,3 +41,7 @@ def test_settings_are_read_somewhere():
     sources += (ROOT / "setup.py").read_text() + (ROOT / "CMakeLists.txt").read_text()
     for name in re.findall(r"`((?:DIFFQKV|CMAKE)_\w+)", README):
         assert name in sources, name
+
+
+def test_speed_table_is_that_of_the_committed_run():
+    assert (ROOT / "benchmarks" / "results" / "attention_cpu_zen5.md").read_text() in README
