@@ -334,6 +334,18 @@ inline void softmax_rows(int64_t rows, float* s, uint16_t* p, const Own& own, Ke
   }
 }
 
+// Takes the state of another range of keys into a row's; old and now are the factors of what each had accumulated.
+struct MergeFactors {
+  float old, now;
+};
+DIFFQKV_INLINE MergeFactors merge(RowState& state, RowState other, float c) {
+  const float maximum = other.max > state.max ? other.max : state.max;
+  const MergeFactors factor = {state.max > -kInf ? exp2_of((state.max - maximum) * c) : 1.0f,
+                               other.max > -kInf ? exp2_of((other.max - maximum) * c) : 1.0f};
+  state = {maximum, state.sum * factor.old + other.sum * factor.now, state.norm * factor.old + other.norm * factor.now};
+  return factor;
+}
+
 DIFFQKV_INLINE void scale_row(float* o, int64_t n, float factor) {
   for (int64_t c = 0; c < n; c += VL) vstore(o + c, vmul(vload(o + c), vset(factor)));
 }

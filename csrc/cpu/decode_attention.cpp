@@ -88,7 +88,7 @@ void attention_split(const AttentionParams& p, const AttentionPlan& plan, int64_
     partial[0] = part.state[r].max;
     partial[1] = part.state[r].sum;
     partial[2] = part.state[r].norm;
-    for (int64_t x = 0; x < p.d_v; ++x) partial[3 + x] = o[r * stride_o + x];
+    for (int64_t x = 0; x < p.d_v; ++x) partial[kPartialHeader + x] = o[r * stride_o + x];
   }
 }
 
@@ -123,13 +123,8 @@ void attention_merge(const AttentionParams& p, const AttentionPlan& plan, int64_
       const float* partial =
           partials + ((batch_group * plan.splits + split) * plan.rows + r) * (p.d_v + kPartialHeader);
       if (partial[1] == 0.0f) continue;  // no key of this range, or -inf scores only
-      const float maximum = partial[0] > state.max ? partial[0] : state.max;
-      const float old = state.max > -kInf ? exp2_of((state.max - maximum) * c) : 1.0f;
-      const float now = partial[0] > -kInf ? exp2_of((partial[0] - maximum) * c) : 1.0f;
-      state.max = maximum;
-      state.sum = state.sum * old + partial[1] * now;
-      state.norm = state.norm * old + partial[2] * now;
-      for (int64_t x = 0; x < p.d_v; ++x) o[x] = o[x] * old + partial[3 + x] * now;
+      const auto [old, now] = merge(state, {partial[0], partial[1], partial[2]}, c);
+      for (int64_t x = 0; x < p.d_v; ++x) o[x] = o[x] * old + partial[kPartialHeader + x] * now;
     }
     store_row(p, b, h0 + r / p.s_q, r % p.s_q, o, state, c);
   }

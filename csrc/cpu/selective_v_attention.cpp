@@ -189,12 +189,7 @@ void gather(const SelectiveVParams& sp, const SelectiveWorkspace& work, int64_t 
   RowState state = kEmptyRow;
   for (int64_t split = 0; split < work.splits; ++split) {
     const float* mass = work.mass + (row * work.splits + split) * 2;
-    if (mass[1] == 0.0f) continue;
-    const float maximum = mass[0] > state.max ? mass[0] : state.max;
-    const float old = state.max > -kInf ? exp2_of((state.max - maximum) * c) : 1.0f;
-    const float now = mass[0] > -kInf ? exp2_of((mass[0] - maximum) * c) : 1.0f;
-    state.max = maximum;
-    state.norm = state.sum = state.sum * old + mass[1] * now;
+    if (mass[1] != 0.0f) merge(state, {mass[0], mass[1], mass[1]}, c);
   }
 
   int64_t count = k;

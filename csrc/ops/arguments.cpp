@@ -65,6 +65,18 @@ void check_per_entry(const char* name, const Tensor& t, int64_t batch, const Ten
   check_same_device(name, t, "q", beside);
 }
 
+void check_v_stats(const Tensor& t, int64_t batch, int64_t n_v, int64_t d_v, const char* other_name,
+                   const Tensor& other) {
+  DIFFQKV_CHECK(t.scalar_type() == ScalarType::Float, "v_stats: got dtype ", name_of(t.scalar_type()),
+                ", want float32");
+  check_rank("v_stats", t, 3, "[b, n_v, d_v + 1]");
+  check_size("v_stats", t, 0, batch, "batch entries");
+  check_size("v_stats", t, 1, n_v, "V heads of v_cache");
+  check_size("v_stats", t, 2, d_v + 1, "d_v + 1");
+  DIFFQKV_CHECK(t.is_contiguous(), "v_stats: got strides with gaps, want a contiguous tensor");
+  check_same_device("v_stats", t, other_name, other);
+}
+
 DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Half: return DType::f16;

@@ -20,6 +20,10 @@ void check_heads(const HeadGroups& heads);
 // int32 [batch], contiguous.
 void check_per_entry(const char* name, const Tensor& t, int64_t batch, const Tensor& beside);
 
+// float32 [batch, n_v, d_v + 1], contiguous.
+void check_v_stats(const Tensor& t, int64_t batch, int64_t n_v, int64_t d_v, const char* other_name,
+                   const Tensor& other);
+
 DType dtype_of(const Tensor& t);
 // [batch, heads, tokens, dim] with a unit last stride.
 TokenView token_view(const Tensor& t);

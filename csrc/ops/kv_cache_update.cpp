@@ -66,14 +66,7 @@ CacheUpdateParams cache_update_params(const Tensor& k_cache, const Tensor& v_cac
     p.rope_dtype = dtype_of(*cos);
   }
   if (v_stats) {
-    DIFFQKV_CHECK(v_stats->scalar_type() == ScalarType::Float, "v_stats: got dtype ", name_of(v_stats->scalar_type()),
-                  ", want float32");
-    check_rank("v_stats", *v_stats, 3, "[b, n_v, d_v + 1]");
-    check_size("v_stats", *v_stats, 0, p.batch, "batch entries of k");
-    check_size("v_stats", *v_stats, 1, p.heads.n_v, "V heads of v_cache");
-    check_size("v_stats", *v_stats, 2, p.d_v + 1, "d_v + 1");
-    DIFFQKV_CHECK(v_stats->is_contiguous(), "v_stats: got strides with gaps, want a contiguous tensor");
-    check_same_device("v_stats", *v_stats, "k_cache", k_cache);
+    check_v_stats(*v_stats, p.batch, p.heads.n_v, p.d_v, "k_cache", k_cache);
     p.v_stats = static_cast<float*>(v_stats->data_ptr());
   }
 

@@ -23,14 +23,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_v_attention
   p.tail = static_cast<Tail>(tail);
   p.want_bound = return_bound;
   if (v_stats) {
-    DIFFQKV_CHECK(v_stats->scalar_type() == ScalarType::Float, "v_stats: got dtype ", name_of(v_stats->scalar_type()),
-                  ", want float32");
-    check_rank("v_stats", *v_stats, 3, "[b, n_v, d_v + 1]");
-    check_size("v_stats", *v_stats, 0, a.batch, "batch entries of q");
-    check_size("v_stats", *v_stats, 1, a.heads.n_v, "V heads of v_cache");
-    check_size("v_stats", *v_stats, 2, a.d_v + 1, "d_v + 1");
-    DIFFQKV_CHECK(v_stats->is_contiguous(), "v_stats: got strides with gaps, want a contiguous tensor");
-    check_same_device("v_stats", *v_stats, "q", q);
+    check_v_stats(*v_stats, a.batch, a.heads.n_v, a.d_v, "q", q);
     p.v_stats = static_cast<const float*>(v_stats->data_ptr());
   }
   const auto per_row = [&](ScalarType dtype) {
