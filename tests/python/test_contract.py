@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -288,6 +289,7 @@ def test_library_runs_without_the_planner(library):
     package = os.path.dirname(os.path.dirname(_library.__file__))
     code = """
 import sys
+from pathlib import Path
 sys.modules["diffqkv._core"] = None
 import torch, diffqkv
 assert diffqkv.flash_attention(*[torch.ones(1, 1, 1, 8)] * 3).sum() == 8
@@ -307,6 +309,7 @@ def test_ops_run_without_transformers():
     package = os.path.dirname(os.path.dirname(_library.__file__))
     code = """
 import sys
+from pathlib import Path
 sys.modules["transformers"] = None
 import torch, diffqkv
 assert diffqkv.swiglu(torch.ones(8), torch.ones(8)).shape == (8,)
@@ -348,3 +351,14 @@ def test_config_and_explain(library):
         diffqkv.explain(32, 5, 16, 64, 64, 1, 1)
     with pytest.raises(NotImplementedError, match="cuda"):
         diffqkv.explain(32, 4, 16, 64, 64, 1, 1, device="cuda")
+
+
+def test_instruction_set_objects_have_no_symbol_that_the_linker_could_share():
+    """A weak copy of an inline function, compiled for AVX-512, might be the one that an older CPU runs."""
+    folder = Path(os.environ.get("DIFFQKV_BUILD_DIR", Path(__file__).parents[2] / "build" / "cmake"))
+    objects = sorted(folder.glob("CMakeFiles/diffqkv_core_cpu_*/csrc/cpu/*.o"))
+    levels = {path.parents[2].name.removeprefix("diffqkv_core_cpu_").removesuffix(".dir") for path in objects}
+    assert levels == {"v2", "v3", "v4", "v4_bf16"}, f"no build of every level in {folder}: run make build"
+    table = subprocess.run(["nm", "-C", *map(str, objects)], capture_output=True, text=True, check=True).stdout
+    shared = [line for line in table.splitlines() if re.match(r"[0-9a-f ]{16} [WwVvu] ", line)]
+    assert not shared, shared
