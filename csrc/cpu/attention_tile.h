@@ -306,16 +306,16 @@ DIFFQKV_INLINE void exponentials(float* s, uint16_t* p, int64_t first, int64_t l
 template <bool kDot, class Own>
 inline void softmax_rows(int64_t rows, float* s, uint16_t* p, const Own& own, KeyRange zero, float c, RowState* state,
                          float* factor) {
-  KeyRange columns[kPvRows];
+  KeyRange vectors[kPvRows];  // the columns of whole vectors that hold a row's own
   float shift[kPvRows], change[16] = {};
   for (int64_t r = 0; r < rows; ++r) {
-    columns[r] = own(r);
-    if (columns[r].lo >= columns[r].hi) {
-      columns[r] = {zero.hi, zero.hi};  // nothing to see: all zeros
+    const KeyRange columns = own(r);
+    if (columns.lo >= columns.hi) {
+      vectors[r] = {zero.hi, zero.hi};  // nothing to see: all zeros
       continue;
     }
-    const float tile =
-        masked_maximum(s + r * kKeyTile, columns[r], columns[r].lo / VL * VL, round_up(columns[r].hi, VL));
+    vectors[r] = {columns.lo / VL * VL, round_up(columns.hi, VL)};
+    const float tile = masked_maximum(s + r * kKeyTile, columns, vectors[r].lo, vectors[r].hi);
     const float old = state[r].max, now = tile > old ? tile : old;
     state[r].max = now;
     // Without a finite score so far there is no maximum to subtract, and nothing accumulated to scale.
@@ -326,8 +326,7 @@ inline void softmax_rows(int64_t rows, float* s, uint16_t* p, const Own& own, Ke
   for (int64_t r = 0; r < rows; ++r) {
     float* row = s + r * kKeyTile;
     uint16_t* rounded = kDot ? p + r * kKeyTile : nullptr;
-    const int64_t first = columns[r].lo < columns[r].hi ? columns[r].lo / VL * VL : zero.hi;
-    const int64_t last = columns[r].lo < columns[r].hi ? round_up(columns[r].hi, VL) : zero.hi;
+    const auto [first, last] = vectors[r];
     if (first < last) exponentials<kDot>(row, rounded, first, last, c, shift[r], factor[r], state[r]);
     for (int64_t j = zero.lo; j < first; ++j) kDot ? (void)(rounded[j] = 0) : (void)(row[j] = 0.0f);
     for (int64_t j = last; j < zero.hi; ++j) kDot ? (void)(rounded[j] = 0) : (void)(row[j] = 0.0f);

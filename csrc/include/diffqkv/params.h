@@ -80,7 +80,7 @@ struct SelectiveVParams {
 // kv_cache_update: token t of entry b goes to slot positions[b][t]; -1 skips it. cos and sin rotate the first d_rot
 // dimensions of K while writing (half-split convention: dimension c pairs with c + d_rot / 2).
 struct CacheUpdateParams {
-  HeadGroups heads;  // n_q unused: set to lcm or any common multiple
+  HeadGroups heads;  // n_q does not matter: any common multiple of n_k and n_v
   int64_t batch = 0, s_new = 0, d_k = 0, d_v = 0, d_rot = 0;
   TokenView k_new;  // [batch, n_k, s_new, d_k]
   TokenView v_new;  // [batch, n_v, s_new, d_v]
