@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from timing import interleaved
 
 import diffqkv
-from diffqkv import _core, reference
+from diffqkv import reference
 
 N_Q, N_K, N_V, D = 32, 4, 16, 64
 POOL_BYTES = 512 << 20
@@ -53,18 +53,18 @@ def grouped_matmul(q, k, v):
     return (weights @ v).view(1, N_Q, 1, D)
 
 
-def undisturbed(probe, *args) -> float:
-    """Runs a probe, which has threads of its own, while those of torch's pool sleep; then wakes them up again."""
-    time.sleep(0.01)  # they spin for some milliseconds first
-    rate = probe(*args, torch.get_num_threads())
-    torch.zeros(1 << 20).add_(1)
-    return rate
+def rate(what: int, rounds: int, data: torch.Tensor) -> float:
+    """What the machine does per second; see the op."""
+    begin = time.perf_counter()
+    work = torch.ops.diffqkv.probe(data, what, rounds)
+    return work / (time.perf_counter() - begin)
 
 
 def arithmetic_limit(dtype: torch.dtype) -> float:
     """FLOP/s."""
-    dot = undisturbed(_core.probe_dot) if dtype == torch.bfloat16 else 0
-    return dot or undisturbed(_core.probe_fma)
+    nothing = torch.empty(0)
+    dot = rate(1, 2_000_000, nothing) if dtype == torch.bfloat16 else 0
+    return dot or rate(0, 2_000_000, nothing)
 
 
 def prefill(tokens: int, dtype: torch.dtype, seconds: float) -> dict:
@@ -117,12 +117,11 @@ def decode(tokens: int, dtype: torch.dtype, seconds: float) -> dict:
     def run_matmul(n):
         return grouped_matmul(q, *peers[n % copies])
 
-    window, limits = 64 << 20, []
-    memory = torch.zeros(POOL_BYTES, dtype=torch.uint8)
+    window, limits = tokens * token_bytes, []
+    memory = torch.zeros(POOL_BYTES // window, window, dtype=torch.uint8)
 
     def read(n):
-        address = memory.data_ptr() + n * window % POOL_BYTES
-        limits.append(undisturbed(_core.probe_read, address, window))
+        limits.append(rate(2, 1, memory[n % len(memory)]))
 
     k, v = peers[0]
     want = reference.attention(q.double(), k.double(), v.double())

@@ -3,13 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <chrono>
-#include <numeric>
 #include <sstream>
-#include <thread>
 
 #include "core/cpu_isa.h"
-#include "cpu/kernels.h"
 #include "diffqkv/attention_plan.h"
 
 namespace py = pybind11;
@@ -63,37 +59,6 @@ py::dict plan(int64_t n_q, int64_t n_k, int64_t n_v, int64_t d_k, int64_t d_v, i
   return result;
 }
 
-// Runs call(w) on `threads` threads at once and returns the seconds until all are done.
-template <class Call>
-double on_threads(int64_t threads, const Call& call) {
-  std::vector<std::thread> pool;
-  const auto begin = std::chrono::steady_clock::now();
-  for (int64_t w = 1; w < threads; ++w) pool.emplace_back([&call, w] { call(w); });
-  call(0);
-  for (auto& thread : pool) thread.join();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-}
-
-double arithmetic_rate(double (*probe)(int64_t, float*), int64_t threads) {
-  constexpr int64_t kRounds = 4'000'000;  // some 10 ms
-  check_positive("threads", threads, 1);
-  std::vector<float> sinks(threads);
-  std::vector<double> flops(threads);
-  const double seconds = on_threads(threads, [&](int64_t w) { flops[w] = probe(kRounds, &sinks[w]); });
-  return std::accumulate(flops.begin(), flops.end(), 0.0) / seconds;
-}
-
-double read_rate(uintptr_t data, int64_t bytes, int64_t threads) {
-  check_positive("threads", threads, 1);
-  check_positive("bytes", bytes, 1 << 20);
-  const int64_t share = bytes / threads / 4096 * 4096;
-  std::vector<float> sinks(threads);
-  const double seconds = on_threads(threads, [&](int64_t w) {
-    cpu_kernels().probe_read(reinterpret_cast<const char*>(data) + w * share, share, &sinks[w]);
-  });
-  return double(share) * threads / seconds;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -109,15 +74,6 @@ PYBIND11_MODULE(_core, m) {
         return names;
       },
       "The levels that this CPU runs, lowest first; DIFFQKV_CPU_ISA chooses one.");
-  const auto free = py::call_guard<py::gil_scoped_release>();
-  m.def(
-      "probe_fma", [](int64_t threads) { return arithmetic_rate(cpu_kernels().probe_fma, threads); },
-      py::arg("threads"), "fp32 multiply-adds on registers, FLOP/s.", free);
-  m.def(
-      "probe_dot", [](int64_t threads) { return arithmetic_rate(cpu_kernels().probe_dot, threads); },
-      py::arg("threads"), "bf16 dot products on registers, FLOP/s; 0 at a level without them.", free);
-  m.def("probe_read", &read_rate, py::arg("data"), py::arg("bytes"), py::arg("threads"),
-        "Reads memory at an address from end to end, in equal shares; bytes/s.", free);
   m.def(
       "cuda_archs",
       [] {

@@ -27,6 +27,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_v_attention
 Tensor swiglu_cpu(const Tensor& gate, const Tensor& up);
 std::tuple<Tensor, Tensor> swiglu_backward_cpu(const Tensor& dout, const Tensor& gate, const Tensor& up);
 
+double probe_cpu(const Tensor& data, int64_t what, int64_t rounds);
+
 // Plans and runs an attention whose params are complete. max_keys: the longest sequence of the call.
 void run_attention(const AttentionParams& params, int64_t max_keys, const Tensor& like);
 

@@ -7,4 +7,5 @@ STABLE_TORCH_LIBRARY_IMPL(diffqkv, CPU, m) {
   DIFFQKV_IMPL(m, selective_v_attention, diffqkv::selective_v_attention_cpu);
   DIFFQKV_IMPL(m, swiglu, diffqkv::swiglu_cpu);
   DIFFQKV_IMPL(m, swiglu_backward, diffqkv::swiglu_backward_cpu);
+  DIFFQKV_IMPL(m, probe, diffqkv::probe_cpu);
 }

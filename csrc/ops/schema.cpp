@@ -25,4 +25,8 @@ STABLE_TORCH_LIBRARY(diffqkv, m) {
 
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
   m.def("swiglu_backward(Tensor dout, Tensor gate, Tensor up) -> (Tensor, Tensor)");
+
+  // What the machine can do, for benchmarks. what: 0 fp32 multiply-adds, 1 bf16 dot products, 2 reads of data
+  // -> FLOPs done or bytes read, 0 where the CPU has no such instruction
+  m.def("probe(Tensor data, int what, int rounds) -> float");
 }

@@ -475,3 +475,16 @@ def test_wrappers_return_what_the_ops_return(library):
     torch.testing.assert_close(k_cache, cache.k_cache, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(v_cache, cache.v_cache, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(diffqkv.swiglu(q, q), library.swiglu(q, q))
+
+
+def test_probe_counts_its_work(library):
+    probe, data = torch.ops.diffqkv.probe, torch.zeros(1 << 16)
+    threads = torch.get_num_threads()
+    per_round = probe(data, 0, 1)
+    assert per_round > 0 and per_round % threads == 0
+    assert probe(data, 0, 5) == 5 * per_round
+    assert probe(data, 1, 3) in (0, 6 * per_round)  # none without a bf16 dot product, else twice the FLOPs
+    assert probe(data, 2, 3) == 3 * data.nbytes // (4096 * threads) * (4096 * threads)
+    for arguments, text in (((data, 3, 1), "what: got 3"), ((data, 0, -1), "rounds: got -1")):
+        with pytest.raises(RuntimeError, match=text):
+            probe(*arguments)

@@ -25,4 +25,15 @@ DIFFQKV_API void kv_cache_update(const CacheUpdateParams& params, int64_t thread
 DIFFQKV_API void swiglu(const SwigluParams& params, int64_t threads, Parallel parallel);
 DIFFQKV_API void swiglu_backward(const SwigluParams& params, int64_t threads, Parallel parallel);
 
+// The physical limits that benchmarks compare with, on the threads that the ops use.
+enum class Probe : int32_t {
+  fma = 0,   // fp32 multiply-adds on registers
+  dot = 1,   // bf16 dot products on registers
+  read = 2,  // memory, read from end to end in equal shares
+};
+// Does `rounds` of it on every thread; returns the FLOPs done, or the bytes read, and 0 where the CPU has no such
+// thing.
+DIFFQKV_API double probe(Probe what, int64_t rounds, const void* data, int64_t bytes, int64_t threads,
+                         Parallel parallel);
+
 }  // namespace diffqkv::cpu
