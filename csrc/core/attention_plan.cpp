@@ -14,6 +14,8 @@ constexpr int64_t kScoreRows = 12;  // rows whose scores an item holds at once
 // Above this many rows per group the split kernel's tile of scores outgrows the L2 cache.
 constexpr int64_t kMaxSplitRows = 128;
 constexpr int64_t kMaxSplitQueries = 16;
+constexpr int64_t kChunkSplits = 4;  // at least, of selective V
+constexpr int64_t kLanes = 16;       // of the widest vector: reads and writes overshoot by as much
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
@@ -42,8 +44,6 @@ int64_t row_bytes(int64_t d_k, int64_t d_v) { return 4 * (d_k + ceil_div(d_v, 16
 int64_t panel_bytes(int64_t d_k) { return 2 * aligned(4 * kPanelTokens * d_k); }
 constexpr int64_t kAlignmentSlack = 4096;
 
-}  // namespace
-
 AttentionPlan plan_split(const HeadGroups& heads, int64_t batch, int64_t s_q, int64_t max_keys, int64_t d_k,
                          int64_t d_v, DType dtype, bool causal, int64_t threads) {
   AttentionPlan plan = common_plan(heads, batch, s_q, max_keys, d_k, d_v, dtype, causal);
@@ -54,6 +54,36 @@ AttentionPlan plan_split(const HeadGroups& heads, int64_t batch, int64_t s_q, in
   plan.scratch_bytes =
       aligned(plan.rows * (row_bytes(d_k, d_v) + kKeyTile * 6 + 16)) + panel_bytes(d_k) + kAlignmentSlack;
   set_threads(plan, threads);
+  return plan;
+}
+
+}  // namespace
+
+SelectivePlan plan_selective(const SelectiveVParams& params, int64_t max_keys, int64_t threads) {
+  const AttentionParams& p = params.attention;
+  SelectivePlan plan;
+  plan.dense = plan_split(p.heads, p.batch, p.s_q, max_keys, p.d_k, p.d_v, p.q.dtype, p.causal, threads);
+  const int64_t groups = p.batch * plan.dense.groups, rows = plan.dense.rows;
+  // As few chunks as keep the threads busy: each leaves candidates behind, and none shorter than the others' overhead.
+  plan.chunk_splits = std::max(ceil_div(plan.dense.splits * groups, 4 * std::max<int64_t>(1, threads)), kChunkSplits);
+  plan.chunk_splits = std::clamp<int64_t>(plan.chunk_splits, 1, plan.dense.splits);
+  plan.chunks = ceil_div(plan.dense.splits, plan.chunk_splits);
+  plan.items = groups * plan.chunks;
+
+  const int64_t chunk_keys = std::min(max_keys, plan.chunk_splits * kSplitTokens);
+  const int64_t wanted = std::min(params.top_k, max_keys) * (params.max_error >= 0 ? kMaxAdded : 1);
+  plan.candidates = std::min(chunk_keys, wanted);
+  plan.candidate_room = std::min(chunk_keys, 2 * plan.candidates + kKeyTile) + kKeyTile + kLanes;
+  plan.forced = std::min(params.keep_first, max_keys) + std::min(params.keep_last, max_keys);
+  plan.listed_room = plan.chunks * plan.candidates + plan.forced + kLanes;
+  plan.used_room = std::min(max_keys, wanted + plan.forced) + kLanes;
+  plan.fetch_items = p.batch * p.heads.n_v * ceil_div(p.heads.q_per_v() * p.s_q, kRowsPerFetch);
+  const int64_t scoring =
+      plan.dense.scratch_bytes + rows * (aligned(plan.candidate_room * 4) * 2 + 64) + kAlignmentSlack;
+  const int64_t fetching =
+      2 * (aligned(plan.listed_room * 4) * 2 + aligned(plan.used_room * 4) + aligned(plan.used_room * 8)) +
+      kAlignmentSlack;
+  plan.scratch_bytes = std::max(scoring, fetching);
   return plan;
 }
 

@@ -45,7 +45,9 @@ template <bool kDot, class V>
 void attention_split(const AttentionParams& p, const AttentionPlan& plan, int64_t item, void* workspace,
                      float* partials) {
   Scratch scratch(workspace);
-  const GroupSplit<kDot> part(p, plan, item, scratch);
+  const int64_t split = item % plan.splits, batch_group = item / plan.splits;
+  const GroupSplit<kDot> part(p, batch_group / plan.groups, batch_group % plan.groups,
+                              {split * kSplitTokens, (split + 1) * kSplitTokens}, scratch);
   const int64_t rows = part.rows, rows_v = p.heads.q_per_v() * p.s_q, stride_o = padded_dim(p.d_v);
   float *o = scratch.take<float>(rows * stride_o), *s = part.s;
   uint16_t* s16 = V::kDot ? scratch.take<uint16_t>(rows * kKeyTile) : nullptr;
@@ -80,7 +82,7 @@ void attention_split(const AttentionParams& p, const AttentionPlan& plan, int64_
   }
   for (int64_t r = 0; r < rows; ++r) {
     V::finish(o + r * stride_o, p.d_v);
-    if (plan.splits == 1) {
+    if (partials == nullptr) {
       store_row(p, part.b, part.q_head(r), part.query(r), o + r * stride_o, part.state[r], c);
       continue;
     }
@@ -112,22 +114,21 @@ void attention_split(const AttentionParams& p, const AttentionPlan& plan, int64_
   }
 }
 
-void attention_merge(const AttentionParams& p, const AttentionPlan& plan, int64_t batch_group, const float* partials) {
+void attention_merge(const AttentionParams& p, const AttentionPlan& plan, int64_t batch_group, int64_t row,
+                     const float* partials) {
   const float c = exp2_scale(p);
-  const int64_t b = batch_group / plan.groups, h0 = batch_group % plan.groups * p.heads.q_per_group();
+  RowState state = kEmptyRow;
   float o[kMaxHeadDim];
-  for (int64_t r = 0; r < plan.rows; ++r) {
-    RowState state = kEmptyRow;
-    for (int64_t x = 0; x < p.d_v; ++x) o[x] = 0.0f;
-    for (int64_t split = 0; split < plan.splits; ++split) {
-      const float* partial =
-          partials + ((batch_group * plan.splits + split) * plan.rows + r) * (p.d_v + kPartialHeader);
-      if (partial[1] == 0.0f) continue;  // no key of this range, or -inf scores only
-      const auto [old, now] = merge(state, {partial[0], partial[1], partial[2]}, c);
-      for (int64_t x = 0; x < p.d_v; ++x) o[x] = o[x] * old + partial[kPartialHeader + x] * now;
-    }
-    store_row(p, b, h0 + r / p.s_q, r % p.s_q, o, state, c);
+  for (int64_t x = 0; x < p.d_v; ++x) o[x] = 0.0f;
+  for (int64_t split = 0; split < plan.splits; ++split) {
+    const float* partial =
+        partials + ((batch_group * plan.splits + split) * plan.rows + row) * (p.d_v + kPartialHeader);
+    if (partial[1] == 0.0f) continue;  // no key of this range, or -inf scores only
+    const auto [old, now] = merge(state, {partial[0], partial[1], partial[2]}, c);
+    for (int64_t x = 0; x < p.d_v; ++x) o[x] = o[x] * old + partial[kPartialHeader + x] * now;
   }
+  const int64_t b = batch_group / plan.groups, h0 = batch_group % plan.groups * p.heads.q_per_group();
+  store_row(p, b, h0 + row / p.s_q, row % p.s_q, o, state, c);
 }
 
 }  // namespace DIFFQKV_ISA

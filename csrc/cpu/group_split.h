@@ -9,20 +9,20 @@ namespace {
 template <bool kDot>
 struct GroupSplit {
   const AttentionParams& p;
-  int64_t split, group, b;  // of the item
-  int64_t rows, h0;         // h0: the group's first q head
-  int64_t W;                // words of a q row
-  KeyRange entry, range;    // keys of the batch entry; those of this item that any row sees
+  int64_t b, group, h0, rows;  // h0: the group's first q head
+  int64_t W;                   // words of a q row
+  KeyRange entry, range;       // keys of the batch entry; those of the tokens given that any row sees
   word *q, *panel;
   float *row_copies, *s;
   RowState* state;
 
-  GroupSplit(const AttentionParams& params, const AttentionPlan& plan, int64_t item, Scratch& scratch)
-      : p(params), rows(plan.rows), W(kDot ? params.d_k / 2 : params.d_k) {
-    split = item % plan.splits;
-    group = item / plan.splits % plan.groups;
-    b = item / plan.splits / plan.groups;
-    h0 = group * p.heads.q_per_group();
+  GroupSplit(const AttentionParams& params, int64_t batch_entry, int64_t kv_group, KeyRange tokens, Scratch& scratch)
+      : p(params),
+        b(batch_entry),
+        group(kv_group),
+        h0(group * p.heads.q_per_group()),
+        rows(p.heads.q_per_group() * p.s_q),
+        W(kDot ? p.d_k / 2 : p.d_k) {
     q = scratch.take<word>(rows * W);
     panel = scratch.take<word>(kPanelTokens * W);
     row_copies = scratch.take<float>(kPanelTokens * p.d_k);
@@ -31,7 +31,7 @@ struct GroupSplit {
 
     entry = keys_of_entry(p, b);
     const KeyRange newest = keys_of_query(p, b, entry, p.s_q - 1);
-    range = {max_of(newest.lo, split * kSplitTokens), min_of(newest.hi, (split + 1) * kSplitTokens)};
+    range = {max_of(newest.lo, tokens.lo), min_of(newest.hi, tokens.hi)};
     const int64_t rows_k = p.heads.q_per_k() * p.s_q;
     for (int64_t r = 0; r < rows; ++r) {
       state[r] = kEmptyRow;

@@ -8,24 +8,29 @@
 
 namespace diffqkv {
 
-// Workspace of selective_v_attention, shared by its items. Rows are (batch, q head, query).
+// Workspace of selective_v_attention, shared by its items. Rows are (batch, q head, query), lists (row, chunk).
 struct SelectiveWorkspace {
-  float* scores;   // [rows, stride] raw dot products, signed so that larger is better
-  int64_t stride;  // keys, rounded up to a whole tile
-  float* mass;     // [rows, splits, 2]: maximum and sum of exponentials of a split
-  int64_t splits;
-  float* v_stats;  // [batch, n_v, d_v + 1], computed here unless the caller keeps them; or null
+  float* mass;                // [rows, splits, 2]: maximum and sum of exponentials of a split
+  float* scores;              // [lists, candidates] raw dot products, signed so that larger is better
+  uint32_t* indices;          // [lists, candidates] their cache positions, ascending
+  int32_t* counts;            // [lists] how many; -1: a score is NaN
+  float* forced;              // [rows, plan.forced] scores of keep_first and keep_last rows
+  uint8_t* computed_densely;  // [rows] whether selection failed to keep max_error
+  float* v_stats;             // [batch, n_v, d_v + 1], computed here unless the caller keeps them; or null
 };
 
 struct CpuKernels {
   const char* isa;
   void (*attention_block)(const AttentionParams&, const AttentionPlan&, int64_t item, void* scratch);
   void (*attention_split)(const AttentionParams&, const AttentionPlan&, int64_t item, void* scratch, float* partials);
-  void (*attention_merge)(const AttentionParams&, const AttentionPlan&, int64_t batch_group, const float* partials);
-  void (*selective_v_score)(const SelectiveVParams&, const AttentionPlan&, const SelectiveWorkspace&, int64_t item,
+  // row: of the group
+  void (*attention_merge)(const AttentionParams&, const AttentionPlan&, int64_t batch_group, int64_t row,
+                          const float* partials);
+  void (*selective_v_score)(const SelectiveVParams&, const SelectivePlan&, const SelectiveWorkspace&, int64_t item,
                             void* scratch);
   void (*selective_v_stats)(const SelectiveVParams&, const SelectiveWorkspace&, int64_t batch_v_head);
-  void (*selective_v_gather)(const SelectiveVParams&, const SelectiveWorkspace&, int64_t row, void* scratch);
+  void (*selective_v_gather)(const SelectiveVParams&, const SelectivePlan&, const SelectiveWorkspace&, int64_t item,
+                             void* scratch);
   void (*kv_cache_update)(const CacheUpdateParams&, int64_t batch_group);
   void (*swiglu)(const SwigluParams&, int64_t begin, int64_t end);
   void (*swiglu_backward)(const SwigluParams&, int64_t begin, int64_t end);

@@ -49,10 +49,11 @@ constexpr int64_t kElementsPerItem = 16384;
 constexpr int64_t kRowsPerThread = 64;
 
 struct Workspace {
-  char* at;
+  char* base;  // null: only `used` is of interest
+  int64_t used = 0;
   void* take(int64_t bytes) {
-    void* piece = at;
-    at += aligned(bytes);
+    void* piece = base == nullptr ? nullptr : base + used;
+    used += aligned(bytes);
     return piece;
   }
 };
@@ -81,68 +82,88 @@ void attention(const AttentionParams& p, const AttentionPlan& plan, void* worksp
               [&](int64_t i, int64_t w) { kernels.attention_block(p, plan, i, scratch_of(w)); });
     return;
   }
-  float* partials = static_cast<float*>(work.take(plan.partial_floats * 4));
+  float* partials = plan.splits > 1 ? static_cast<float*>(work.take(plan.partial_floats * 4)) : nullptr;
   for_items(plan.items, plan.threads, parallel,
             [&](int64_t i, int64_t w) { kernels.attention_split(p, plan, i, scratch_of(w), partials); });
-  if (plan.splits > 1)
-    for_items(p.batch * plan.groups, 1, parallel,
-              [&](int64_t i, int64_t) { kernels.attention_merge(p, plan, i, partials); });
+  if (partials == nullptr) return;
+  for (int64_t i = 0; i < p.batch * plan.groups; ++i)
+    for (int64_t row = 0; row < plan.rows; ++row) kernels.attention_merge(p, plan, i, row, partials);
 }
 
 namespace {
 
-struct SelectiveSizes {
-  int64_t rows, stride, scratch;
+struct SelectivePieces {
+  char* scratch;
+  float* partials;
+  SelectiveWorkspace shared;
+  int64_t bytes;
 };
-SelectiveSizes sizes_of(const SelectiveVParams& sp, const AttentionPlan& plan, int64_t max_keys) {
+SelectivePieces pieces_of(const SelectiveVParams& sp, const SelectivePlan& plan, char* base) {
   const AttentionParams& p = sp.attention;
-  const int64_t stride = (max_keys + kKeyTile - 1) / kKeyTile * kKeyTile;
-  return {p.batch * p.heads.n_q * p.s_q, stride, std::max(aligned(plan.scratch_bytes), aligned(stride * 16 + 4096))};
+  const int64_t rows = p.batch * p.heads.n_q * p.s_q, lists = rows * plan.chunks;
+  Workspace work{base};
+  SelectivePieces pieces;
+  pieces.scratch = static_cast<char*>(work.take(plan.dense.threads * aligned(plan.scratch_bytes)));
+  pieces.partials = static_cast<float*>(work.take(plan.dense.items * plan.dense.rows * (kPartialHeader + p.d_v) * 4));
+  SelectiveWorkspace& shared = pieces.shared;
+  shared.mass = static_cast<float*>(work.take(rows * plan.dense.splits * 8));
+  shared.scores = static_cast<float*>(work.take(lists * plan.candidates * 4));
+  shared.indices = static_cast<uint32_t*>(work.take(lists * plan.candidates * 4));
+  shared.counts = static_cast<int32_t*>(work.take(lists * 4));
+  shared.forced = static_cast<float*>(work.take(rows * plan.forced * 4));
+  shared.computed_densely = static_cast<uint8_t*>(work.take(rows));
+  const bool needs_stats = sp.v_stats == nullptr && (sp.tail == Tail::mean || sp.want_bound || sp.max_error >= 0);
+  shared.v_stats = needs_stats ? static_cast<float*>(work.take(p.batch * p.heads.n_v * (p.d_v + 1) * 4)) : nullptr;
+  pieces.bytes = work.used;
+  return pieces;
 }
 
 }  // namespace
 
-int64_t selective_v_workspace(const SelectiveVParams& sp, const AttentionPlan& plan, int64_t max_keys) {
-  const SelectiveSizes sizes = sizes_of(sp, plan, max_keys);
-  const AttentionParams& p = sp.attention;
-  return 64 + plan.threads * sizes.scratch + aligned(plan.partial_floats * 4) + aligned(sizes.rows * sizes.stride * 4) +
-         aligned(sizes.rows * plan.splits * 8) + aligned(p.batch * p.heads.n_v * (p.d_v + 1) * 4);
+int64_t selective_v_workspace(const SelectiveVParams& params, const SelectivePlan& plan) {
+  return 64 + pieces_of(params, plan, nullptr).bytes;
 }
 
-void selective_v_attention(const SelectiveVParams& sp, const AttentionPlan& plan, int64_t max_keys, void* workspace,
-                           Parallel parallel) {
-  if (plan.items == 0 || plan.rows == 0) return;
+void selective_v_attention(const SelectiveVParams& sp, const SelectivePlan& plan, void* workspace, Parallel parallel) {
+  const AttentionPlan& dense_plan = plan.dense;
+  if (dense_plan.items == 0 || dense_plan.rows == 0) return;
   const CpuKernels& kernels = cpu_kernels();
   const AttentionParams& p = sp.attention;
-  const SelectiveSizes sizes = sizes_of(sp, plan, max_keys);
-  Workspace work{static_cast<char*>(workspace)};
-  char* scratch = static_cast<char*>(work.take(plan.threads * sizes.scratch));
-  float* partials = static_cast<float*>(work.take(plan.partial_floats * 4));
-  SelectiveWorkspace shared{};
-  shared.scores = static_cast<float*>(work.take(sizes.rows * sizes.stride * 4));
-  shared.stride = sizes.stride;
-  shared.mass = static_cast<float*>(work.take(sizes.rows * plan.splits * 8));
-  shared.splits = plan.splits;
-  const bool needs_stats = sp.v_stats == nullptr && (sp.tail == Tail::mean || sp.want_bound);
-  if (needs_stats) shared.v_stats = static_cast<float*>(work.take(p.batch * p.heads.n_v * (p.d_v + 1) * 4));
+  const auto [all_scratch, partials, shared, bytes] = pieces_of(sp, plan, static_cast<char*>(workspace));
+  const auto scratch = [&, all = all_scratch](int64_t worker) { return all + worker * aligned(plan.scratch_bytes); };
+  const int64_t threads = dense_plan.threads, splits = dense_plan.splits, groups = dense_plan.groups;
 
   // Entries with no more than top_k keys are dense attention, to the last bit.
-  for_items(plan.items, plan.threads, parallel, [&](int64_t i, int64_t w) {
-    void* own = scratch + w * sizes.scratch;
-    if (dense(sp, i / plan.splits / plan.groups))
-      kernels.attention_split(p, plan, i, own, partials);
-    else
-      kernels.selective_v_score(sp, plan, shared, i, own);
+  for_items(plan.items, threads, parallel, [&](int64_t i, int64_t w) {
+    const int64_t batch_group = i / plan.chunks, chunk = i % plan.chunks;
+    if (!dense(sp, batch_group / groups)) return kernels.selective_v_score(sp, plan, shared, i, scratch(w));
+    const int64_t first = chunk * plan.chunk_splits, last = std::min(splits, first + plan.chunk_splits);
+    for (int64_t split = first; split < last; ++split)
+      kernels.attention_split(p, dense_plan, batch_group * splits + split, scratch(w), partials);
   });
-  if (plan.splits > 1)
-    for (int64_t i = 0; i < p.batch * plan.groups; ++i)
-      if (dense(sp, i / plan.groups)) kernels.attention_merge(p, plan, i, partials);
-  if (needs_stats)
-    for_items(p.batch * p.heads.n_v, plan.threads, parallel, [&](int64_t i, int64_t) {
+  for (int64_t i = 0; i < p.batch * groups; ++i)
+    if (dense(sp, i / groups))
+      for (int64_t row = 0; row < dense_plan.rows; ++row) kernels.attention_merge(p, dense_plan, i, row, partials);
+  if (shared.v_stats != nullptr)
+    for_items(p.batch * p.heads.n_v, threads, parallel, [&](int64_t i, int64_t) {
       if (!dense(sp, i / p.heads.n_v)) kernels.selective_v_stats(sp, shared, i);
     });
-  for_items(sizes.rows, plan.threads, parallel,
-            [&](int64_t i, int64_t w) { kernels.selective_v_gather(sp, shared, i, scratch + w * sizes.scratch); });
+  for_items(plan.fetch_items, threads, parallel,
+            [&](int64_t i, int64_t w) { kernels.selective_v_gather(sp, plan, shared, i, scratch(w)); });
+  if (sp.max_error < 0) return;
+
+  // Rows whose candidates could not keep max_error: their groups once more, with all of V.
+  const auto densely = [&, flags = shared.computed_densely](int64_t batch_group) {
+    return flags + batch_group * dense_plan.rows;
+  };
+  for_items(dense_plan.items, threads, parallel, [&](int64_t i, int64_t w) {
+    const uint8_t* rows = densely(i / splits);
+    if (std::any_of(rows, rows + dense_plan.rows, [](uint8_t flag) { return flag != 0; }))
+      kernels.attention_split(p, dense_plan, i, scratch(w), partials);
+  });
+  for (int64_t i = 0; i < p.batch * groups; ++i)
+    for (int64_t row = 0; row < dense_plan.rows; ++row)
+      if (densely(i)[row]) kernels.attention_merge(p, dense_plan, i, row, partials);
 }
 
 void kv_cache_update(const CacheUpdateParams& p, int64_t threads, Parallel parallel) {

@@ -1,40 +1,97 @@
 // Selective V (the paper's Table 3): all scores, softmax over all of them, then only the V rows of the best ones.
-// Three kinds of items: scores of a range of keys for the rows of a group; sum and largest norm of a V head's rows,
-// where the caller does not keep them; selection and fetch for one query row.
+// Three kinds of items: scores of a range of keys for the rows of a group, which leave each row's best candidates and
+// the mass of every split; sum and largest norm of a V head's rows, where the caller does not keep them; selection and
+// fetch for a few query rows of one V head.
 #include "cpu/group_split.h"
 #include "cpu/kernels.h"
+#include "cpu/top_k.h"
 
 namespace diffqkv {
 namespace {
 
+// What rounding may take from 1 - kept mass: sums of up to 2^17 exponentials in fp32.
+constexpr float kMassRounding = 0x1p-18f;
+
+// ---- scores and candidates ------------------------------------------------------------------------------------------
+
+// Adds the columns `own` of a row of scores to its maximum and sum.
+inline void add_mass(float* s, KeyRange own, float c, RowState& state) {
+  const int64_t first = own.lo / VL * VL, last = round_up(own.hi, VL);
+  const float tile = masked_maximum(s, own, first, last), old = state.max, now = tile > old ? tile : old;
+  const vf vc = vset(c), shift = vset(now > -kInf ? -now * c : 0.0f);
+  vf sum0 = vset(0.0f), sum1 = sum0;
+  int64_t j = first;
+  for (; j + 2 * VL <= last; j += 2 * VL) {
+    sum0 = vadd(sum0, vexp2(vfma(vload(s + j), vc, shift)));
+    sum1 = vadd(sum1, vexp2(vfma(vload(s + j + VL), vc, shift)));
+  }
+  if (j < last) sum0 = vadd(sum0, vexp2(vfma(vload(s + j), vc, shift)));
+  state.max = now;
+  state.sum = (old > -kInf ? state.sum * exp2_of((old - now) * c) : state.sum) + vsum(vadd(sum0, sum1));
+}
+
+// The keys that a query reads whatever their scores: the first ones up to first_end, the last ones from last_begin.
+struct Forced {
+  int64_t first, first_end, last_begin, last_end;
+  Forced(const SelectiveVParams& sp, KeyRange keys)
+      : first(keys.lo),
+        first_end(keys.lo + min_of(sp.keep_first, keys.hi - keys.lo)),
+        last_begin(max_of(first_end, keys.hi - min_of(sp.keep_last, keys.hi))),
+        last_end(keys.hi) {}
+  bool has(int64_t key) const { return key < first_end || key >= last_begin; }
+  int64_t place(int64_t key) const { return key < first_end ? key - first : first_end - first + key - last_begin; }
+};
+
 template <bool kDot>
-void score(const SelectiveVParams& sp, const AttentionPlan& plan, const SelectiveWorkspace& work, int64_t item,
+void score(const SelectiveVParams& sp, const SelectivePlan& plan, const SelectiveWorkspace& work, int64_t item,
            void* workspace) {
   const AttentionParams& p = sp.attention;
+  const int64_t chunk = item % plan.chunks, group = item / plan.chunks % plan.dense.groups;
+  const int64_t b = item / plan.chunks / plan.dense.groups, chunk_tokens = plan.chunk_splits * kSplitTokens;
   Scratch scratch(workspace);
-  const GroupSplit<kDot> part(p, plan, item, scratch);
+  const GroupSplit<kDot> part(p, b, group, {chunk * chunk_tokens, (chunk + 1) * chunk_tokens}, scratch);
+  Candidates* best = scratch.take<Candidates>(part.rows);
+  bool* nan = scratch.take<bool>(part.rows);
+  for (int64_t r = 0; r < part.rows; ++r) {
+    best[r] = {scratch.take<float>(plan.candidate_room), scratch.take<uint32_t>(plan.candidate_room), 0, -kInf};
+    nan[r] = false;
+  }
   const float c = exp2_scale(p);
-  const int64_t row0 = (part.b * p.heads.n_q + part.h0) * p.s_q;
-  for (int64_t t0 = part.range.lo / kKeyTile * kKeyTile; t0 < part.range.hi; t0 += kKeyTile) {
-    const KeyRange tile = {max_of(part.range.lo, t0), min_of(part.range.hi, t0 + kKeyTile)};
-    part.score(t0, tile);
-    for (int64_t r = 0; r < part.rows; ++r) {
-      const auto [lo, hi] = part.columns_of(r, t0, tile);
-      if (lo >= hi) continue;
-      const float* row = part.s + r * kKeyTile;
-      __builtin_memcpy(work.scores + (row0 + r) * work.stride + t0 + lo, row + lo, (hi - lo) * sizeof(float));
+  const int64_t row0 = (b * p.heads.n_q + part.h0) * p.s_q;
+  const int64_t end_split = min_of((chunk + 1) * plan.chunk_splits, plan.dense.splits);
+  for (int64_t split = chunk * plan.chunk_splits; split < end_split; ++split) {
+    for (int64_t r = 0; r < part.rows; ++r) part.state[r] = kEmptyRow;
+    const KeyRange range = {max_of(part.range.lo, split * kSplitTokens),
+                            min_of(part.range.hi, (split + 1) * kSplitTokens)};
+    for (int64_t t0 = range.lo / kKeyTile * kKeyTile; t0 < range.hi; t0 += kKeyTile) {
+      const KeyRange tile = {max_of(range.lo, t0), min_of(range.hi, t0 + kKeyTile)};
+      part.score(t0, tile);
+      for (int64_t r = 0; r < part.rows; ++r) {
+        const KeyRange own = part.columns_of(r, t0, tile);
+        if (own.lo >= own.hi) continue;
+        float* s = part.s + r * kKeyTile;
+        if (best[r].count + kKeyTile + VL > plan.candidate_room) keep_best(best[r], plan.candidates);
+        nan[r] |= append_candidates(best[r], s, own.lo, own.hi, uint32_t(t0));
+        if (plan.forced > 0) {
+          const Forced forced(sp, keys_of_query(p, b, part.entry, part.query(r)));
+          for (int64_t j = own.lo; j < own.hi; ++j)
+            if (forced.has(t0 + j)) work.forced[(row0 + r) * plan.forced + forced.place(t0 + j)] = s[j];
+        }
+        add_mass(s, own, c, part.state[r]);
+      }
     }
-    for (int64_t r = 0; r < part.rows; r += kPvRows) {
-      float factor[16];
-      softmax_rows<false>(
-          min_of(kPvRows, part.rows - r), part.s + r * kKeyTile, nullptr,
-          [&](int64_t x) { return part.columns_of(r + x, t0, tile); }, {kKeyTile, kKeyTile}, c, part.state + r, factor);
+    for (int64_t r = 0; r < part.rows; ++r) {
+      float* mass = work.mass + ((row0 + r) * plan.dense.splits + split) * 2;
+      mass[0] = part.state[r].max;
+      mass[1] = part.state[r].sum;
     }
   }
   for (int64_t r = 0; r < part.rows; ++r) {
-    float* mass = work.mass + ((row0 + r) * plan.splits + part.split) * 2;
-    mass[0] = part.state[r].max;
-    mass[1] = part.state[r].sum;
+    keep_best(best[r], plan.candidates);
+    const int64_t list = (row0 + r) * plan.chunks + chunk;
+    work.counts[list] = nan[r] ? -1 : int32_t(best[r].count);
+    __builtin_memcpy(work.scores + list * plan.candidates, best[r].score, best[r].count * sizeof(float));
+    __builtin_memcpy(work.indices + list * plan.candidates, best[r].index, best[r].count * sizeof(uint32_t));
   }
 }
 
@@ -63,222 +120,245 @@ void v_stats(const SelectiveVParams& sp, const SelectiveWorkspace& work, int64_t
 
 // ---- selection ------------------------------------------------------------------------------------------------------
 
-// One integer per key, larger is better: score descending, then index ascending. Adding 0 makes -0 and +0 one score.
-DIFFQKV_INLINE uint64_t rank_of(float score, uint32_t index) {
-  uint32_t u = bits_of_float(score + 0.0f);
-  u ^= uint32_t(int32_t(u) >> 31) | 0x80000000u;
-  return uint64_t(u) << 32 | uint32_t(~index);
-}
-DIFFQKV_INLINE void swap_ranks(uint64_t& a, uint64_t& b) {
-  const uint64_t t = a;
-  a = b;
-  b = t;
-}
-// Moves the k largest of n to the front, in any order.
-void select_largest(uint64_t* a, int64_t n, int64_t k) {
-  int64_t lo = 0, hi = n - 1;
-  while (lo < hi) {
-    const int64_t mid = lo + (hi - lo) / 2;  // median of three, descending
-    if (a[mid] > a[lo]) swap_ranks(a[mid], a[lo]);
-    if (a[hi] > a[lo]) swap_ranks(a[hi], a[lo]);
-    if (a[hi] > a[mid]) swap_ranks(a[hi], a[mid]);
-    const uint64_t pivot = a[mid];
-    int64_t i = lo, j = hi;
-    while (i <= j) {
-      while (a[i] > pivot) ++i;
-      while (a[j] < pivot) --j;
-      if (i <= j) swap_ranks(a[i++], a[j--]);
-    }
-    if (k - 1 <= j)
-      hi = j;
-    else if (k - 1 >= i)
-      lo = i;
-    else
-      return;
-  }
-}
-void sort_ascending(uint32_t* a, int64_t n) {  // heapsort
-  const auto sift = [&](int64_t root, int64_t end) {
-    for (int64_t child; (child = 2 * root + 1) < end; root = child) {
-      if (child + 1 < end && a[child + 1] > a[child]) ++child;
-      if (a[root] >= a[child]) return;
-      const uint32_t t = a[root];
-      a[root] = a[child];
-      a[child] = t;
-    }
-  };
-  for (int64_t i = n / 2 - 1; i >= 0; --i) sift(i, n);
-  for (int64_t end = n - 1; end > 0; --end) {
-    const uint32_t t = a[0];
-    a[0] = a[end];
-    a[end] = t;
-    sift(0, end);
-  }
-}
-
-// The ranks of all s[0..n) with s >= threshold; nan is set if any score is NaN.
-int64_t filter(const float* s, int64_t n, float threshold, uint64_t* ranks, bool& nan) {
-  int64_t count = 0, i = 0;
-  const vf t = vset(threshold);
-  uint32_t unordered = 0;
-  for (; i + VL <= n; i += VL) {
-    const vf x = vload(s + i);
-    unordered |= vnan_bits(x);
-    for (uint32_t bits = vge_bits(x, t); bits != 0; bits &= bits - 1) {
-      const int64_t j = i + __builtin_ctz(bits);
-      ranks[count++] = rank_of(s[j], uint32_t(j));
-    }
-  }
-  for (; i < n; ++i) {
-    unordered |= s[i] != s[i];
-    if (s[i] >= threshold) ranks[count++] = rank_of(s[i], uint32_t(i));
-  }
-  nan = unordered != 0;
-  return count;
-}
-
-// Indices, ascending, of the k best of n scores, k < n. False if a score is NaN. ranks: room for n.
-bool select_best(const float* s, int64_t n, int64_t k, uint64_t* ranks, uint32_t* best) {
-  // The r-th best of a sample is below the k-th best of all, save with a probability of some 1e-4: then filter again.
-  const int64_t samples = min_of(n, 1024);
-  const double expected = double(k) * double(samples) / double(n);
-  const int64_t r = int64_t(__builtin_ceil(expected + 3.5 * __builtin_sqrt(expected) + 4.0));
-  float threshold = -kInf;
-  if (r < samples) {
-    for (int64_t i = 0; i < samples; ++i) ranks[i] = rank_of(s[i * n / samples], 0);
-    select_largest(ranks, samples, r);
-    uint64_t smallest = ranks[0];
-    for (int64_t i = 1; i < r; ++i) smallest = ranks[i] < smallest ? ranks[i] : smallest;
-    const uint32_t u = uint32_t(smallest >> 32);
-    threshold = float_of_bits(u & 0x80000000u ? u ^ 0x80000000u : ~u);
-    if (threshold != threshold) threshold = -kInf;
-  }
-  bool nan = false;
-  int64_t count = filter(s, n, threshold, ranks, nan);
-  if (nan) return false;
-  if (count < k) count = filter(s, n, -kInf, ranks, nan);
-  select_largest(ranks, count, k);
-  for (int64_t i = 0; i < k; ++i) best[i] = ~uint32_t(ranks[i]);
-  sort_ascending(best, k);
-  return true;
-}
-
-// ---- fetch ----------------------------------------------------------------------------------------------------------
-
+// One query row on its way from candidates to a result.
 template <class E>
-void gather(const SelectiveVParams& sp, const SelectiveWorkspace& work, int64_t row, void* workspace) {
+struct SelectedRow {
   using T = typename E::T;
+  const SelectiveVParams& sp;
+  const SelectivePlan& plan;
+  const SelectiveWorkspace& work;
   const AttentionParams& p = sp.attention;
-  const int64_t query = row % p.s_q, h = row / p.s_q % p.heads.n_q, b = row / p.s_q / p.heads.n_q;
-  const KeyRange entry = keys_of_entry(p, b), keys = keys_of_query(p, b, entry, query);
-  const int64_t n = keys.hi - keys.lo, k = min_of(sp.top_k, n);
-  int64_t* indices = sp.indices + row * sp.top_k;
-  if (sp.top_k >= entry.hi - entry.lo) {  // the dense kernel has written out and lse
-    for (int64_t i = 0; i < sp.top_k; ++i) indices[i] = i < n ? keys.lo + i : -1;
+  Candidates best;
+  float* weight;
+  const T** value;
+
+  int64_t row, b, h, query, v_head, n, top_k, count;
+  KeyRange entry, keys;
+  RowState state;
+  float kept;
+  const float* stats;  // of the V head, or null
+
+  SelectedRow(const SelectiveVParams& params, const SelectivePlan& selective, const SelectiveWorkspace& shared,
+              Scratch& scratch)
+      : sp(params), plan(selective), work(shared) {
+    best.score = scratch.take<float>(plan.listed_room);
+    best.index = scratch.take<uint32_t>(plan.listed_room);
+    weight = scratch.take<float>(plan.used_room);
+    value = scratch.take<const T*>(plan.used_room);
+  }
+
+  // Finds the rows to fetch and their weights, and starts to fetch them. False: the row is complete without.
+  bool select(int64_t which) {
+    row = which;
+    query = row % p.s_q;
+    h = row / p.s_q % p.heads.n_q;
+    b = row / p.s_q / p.heads.n_q;
+    v_head = p.heads.v_head(h);
+    entry = keys_of_entry(p, b);
+    keys = keys_of_query(p, b, entry, query);
+    n = keys.hi - keys.lo;
+    top_k = min_of(sp.top_k, n);
+    int64_t* indices = sp.indices + row * sp.top_k;
+    for (int64_t i = top_k; i < sp.top_k; ++i) indices[i] = -1;
+    work.computed_densely[row] = 0;
+    if (sp.top_k >= entry.hi - entry.lo) {  // the dense kernel has written out and lse
+      for (int64_t i = 0; i < top_k; ++i) indices[i] = keys.lo + i;
+      dense_stats();
+      return false;
+    }
+    stats = sp.v_stats ? sp.v_stats : work.v_stats;
+    if (stats) stats += (b * p.heads.n_v + v_head) * (p.d_v + 1);
+    state = kEmptyRow;
+    for (int64_t split = 0; split < plan.dense.splits; ++split) {
+      const float* mass = work.mass + (row * plan.dense.splits + split) * 2;
+      if (mass[1] != 0.0f) merge(state, {mass[0], mass[1], mass[1]}, exp2_scale(p));
+    }
+    bool nan = false;
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) nan |= work.counts[row * plan.chunks + chunk] < 0;
+    if (nan) {  // makes its row NaN, as in a dense softmax; there is no order to select by
+      state = {__builtin_nanf(""), __builtin_nanf(""), __builtin_nanf("")};
+      for (int64_t i = 0; i < top_k; ++i) best.index[i] = uint32_t(keys.lo + i), best.score[i] = 0.0f;
+      best.count = top_k;
+    } else {
+      list_best(top_k);
+    }
+    for (int64_t i = 0; i < top_k; ++i) indices[i] = best.index[i];
+    if (!nan) add_forced();
+    weigh();
+    if (sp.max_error >= 0.0f && !nan && guaranteed() > sp.max_error && !add_rows()) {
+      work.computed_densely[row] = 1;
+      dense_stats();
+      return false;
+    }
+    const int64_t per_group = p.heads.v_per_group();
+    for (int64_t i = 0; i < best.count; ++i) {
+      const KvSlot slot = kv_page(p.paging, b, best.index[i]);
+      value[i] = head_at<const T>(p.v, slot.page, v_head, per_group) + slot.token * p.v.stride_token;
+      for (int64_t x = 0; x < p.d_v; x += 64 / int64_t(sizeof(T))) __builtin_prefetch(value[i] + x);
+    }
+    return true;
+  }
+
+  void fetch() {
+    alignas(64) float o[kMaxHeadDim + 4 * VL];
+    int64_t x = 0;
+    for (; x + 4 * VL <= p.d_v; x += 4 * VL) weighted_sum<4>(x, o + x, VL);
+    for (; x < p.d_v; x += VL) weighted_sum<1>(x, o + x, int(min_of(VL, p.d_v - x)));
+
+    const float mass = kept_mass(), rest = unread_mass();
+    if (state.sum > 0.0f && best.count < n) {  // false for NaN
+      if (sp.tail == Tail::renorm) state.norm = kept;
+      const float factor = mass < 1.0f ? (1.0f - mass) * state.sum / float(entry.hi - entry.lo) : 0.0f;
+      if (sp.tail == Tail::mean)
+        for (int64_t i = 0; i < p.d_v; ++i) o[i] += factor * stats[i];
+    }
+    store_row(p, b, h, query, o, state, exp2_scale(p));
+    sp.kept_mass[row] = mass;
+    sp.rows_used[row] = int32_t(best.count);
+    if (!sp.want_bound) {
+      sp.error_bound[row] = kInf;
+    } else if (state.sum == 0.0f || rest == 0.0f) {
+      sp.error_bound[row] = 0.0f;
+    } else {
+      float square = 0.0f;
+      for (int64_t i = 0; i < p.d_v; ++i) square += o[i] * o[i];
+      sp.error_bound[row] = rest * (sp.tail == Tail::renorm ? stats[p.d_v] + __builtin_sqrtf(square) / kept : radius());
+    }
+  }
+
+ private:
+  void dense_stats() {
     sp.kept_mass[row] = n > 0 ? 1.0f : 0.0f;
     sp.rows_used[row] = int32_t(n);
     sp.error_bound[row] = sp.want_bound ? 0.0f : kInf;
-    return;
-  }
-  const float c = exp2_scale(p), *scores = work.scores + row * work.stride + keys.lo;
-  Scratch scratch(workspace);
-  uint64_t* ranks = scratch.take<uint64_t>(n);
-  uint32_t* used = scratch.take<uint32_t>(n);
-  float* weight = scratch.take<float>(n);
-
-  RowState state = kEmptyRow;
-  for (int64_t split = 0; split < work.splits; ++split) {
-    const float* mass = work.mass + (row * work.splits + split) * 2;
-    if (mass[1] != 0.0f) merge(state, {mass[0], mass[1], mass[1]}, c);
   }
 
-  int64_t count = k;
-  if (k == n) {
-    for (int64_t i = 0; i < n; ++i) used[i] = uint32_t(i);
-  } else if (!select_best(scores, n, k, ranks, used)) {
-    // A NaN score makes its row NaN, as in a dense softmax; there is no order to select by.
-    state.norm = state.sum = state.max = __builtin_nanf("");
-    for (int64_t i = 0; i < k; ++i) used[i] = uint32_t(i);
-  }
-  for (int64_t i = 0; i < sp.top_k; ++i) indices[i] = i < k ? keys.lo + used[i] : -1;
-  if (k < n && (sp.keep_first > 0 || sp.keep_last > 0)) {  // insert the forced rows that were not selected
-    uint32_t* merged = (uint32_t*)ranks;
-    const int64_t first_end = min_of(sp.keep_first, n), last_begin = max_of(first_end, n - sp.keep_last);
-    int64_t m = 0, i = 0;
-    for (int64_t j = 0; j < first_end; ++j) merged[m++] = uint32_t(j);
-    for (; i < k && used[i] < last_begin; ++i)
-      if (used[i] >= first_end) merged[m++] = used[i];
-    for (int64_t j = last_begin; j < n; ++j) merged[m++] = uint32_t(j);
-    for (int64_t j = 0; j < m; ++j) used[j] = merged[j];
-    count = m;
-  }
-
-  const float shift = state.max > -kInf ? -state.max * c : 0.0f;
-  float kept = 0.0f;
-  for (int64_t i = 0; i < count; i += VL) {
-    float x[VL], y[VL];
-    for (int j = 0; j < VL; ++j) x[j] = i + j < count ? scores[used[i + j]] : -kInf;
-    vstore(y, vexp2(vfma(vload(x), vset(c), vset(shift))));
-    for (int j = 0; j < VL && i + j < count; ++j) {
-      weight[i + j] = y[j];
-      kept += y[j];
+  void list_best(int64_t k) {
+    best.count = 0;
+    best.least = -kInf;
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+      const int64_t list = row * plan.chunks + chunk, listed = work.counts[list];
+      __builtin_memcpy(best.score + best.count, work.scores + list * plan.candidates, listed * sizeof(float));
+      __builtin_memcpy(best.index + best.count, work.indices + list * plan.candidates, listed * sizeof(uint32_t));
+      best.count += listed;
     }
+    keep_best(best, k);
   }
-
-  float o[kMaxHeadDim + VL] = {};
-  const int64_t v_head = p.heads.v_head(h), per_group = p.heads.v_per_group();
-  const auto row_of = [&](int64_t i) {
-    const KvSlot slot = kv_page(p.paging, b, keys.lo + used[i]);
-    return head_at<const T>(p.v, slot.page, v_head, per_group) + slot.token * p.v.stride_token;
-  };
-  constexpr int64_t kAhead = 8;
-  for (int64_t i = 0; i < count; ++i) {
-    if (i + kAhead < count) {
-      const char* next = (const char*)row_of(i + kAhead);
-      for (int64_t x = 0; x < p.d_v * int64_t(sizeof(T)); x += 64) __builtin_prefetch(next + x);
+  // Brings in the forced rows that are not among the best.
+  void add_forced() {
+    const Forced forced(sp, keys);
+    const int64_t first = forced.first_end - forced.first, last = forced.last_end - forced.last_begin;
+    if (first + last == 0) return;
+    int64_t m = 0;
+    for (int64_t i = 0; i < best.count; ++i)
+      if (!forced.has(best.index[i])) {
+        best.score[m] = best.score[i];
+        best.index[m++] = best.index[i];
+      }
+    for (int64_t i = m - 1; i >= 0; --i) {
+      best.score[first + i] = best.score[i];
+      best.index[first + i] = best.index[i];
     }
-    const T* v = row_of(i);
-    const vf w = vset(weight[i]);
-    for (int64_t x = 0; x < p.d_v; x += VL)
-      vstore(o + x, vfma(w, E::load_first(v + x, int(min_of(VL, p.d_v - x))), vload(o + x)));
+    const float* scores = work.forced + row * plan.forced;
+    for (int64_t i = 0; i < first + last; ++i) {
+      const int64_t to = i < first ? i : i + m;
+      best.score[to] = scores[i];
+      best.index[to] = uint32_t(i < first ? forced.first + i : forced.last_begin + i - first);
+    }
+    best.count = m + first + last;
   }
-
-  const float all = state.sum;
-  const bool empty = all == 0.0f;
+  void weigh() {
+    const vf c = vset(exp2_scale(p)), shift = vset(state.max > -kInf ? -state.max * exp2_scale(p) : 0.0f);
+    for (int64_t i = best.count; i < round_up(best.count, VL); ++i) best.score[i] = -kInf;
+    vf sum = vset(0.0f);
+    for (int64_t i = 0; i < best.count; i += VL) {
+      const vf w = vexp2(vfma(vload(best.score + i), c, shift));
+      vstore(weight + i, w);
+      sum = vadd(sum, w);
+    }
+    kept = vsum(sum);
+  }
   // All rows used: the dense sum, whose mass is 1 whatever the rounding.
-  const float kept_mass = empty ? 0.0f : count == n && all == all ? 1.0f : kept / all;
-  const float discarded = kept_mass < 1.0f ? 1.0f - kept_mass : kept_mass == kept_mass ? 0.0f : kept_mass;
-  const float* stats = sp.v_stats ? sp.v_stats : work.v_stats;
-  if (stats) stats += (b * p.heads.n_v + v_head) * (p.d_v + 1);
-  if (sp.tail == Tail::renorm && all == all && !empty && count < n) {
-    state.norm = kept;
-  } else if (sp.tail == Tail::mean && !empty && count < n) {
-    const float factor = discarded * all / float(entry.hi - entry.lo);
-    for (int64_t x = 0; x < p.d_v; ++x) o[x] += factor * stats[x];
+  float kept_mass() const {
+    if (state.sum == 0.0f) return 0.0f;
+    return best.count == n && state.sum == state.sum ? 1.0f : kept / state.sum;
   }
-  store_row(p, b, h, query, o, state, c);
-  sp.kept_mass[row] = kept_mass;
-  sp.rows_used[row] = int32_t(count);
-  if (!sp.want_bound) {
-    sp.error_bound[row] = kInf;
-  } else if (empty || discarded == 0.0f) {
-    sp.error_bound[row] = 0.0f;
-  } else {
+  // At least the mass of the rows that are not read.
+  float unread_mass() const {
+    const float mass = kept_mass();
+    if (best.count == n || mass != mass) return mass == mass ? 0.0f : mass;
+    return (mass < 1.0f ? 1.0f - mass : 0.0f) + kMassRounding;
+  }
+  // Largest distance of a V row that was not read from what stands for it, where that is known before the fetch.
+  float radius() const {
+    const float norm = stats[p.d_v];
+    if (sp.tail != Tail::mean) return norm;
     float square = 0.0f;
-    for (int64_t x = 0; x < p.d_v; ++x) {
-      const float centre = sp.tail == Tail::renorm ? o[x] / kept
-                           : sp.tail == Tail::mean ? stats[x] / float(entry.hi - entry.lo)
-                                                   : 0.0f;
-      square += centre * centre;
-    }
-    sp.error_bound[row] = discarded * (stats[p.d_v] + __builtin_sqrtf(square));
+    for (int64_t i = 0; i < p.d_v; ++i) square += stats[i] * stats[i];
+    return norm + __builtin_sqrtf(square) / float(entry.hi - entry.lo);
   }
+  // What error_bound cannot exceed.
+  float guaranteed() const {
+    const float rest = unread_mass();
+    return state.sum == 0.0f || rest == 0.0f ? 0.0f : rest * (sp.tail == Tail::renorm ? 2.0f : 1.0f) * radius();
+  }
+  // The fewest best rows, from top_k to what the candidates are good for, that keep the guarantee; false: too few are.
+  bool add_rows() {
+    const auto use = [&](int64_t k) {
+      list_best(k);
+      add_forced();
+      weigh();
+      return guaranteed() <= sp.max_error;
+    };
+    int64_t too_few = top_k, enough = min_of(plan.candidates, n);
+    if (!use(enough)) return false;
+    while (enough - too_few > 1) {
+      const int64_t k = too_few + (enough - too_few) / 2;
+      (use(k) ? enough : too_few) = k;
+    }
+    return use(enough);
+  }
+  template <int NV>
+  DIFFQKV_INLINE void weighted_sum(int64_t column, float* o, int columns) const {
+    vf acc[NV];
+    DIFFQKV_UNROLL
+    for (int x = 0; x < NV; ++x) acc[x] = vset(0.0f);
+    for (int64_t i = 0; i < best.count; ++i) {
+      const vf w = vset(weight[i]);
+      const T* v = value[i] + column;
+      DIFFQKV_UNROLL
+      for (int x = 0; x < NV; ++x) acc[x] = vfma(w, NV == 1 ? E::load_first(v, columns) : E::load(v + x * VL), acc[x]);
+    }
+    DIFFQKV_UNROLL
+    for (int x = 0; x < NV; ++x) vstore(o + x * VL, acc[x]);
+  }
+};
+
+// The query rows [item * kRowsPerFetch, ...) of a V head. V rows that several of them use are in the cache after the
+// first; while one row selects, the V rows of the one before are on their way.
+template <class E>
+void gather(const SelectiveVParams& sp, const SelectivePlan& plan, const SelectiveWorkspace& work, int64_t item,
+            void* workspace) {
+  const AttentionParams& p = sp.attention;
+  const int64_t rows = p.heads.q_per_v() * p.s_q, blocks = (rows + kRowsPerFetch - 1) / kRowsPerFetch;
+  const int64_t first = item % blocks * kRowsPerFetch, end = min_of(rows, first + kRowsPerFetch);
+  const int64_t row0 = item / blocks * rows;  // q heads of a V head are neighbours
+  Scratch scratch(workspace);
+  SelectedRow<E> one(sp, plan, work, scratch), other(sp, plan, work, scratch);
+  SelectedRow<E>*next = &one, *pending = nullptr;
+  for (int64_t r = first; r < end; ++r) {
+    if (!next->select(row0 + r)) continue;
+    if (pending) pending->fetch();
+    pending = next;
+    next = next == &one ? &other : &one;
+  }
+  if (pending) pending->fetch();
 }
 
 }  // namespace
 
 namespace DIFFQKV_ISA {
-void selective_v_score(const SelectiveVParams& p, const AttentionPlan& plan, const SelectiveWorkspace& work,
+void selective_v_score(const SelectiveVParams& p, const SelectivePlan& plan, const SelectiveWorkspace& work,
                        int64_t item, void* scratch) {
 #if defined(__AVX512BF16__)
   if (p.attention.q.dtype == DType::bf16) return score<true>(p, plan, work, item, scratch);
@@ -289,10 +369,11 @@ void selective_v_stats(const SelectiveVParams& p, const SelectiveWorkspace& work
   if (p.attention.v.dtype == DType::f32) return v_stats<F32>(p, work, batch_v_head);
   v_stats<BF16>(p, work, batch_v_head);  // row_to_float tells the two half types apart
 }
-void selective_v_gather(const SelectiveVParams& p, const SelectiveWorkspace& work, int64_t row, void* scratch) {
-  if (p.attention.v.dtype == DType::f32) return gather<F32>(p, work, row, scratch);
-  if (p.attention.v.dtype == DType::bf16) return gather<BF16>(p, work, row, scratch);
-  gather<F16>(p, work, row, scratch);
+void selective_v_gather(const SelectiveVParams& p, const SelectivePlan& plan, const SelectiveWorkspace& work,
+                        int64_t item, void* scratch) {
+  if (p.attention.v.dtype == DType::f32) return gather<F32>(p, plan, work, item, scratch);
+  if (p.attention.v.dtype == DType::bf16) return gather<BF16>(p, plan, work, item, scratch);
+  gather<F16>(p, plan, work, item, scratch);
 }
 }  // namespace DIFFQKV_ISA
 }  // namespace diffqkv

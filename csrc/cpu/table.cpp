@@ -11,10 +11,10 @@ namespace diffqkv {
 namespace DIFFQKV_ISA {
 void attention_block(const AttentionParams&, const AttentionPlan&, int64_t, void*);
 void attention_split(const AttentionParams&, const AttentionPlan&, int64_t, void*, float*);
-void attention_merge(const AttentionParams&, const AttentionPlan&, int64_t, const float*);
-void selective_v_score(const SelectiveVParams&, const AttentionPlan&, const SelectiveWorkspace&, int64_t, void*);
+void attention_merge(const AttentionParams&, const AttentionPlan&, int64_t, int64_t, const float*);
+void selective_v_score(const SelectiveVParams&, const SelectivePlan&, const SelectiveWorkspace&, int64_t, void*);
 void selective_v_stats(const SelectiveVParams&, const SelectiveWorkspace&, int64_t);
-void selective_v_gather(const SelectiveVParams&, const SelectiveWorkspace&, int64_t, void*);
+void selective_v_gather(const SelectiveVParams&, const SelectivePlan&, const SelectiveWorkspace&, int64_t, void*);
 void kv_cache_update(const CacheUpdateParams&, int64_t);
 void swiglu(const SwigluParams&, int64_t, int64_t);
 void swiglu_backward(const SwigluParams&, int64_t, int64_t);

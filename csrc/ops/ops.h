@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_v_attention
     const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& cache_seqlens, int64_t top_k,
     int64_t tail, int64_t keep_first, int64_t keep_last, const std::optional<Tensor>& v_stats,
     const std::optional<Tensor>& cache_start, const std::optional<Tensor>& block_table,
-    std::optional<double> softmax_scale, int64_t k_layout, bool return_bound);
+    std::optional<double> softmax_scale, int64_t k_layout, std::optional<double> max_error, bool return_bound);
 
 Tensor swiglu_cpu(const Tensor& gate, const Tensor& up);
 std::tuple<Tensor, Tensor> swiglu_backward_cpu(const Tensor& dout, const Tensor& gate, const Tensor& up);

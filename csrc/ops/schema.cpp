@@ -20,7 +20,7 @@ STABLE_TORCH_LIBRARY(diffqkv, m) {
   m.def(
       "selective_v_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, int top_k, *, int tail=0, "
       "int keep_first=0, int keep_last=0, Tensor? v_stats=None, Tensor? cache_start=None, Tensor? block_table=None, "
-      "float? softmax_scale=None, int k_layout=0, bool return_bound=False) "
+      "float? softmax_scale=None, int k_layout=0, float? max_error=None, bool return_bound=False) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor");

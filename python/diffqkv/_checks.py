@@ -230,7 +230,10 @@ def selective_v_attention(
     cache_start: Tensor | None,
     block_table: Tensor | None,
     k_layout: int,
+    max_error: float | None,
 ) -> CacheShape:
+    if max_error is not None and not max_error >= 0:
+        raise wrong("max_error", max_error, "a number >= 0")
     for name, value, least in (("top_k", top_k, 1), ("keep_first", keep_first, 0), ("keep_last", keep_last, 0)):
         if value < least:
             raise wrong(name, value, f"an integer >= {least}")

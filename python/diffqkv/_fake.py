@@ -37,11 +37,11 @@ def _(
 @torch.library.register_fake("diffqkv::selective_v_attention")
 def _(
     q, k_cache, v_cache, cache_seqlens, top_k, *, tail=0, keep_first=0, keep_last=0, v_stats=None, cache_start=None,
-    block_table=None, softmax_scale=None, k_layout=ROWS, return_bound=False,
+    block_table=None, softmax_scale=None, k_layout=ROWS, max_error=None, return_bound=False,
 ):  # fmt: skip
     cache = _checks.selective_v_attention(
         q, k_cache, v_cache, cache_seqlens, top_k, tail, keep_first, keep_last, v_stats, cache_start, block_table,
-        k_layout,
+        k_layout, max_error,
     )  # fmt: skip
     out, lse = _out_and_lse(q, cache.d_v)
     indices = q.new_empty((*q.shape[:3], top_k), dtype=torch.int64)

@@ -14,6 +14,7 @@ from . import _checks, reference
 from ._checks import PANELS, ROWS
 
 _LAYOUTS = {ROWS: "rows", PANELS: "panels"}
+_TAILS = ("drop", "renorm", "mean")
 _SCORE_BYTES = 256 * 2**20  # of the float32 scores that the lse holds at a time
 DROP, RENORM, MEAN = 0, 1, 2
 
@@ -151,13 +152,21 @@ def selective_v_attention(
     block_table: Tensor | None = None,
     softmax_scale: float | None = None,
     k_layout: int = ROWS,
+    max_error: float | None = None,
     return_bound: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op: out, lse, kept_mass, indices, rows_used, error_bound."""
     _checks.selective_v_attention(
         q, k_cache, v_cache, cache_seqlens, top_k, tail, keep_first, keep_last, v_stats, cache_start, block_table,
-        k_layout,
+        k_layout, max_error,
     )  # fmt: skip
+    if max_error is not None:
+        out, stats = reference.selective_v_attention(
+            q, k_cache, v_cache, cache_seqlens, top_k, tail=_TAILS[tail], max_error=max_error, keep_first=keep_first,
+            keep_last=keep_last, v_stats=v_stats, cache_start=cache_start, block_table=block_table,
+            softmax_scale=softmax_scale, k_layout=_LAYOUTS[k_layout], dtype=torch.float32,
+        )  # fmt: skip
+        return out.to(q.dtype), *stats
     b, n_q, s_q, d_k = q.shape
     start = torch.zeros_like(cache_seqlens) if cache_start is None else cache_start
     layout = _LAYOUTS[k_layout]

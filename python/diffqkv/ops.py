@@ -328,7 +328,9 @@ def selective_v_attention(
         top_k: V rows that a query row selects, at least 1.
         tail: what becomes of the softmax mass d of the rows that are not read: "drop": nothing is added, as in the
             paper; "renorm": the result is divided by 1 - d; "mean": d times the mean V row of the sequence is added.
-        max_error: not built yet.
+        max_error: the L2 distance to dense attention that a row of out may have, rounding of out apart. A row reads
+            as many more of its best V rows as guarantee it, up to 4 * top_k of them; a row for which those are too few
+            reads all of V. Without v_stats this takes one pass over V.
         keep_first, keep_last: rows at the beginning and the end of what a query sees that are read besides the top_k.
         v_stats: float32 `[b, n_v, d_v + 1]` as `kv_cache_update` keeps it. Without it tail "mean" and return_stats
             take one pass over V.
@@ -342,10 +344,9 @@ def selective_v_attention(
 
     Raises:
         ValueError, TypeError: an argument is wrong, or requires a gradient in grad mode.
-        NotImplementedError: max_error is given.
     """
-    if max_error is not None:
-        raise _not_built("selective_v_attention", f"max_error={max_error}")
+    if max_error is not None and (isinstance(max_error, bool) or not isinstance(max_error, (int, float))):
+        raise wrong("max_error", type(max_error).__name__, "a float or None", TypeError)
     layout = _choice("k_layout", k_layout, _LAYOUTS)
     tail_mode = _choice("tail", tail, _TAILS)
     _count("top_k", top_k, 1)
@@ -369,6 +370,7 @@ def selective_v_attention(
         block_table=block_table,
         softmax_scale=softmax_scale,
         k_layout=layout,
+        max_error=max_error,
         return_bound=return_stats,
     )
     return (out, SelectiveVStats(*stats)) if return_stats else out

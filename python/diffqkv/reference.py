@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 PANEL_TOKENS = 32
+MAX_ADDED = 4
 
 
 class SelectiveVStats(NamedTuple):
@@ -222,6 +223,7 @@ def selective_v_attention(
     top_k: int,
     *,
     tail: str = "drop",
+    max_error: float | None = None,
     keep_first: int = 0,
     keep_last: int = 0,
     v_stats: Tensor | None = None,
@@ -236,6 +238,9 @@ def selective_v_attention(
     Best: score descending (the dot product before scaling; ascending if the scale is negative), then index ascending.
     With m = softmax mass of the rows used, the rest adds nothing ("drop"), scales the sum by 1 / m ("renorm"), or
     counts with the mean V row of the sequence ("mean"). A row that uses all it sees is dense attention.
+
+    With max_error a row uses as many more of its best rows as bring its error bound to max_error or less, up to
+    MAX_ADDED * top_k of them; if those are too few, it uses all.
     """
     k, v = dense_cache(k_cache, v_cache, cache_seqlens, cache_start, block_table, k_layout)
     (b, n_q, s_q, d_k), capacity = q.shape, k.shape[2]
@@ -253,13 +258,7 @@ def selective_v_attention(
 
     rank = visible.cumsum(-1)  # 1 for the first visible key of a row, `count` for the last
     count = visible.sum(-1, keepdim=True)
-    used = best | (visible & ((rank <= keep_first) | (rank > count - keep_last)))
-    rows_used, count = used.sum(-1), count[..., 0]
-
-    kept = torch.where(used, weights, 0)
-    kept_mass = kept.sum(-1)
-    kept_mass = torch.where((rows_used == count) & ~kept_mass.isnan(), (count > 0).to(kept_mass.dtype), kept_mass)
-    discarded = torch.where(count > 0, 1 - kept_mass, 0).clamp_min(0)
+    forced = visible & ((rank <= keep_first) | (rank > count - keep_last))
 
     v_head = torch.arange(n_q, device=q.device) * v.shape[1] // n_q
     if v_stats is None:
@@ -268,15 +267,31 @@ def selective_v_attention(
         v_sum, v_norm = v_stats[..., :-1].to(v.dtype), v_stats[..., -1].to(v.dtype)
     tokens = cache_seqlens if cache_start is None else cache_seqlens - cache_start
     v_mean = (v_sum / tokens.clamp_min(1)[:, None, None])[:, v_head, None]  # [b, n_q, 1, d_v]
+    radius = v_norm[:, v_head, None].expand_as(lse)
+    if tail == "mean":
+        radius = radius + v_mean.norm(dim=-1)
+
+    used = best | forced
+    if max_error is not None and capacity:
+        # After the best row, the two best, ...: the mass that is not read. |out| <= v_norm bounds "renorm".
+        read = torch.where(forced, 0, weights).gather(-1, order).cumsum(-1) + (weights * forced).sum(-1, keepdim=True)
+        bound = (1 - read) * radius[..., None] * (2 if tail == "renorm" else 1)
+        enough = (~(bound > max_error) | (torch.arange(1, capacity + 1, device=q.device) >= count)).int().argmax(-1) + 1
+        enough = torch.where(enough > MAX_ADDED * top_k, capacity, enough)[..., None]
+        used = visible & (used | (order.argsort(dim=-1) < enough))
+    rows_used, count = used.sum(-1), count[..., 0]
+
+    kept = torch.where(used, weights, 0)
+    kept_mass = kept.sum(-1)
+    kept_mass = torch.where((rows_used == count) & ~kept_mass.isnan(), (count > 0).to(kept_mass.dtype), kept_mass)
+    discarded = torch.where(count > 0, 1 - kept_mass, 0).clamp_min(0)
 
     out = kept @ v[:, v_head]
-    radius = v_norm[:, v_head, None].expand_as(lse)
     if tail == "renorm":
         out = torch.where(count[..., None] > 0, out / kept_mass[..., None], out)
         radius = radius + out.norm(dim=-1)
     elif tail == "mean":
         out = out + discarded[..., None] * v_mean
-        radius = radius + v_mean.norm(dim=-1)
 
     positions = torch.arange(capacity, device=q.device).expand_as(best)
     indices = torch.where(best, positions, capacity).sort(dim=-1).values[..., :top_k]

@@ -208,9 +208,9 @@ TEST_CASE("top_k below the length keeps the best rows; ties go to the lower inde
   sp.top_k = 2;
   sp.want_bound = true;
   sp.kept_mass = kept.data(), sp.indices = indices.data(), sp.rows_used = used.data(), sp.error_bound = bound.data();
-  const AttentionPlan plan = plan_split(p.heads, 1, 1, 5, 8, 8, DType::f32, true, 1);
-  std::vector<char> workspace(cpu::selective_v_workspace(sp, plan, 5));
-  cpu::selective_v_attention(sp, plan, 5, workspace.data(), parallel_on_threads);
+  const SelectivePlan plan = plan_selective(sp, 5, 1);
+  std::vector<char> workspace(cpu::selective_v_workspace(sp, plan));
+  cpu::selective_v_attention(sp, plan, workspace.data(), parallel_on_threads);
 
   const double all = 3 * std::exp(3.0) + std::exp(2.0) + std::exp(1.0), best = std::exp(3.0) / all;
   REQUIRE(indices == std::vector<int64_t>{0, 2});

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <stdexcept>
 
 #include "catch.h"
@@ -50,6 +51,45 @@ TEST_CASE("every (batch, group, head chunk, block) is an item, enough of them fo
   REQUIRE(plan.items == 4 * plan.head_chunks * blocks);
   REQUIRE(plan.head_chunks * plan.heads_per_item >= 8);
   REQUIRE(plan.items >= 64);
+}
+
+namespace {
+SelectiveVParams selective(int64_t batch, int64_t top_k) {
+  SelectiveVParams params;
+  params.attention.heads = {32, 4, 16};
+  params.attention.batch = batch;
+  params.attention.s_q = 1;
+  params.attention.d_k = params.attention.d_v = 64;
+  params.top_k = top_k;
+  return params;
+}
+}  // namespace
+
+TEST_CASE("selective V: chunks cover the splits, and no more of them than the threads need") {
+  for (const int64_t threads : {1, 2, 16})
+    for (const int64_t keys : {1, 513, 8192, 131072}) {
+      const SelectivePlan plan = plan_selective(selective(3, 100), keys, threads);
+      CAPTURE(threads, keys);
+      REQUIRE(plan.chunks * plan.chunk_splits >= plan.dense.splits);
+      REQUIRE((plan.chunks - 1) * plan.chunk_splits < plan.dense.splits);
+      REQUIRE(plan.items == 3 * 4 * plan.chunks);
+      REQUIRE(plan.items <= std::max<int64_t>(12, 4 * threads + 12));
+    }
+  REQUIRE(plan_selective(selective(1, 100), 131072, 16).items >= 16);
+}
+
+TEST_CASE("selective V: scratch does not grow with the length, once it exceeds what is selected") {
+  const auto scratch = [](int64_t keys) { return plan_selective(selective(1, 100), keys, 2).scratch_bytes; };
+  REQUIRE(scratch(1 << 20) == scratch(1 << 14));
+}
+
+TEST_CASE("selective V: a guarantee keeps more candidates, but never more than there are keys") {
+  SelectiveVParams params = selective(1, 100);
+  REQUIRE(plan_selective(params, 8192, 2).candidates == 100);
+  REQUIRE(plan_selective(params, 60, 2).candidates == 60);
+  params.max_error = 0.1f;
+  REQUIRE(plan_selective(params, 8192, 2).candidates == 100 * kMaxAdded);
+  REQUIRE(plan_selective(params, 150, 2).candidates == 150);
 }
 
 TEST_CASE("an unknown or unsupported CPU level is refused by name") {

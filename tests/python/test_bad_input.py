@@ -196,6 +196,9 @@ SELECTIVE = [
     ({"top_k": True}, TypeError, "top_k"),
     ({"top_k": 4.0}, TypeError, "top_k"),
     ({"top_k": "4"}, TypeError, "top_k"),
+    ({"max_error": -0.1}, ValueError, "max_error"),
+    ({"max_error": float("nan")}, ValueError, "max_error"),
+    ({"max_error": "0.1"}, TypeError, "max_error"),
     ({"keep_first": -1}, ValueError, "keep_first"),
     ({"keep_last": 1.5}, TypeError, "keep_last"),
     ({"tail": "head"}, ValueError, "tail"),
@@ -337,7 +340,7 @@ def test_not_built(api, option, what):
             api.decode_attention(**decode_arguments(), **option)
 
 
-def test_not_built_backward_varlen_and_max_error(api):
+def test_not_built_backward_and_varlen(api):
     for name in ("q", "k", "v"):
         arguments = flash_arguments()
         arguments[name].requires_grad_()
@@ -345,8 +348,6 @@ def test_not_built_backward_varlen_and_max_error(api):
             api.flash_attention(**arguments)
         with torch.no_grad():
             api.flash_attention(**arguments)
-    with pytest.raises(NotImplementedError, match="max_error"):
-        api.selective_v_attention(**selective_arguments(), max_error=0.1)
     x, lengths = torch.randn(7, 2, 8), int32(0, 7)
     with pytest.raises(NotImplementedError, match="flash_attention_varlen"):
         api.flash_attention_varlen(x, x, x, lengths, lengths, 7, 7)

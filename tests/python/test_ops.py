@@ -301,6 +301,69 @@ def test_selective_bound_holds(ops):
             assert (unasked == torch.inf).all()
 
 
+def certified_inputs(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q, k, v = qkv(2, (8, 2, 4), 2, 700, (32, 32))
+    if kind == "sharp":
+        q = q * 6
+    elif kind == "flat":
+        q = q * 1e-3
+    elif kind == "adversarial":  # what is left out all points one way, and one unread row is very long
+        q = q * 3
+        v = v * 1e-3 + 1.0
+        v[:, :, 650] *= 30.0
+    return q, k, v
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("kind", ["random", "sharp", "flat", "adversarial"])
+@pytest.mark.parametrize("max_error", [1e-3, 0.05, 0.5, 3.0, 1e9])
+def test_selective_keeps_max_error(ops, max_error, kind, tail):
+    """Against exact dense attention; and no row reads more than its guarantee needs."""
+    q, k, v = certified_inputs(kind)
+    cache = cache_of(k, v, int32(700, 350))
+    args = (q, cache.k_cache, cache.v_cache, cache.seqlens)
+    options = {"tail": TAILS.index(tail), "max_error": max_error}
+    out, lse, kept, indices, rows, bound = ops.selective_v_attention(*args, 40, **options)
+    error = (out.double() - reference.decode_attention(*args, dtype=D)).norm(dim=-1)
+    rounding = 5e-5  # of fp32 scores near 100
+    assert (error <= max_error + rounding).all() and (error <= bound + rounding).all() and (bound <= max_error).all()
+
+    _, want = reference.selective_v_attention(*args, 40, tail=tail, max_error=max_error, dtype=D)
+    assert torch.equal(indices, want.indices)
+    assert_lse(lse, want.lse)
+    # Rounding of the mass may make a difference of some rows, or tip a row over to dense attention.
+    dense = rows > 4 * 40
+    assert (((rows - want.rows_used).abs() <= 10) | ((rows > 150) & (want.rows_used > 150))).all()
+    assert (kept[dense] == 1).all() and (bound[dense] == 0).all()
+    if kind == "flat" and max_error < 0.1:
+        assert dense.all()
+
+
+def test_selective_max_error_zero_is_dense_attention(library):
+    q, k, v = certified_inputs("random")
+    cache = cache_of(k, v, int32(700, 350))
+    args = (q, cache.k_cache, cache.v_cache, cache.seqlens)
+    out, lse, *_ = library.selective_v_attention(*args, 40, max_error=0.0)
+    dense_out, dense_lse = library.decode_attention(*args)
+    assert torch.equal(out, dense_out) and torch.equal(lse, dense_lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_selective_max_error_with_pages_and_forced_rows(ops, layout, dtype):
+    q, k, v = qkv(2, (12, 4, 6), 3, 300, (40, 56), dtype)
+    cache = cache_of(k, v, int32(300, 170), layout=layout, block_size=32, start=int32(0, 11))
+    args = (q, cache.k_cache, cache.v_cache, cache.seqlens)
+    exact = reference.decode_attention(*args, dtype=D, **cache.reference_options)
+    rounding = 1e-5 if dtype == torch.float32 else 2**-7 * exact.norm(dim=-1)
+    for max_error in (1e-4, 0.3, 2.0):
+        out, *_, rows, bound = ops.selective_v_attention(
+            *args, 30, keep_first=2, keep_last=5, max_error=max_error, **cache.options
+        )
+        assert ((out.double() - exact).norm(dim=-1) <= max_error + rounding).all()
+        assert (bound <= max_error).all() and (rows >= 30).all()
+
+
 def test_selective_nan_score_makes_its_rows_nan(ops):
     """K head 1 has a NaN among the keys that count: the q heads that read it are NaN, the others are not."""
     q, k, v = qkv(1, (8, 2, 4), 1, 600, (16, 16))

@@ -35,13 +35,30 @@ struct AttentionPlan {
   double flops = 0, bytes = 0;
 };
 
+// How selective V cuts its work: scores by chunks of splits, which leave a list of candidates per row; then selection
+// and fetch by V head and block of kRowsPerFetch rows.
+struct SelectivePlan {
+  AttentionPlan dense;         // of entries that read all of V; its splits are also the quanta of the softmax mass
+  int64_t chunk_splits = 0;    // splits of a chunk
+  int64_t chunks = 0;          // per group
+  int64_t candidates = 0;      // a chunk keeps per row
+  int64_t candidate_room = 0;  // of a row while its chunk is scored
+  int64_t forced = 0;          // keep_first and keep_last rows per query row
+  int64_t listed_room = 0;     // candidates of all chunks of a row, with the forced ones
+  int64_t used_room = 0;       // rows that a query row fetches
+  int64_t items = 0;           // of scoring
+  int64_t fetch_items = 0;
+  int64_t scratch_bytes = 0;  // per thread
+};
+inline constexpr int64_t kRowsPerFetch = 4;
+// With max_error a row may fetch this many times top_k before dense attention is cheaper.
+inline constexpr int64_t kMaxAdded = 4;
+
+DIFFQKV_API SelectivePlan plan_selective(const SelectiveVParams& params, int64_t max_keys, int64_t threads);
+
 // max_keys: the longest sequence of the call. threads: those of the caller's pool.
 DIFFQKV_API AttentionPlan plan_attention(const HeadGroups& heads, int64_t batch, int64_t s_q, int64_t max_keys,
                                          int64_t d_k, int64_t d_v, DType dtype, bool causal, int64_t threads);
-
-// The same for the split kernel whatever the shape: selective V is built on its ranges.
-DIFFQKV_API AttentionPlan plan_split(const HeadGroups& heads, int64_t batch, int64_t s_q, int64_t max_keys, int64_t d_k,
-                                     int64_t d_v, DType dtype, bool causal, int64_t threads);
 
 constexpr int64_t dtype_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 

@@ -12,14 +12,14 @@ using Parallel = void (*)(int64_t workers, void (*body)(void* context, int64_t w
 
 // Bytes of workspace that a call needs.
 DIFFQKV_API int64_t attention_workspace(const AttentionPlan& plan);
-DIFFQKV_API int64_t selective_v_workspace(const SelectiveVParams& params, const AttentionPlan& plan, int64_t max_keys);
+DIFFQKV_API int64_t selective_v_workspace(const SelectiveVParams& params, const SelectivePlan& plan);
 
 // plan: plan_attention(...) of the same shape, with max_keys >= the longest kv_end.
 DIFFQKV_API void attention(const AttentionParams& params, const AttentionPlan& plan, void* workspace,
                            Parallel parallel);
-// plan: plan_split(...).
-DIFFQKV_API void selective_v_attention(const SelectiveVParams& params, const AttentionPlan& plan, int64_t max_keys,
-                                       void* workspace, Parallel parallel);
+// plan: plan_selective(...) of the same params.
+DIFFQKV_API void selective_v_attention(const SelectiveVParams& params, const SelectivePlan& plan, void* workspace,
+                                       Parallel parallel);
 // positions and block table checked by the caller.
 DIFFQKV_API void kv_cache_update(const CacheUpdateParams& params, int64_t threads, Parallel parallel);
 DIFFQKV_API void swiglu(const SwigluParams& params, int64_t threads, Parallel parallel);

@@ -71,6 +71,7 @@ struct SelectiveVParams {
   Tail tail = Tail::drop;
   const float* v_stats = nullptr;  // [batch, n_v, d_v + 1] or null: sum of V rows, largest row norm
   bool want_bound = false;
+  float max_error = -1.0f;       // L2, per result; below 0: no guarantee asked for
   float* kept_mass = nullptr;    // [batch, n_q, s_q]
   int64_t* indices = nullptr;    // [batch, n_q, s_q, top_k], ascending, -1 behind the last
   int32_t* rows_used = nullptr;  // [batch, n_q, s_q]
