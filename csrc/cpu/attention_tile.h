@@ -168,24 +168,15 @@ DIFFQKV_INLINE const void* query_row(const AttentionParams& p, int64_t b, int64_
   return (const char*)p.q.data + at * (p.q.dtype == DType::f32 ? 4 : 2);
 }
 
-// Query rows in the order in which score_rows reads them: blocks of kQkRows rows, [W][rows of the block] words.
+// A query row as words, [W]; `negate` turns the smallest score into the largest.
 template <bool kDot>
-inline void pack_query(const void* src, DType dtype, int64_t d, bool negate, word* packed, int64_t row, int64_t rows) {
-  const int64_t W = kDot ? d / 2 : d, block = row / kQkRows, width = min_of(kQkRows, rows - block * kQkRows);
-  word* dst = packed + block * kQkRows * W + row % kQkRows;
-  if (kDot) {
-    const word sign = negate ? 0x80008000u : 0;
-    for (int64_t w = 0; w < W; ++w) {
-      word x;
-      __builtin_memcpy(&x, (const uint16_t*)src + 2 * w, 4);
-      dst[w * width] = x ^ sign;
-    }
-  } else {
-    float values[kMaxHeadDim];
-    row_to_float(src, dtype, d, values);
-    const word sign = negate ? 0x80000000u : 0;
-    for (int64_t w = 0; w < W; ++w) dst[w * width] = bits_of_float(values[w]) ^ sign;
-  }
+inline void copy_query(const void* src, DType dtype, int64_t d, bool negate, word* words) {
+  if (kDot)
+    __builtin_memcpy(words, src, d * 2);
+  else
+    row_to_float(src, dtype, d, (float*)words);
+  const word sign = kDot ? 0x80008000u : 0x80000000u;
+  for (int64_t w = 0; negate && w < (kDot ? d / 2 : d); ++w) words[w] ^= sign;
 }
 
 // ---- scores ---------------------------------------------------------------------------------------------------------
@@ -198,19 +189,27 @@ DIFFQKV_INLINE vf mac(word a, vf b, vf acc) {
   return vfma(vset(float_of_bits(a)), b, acc);
 }
 
+DIFFQKV_INLINE word word_at(const word* p) {  // 16-bit rows may start anywhere
+  word x;
+  __builtin_memcpy(&x, (const char*)p, 4);
+  return x;
+}
+
 template <bool kDot, int MR>
-inline void score_block(const word* q, const word* panel, int64_t W, float* s) {
+inline void score_block(const word* q, int64_t stride_q, const word* panel, int64_t W, float* s) {
   for (int64_t col = 0; col < kPanelTokens; col += 2 * VL) {
     vf acc0[MR], acc1[MR];
     DIFFQKV_UNROLL
     for (int i = 0; i < MR; ++i) acc0[i] = acc1[i] = vset(0.0f);
     const word *k = panel + col, *a = q;
-    for (int64_t w = 0; w < W; ++w, k += kPanelTokens, a += MR) {
+    for (int64_t w = 0; w < W; ++w, k += kPanelTokens, ++a) {
       const vf k0 = vload((const float*)k), k1 = vload((const float*)k + VL);
       DIFFQKV_UNROLL
       for (int i = 0; i < MR; ++i) {
-        acc0[i] = mac<kDot>(a[i], k0, acc0[i]);
-        acc1[i] = mac<kDot>(a[i], k1, acc1[i]);
+        // Every fourth row has a pointer of its own: one each would need more registers than there are.
+        const word x = word_at(a + i / 4 * 4 * stride_q + i % 4 * stride_q);
+        acc0[i] = mac<kDot>(x, k0, acc0[i]);
+        acc1[i] = mac<kDot>(x, k1, acc1[i]);
       }
     }
     DIFFQKV_UNROLL
@@ -220,16 +219,12 @@ inline void score_block(const word* q, const word* panel, int64_t W, float* s) {
     }
   }
 }
-template <bool kDot, int MR>
-inline void score_block_of(int64_t rows, const word* q, const word* panel, int64_t W, float* s) {
-  if (rows == MR) return score_block<kDot, MR>(q, panel, W, s);
-  if constexpr (MR > 1) score_block_of<kDot, MR - 1>(rows, q, panel, W, s);
-}
-// s[r][0..32) = q[r] . k for the rows [first, first + count) of `rows` packed ones, first a multiple of kQkRows.
-template <bool kDot>
-inline void score_rows(const word* q, int64_t first, int64_t count, const word* panel, int64_t W, float* s) {
-  for (int64_t r = first; r < first + count; r += kQkRows)
-    score_block_of<kDot, kQkRows>(min_of(kQkRows, first + count - r), q + r * W, panel, W, s + r * kKeyTile);
+// s[r][0..32) = q[r] . k for `rows` query rows.
+template <bool kDot, int MR = kQkRows>
+inline void score_rows(int64_t rows, const word* q, int64_t stride_q, const word* panel, int64_t W, float* s) {
+  for (; rows >= MR; rows -= MR, q += MR * stride_q, s += MR * kKeyTile)
+    score_block<kDot, MR>(q, stride_q, panel, W, s);
+  if constexpr (MR > 1) score_rows<kDot, MR - 1>(rows, q, stride_q, panel, W, s);
 }
 
 // ---- softmax --------------------------------------------------------------------------------------------------------
@@ -254,8 +249,9 @@ DIFFQKV_INLINE vf store_rounded(uint16_t* p, vf e0, vf e1, vf norm) {
 #endif
 }
 
-// Fills what the vectors of the columns [first, last) have besides the row's own with -inf, and returns the maximum.
-DIFFQKV_INLINE float masked_maximum(float* s, KeyRange own, int64_t first, int64_t last) {
+// Fills what the vectors of the columns [first, last) have besides the row's own with -inf; returns `least` or the
+// maximum, whichever is larger.
+DIFFQKV_INLINE float masked_maximum(float* s, KeyRange own, int64_t first, int64_t last, float least) {
   for (int64_t j = first; j < own.lo; ++j) s[j] = -kInf;
   for (int64_t j = own.hi; j < last; ++j) s[j] = -kInf;
   vf m0 = vset(-kInf), m1 = m0;
@@ -265,7 +261,8 @@ DIFFQKV_INLINE float masked_maximum(float* s, KeyRange own, int64_t first, int64
     m1 = vmax(vload(s + j + VL), m1);
   }
   if (j < last) m0 = vmax(vload(s + j), m0);
-  return vmaximum(vmax(m0, m1));
+  m0 = vmax(m0, m1);
+  return vgt_bits(m0, vset(least)) == 0 ? least : vmaximum(m0);  // most tiles of a long row hold no new maximum
 }
 
 // s[j] = 2^(s[j] * c + shift) for j in [first, last), or with kDot into p, rounded to bf16; added up into the state.
@@ -315,8 +312,8 @@ inline void softmax_rows(int64_t rows, float* s, uint16_t* p, const Own& own, Ke
       continue;
     }
     vectors[r] = {columns.lo / VL * VL, round_up(columns.hi, VL)};
-    const float tile = masked_maximum(s + r * kKeyTile, columns, vectors[r].lo, vectors[r].hi);
-    const float old = state[r].max, now = tile > old ? tile : old;
+    const float old = state[r].max;
+    const float now = masked_maximum(s + r * kKeyTile, columns, vectors[r].lo, vectors[r].hi, old);
     state[r].max = now;
     // Without a finite score so far there is no maximum to subtract, and nothing accumulated to scale.
     change[r] = old > -kInf ? (old - now) * c : 0.0f;

@@ -29,7 +29,7 @@ void pack_values(const AttentionParams& p, int64_t b, int64_t v_head, int64_t t0
 }
 
 struct BlockRows {  // the rows of one q head in an item
-  word* q;
+  const word* q;
   float* o;
   RowState* state;
 };
@@ -58,10 +58,14 @@ void attention_block(const AttentionParams& p, const AttentionPlan& plan, int64_
   uint16_t* s16 = scratch.take<uint16_t>(kQkRows * kKeyTile);
 
   const KeyRange entry = keys_of_entry(p, b);
-  for (int64_t h = h0; h < h1; ++h)
-    for (int64_t r = 0; r < rows; ++r)
-      pack_query<kDot>(query_row(p, b, h, i0 + r), p.q.dtype, p.d_k, p.softmax_scale < 0, q + (h - h0) * rows * W, r,
-                       rows);
+  // Rows that lie in memory as the dot products read them are not copied.
+  const bool q_direct = p.softmax_scale >= 0 && (kDot ? p.q.stride_token % 2 == 0 : p.q.dtype == DType::f32);
+  const int64_t stride_q = q_direct ? p.q.stride_token / (kDot ? 2 : 1) : W;
+  if (!q_direct)
+    for (int64_t h = h0; h < h1; ++h)
+      for (int64_t r = 0; r < rows; ++r)
+        copy_query<kDot>(query_row(p, b, h, i0 + r), p.q.dtype, p.d_k, p.softmax_scale < 0,
+                         q + ((h - h0) * rows + r) * W);
   for (int64_t x = 0; x < heads * rows * stride_o; ++x) o[x] = 0.0f;
   for (int64_t r = 0; r < heads * rows; ++r) state[r] = kEmptyRow;
 
@@ -99,7 +103,8 @@ void attention_block(const AttentionParams& p, const AttentionPlan& plan, int64_
           stride_v = stride_o;
         }
       }
-      const BlockRows head = {q + (h - h0) * rows * W, o + (h - h0) * rows * stride_o, state + (h - h0) * rows};
+      const word* q_head = q_direct ? (const word*)query_row(p, b, h, i0) : q + (h - h0) * rows * W;
+      const BlockRows head = {q_head, o + (h - h0) * rows * stride_o, state + (h - h0) * rows};
 
       const auto row_keys = [&](int64_t r) {  // columns of this tile that row r sees
         const KeyRange keys = keys_of_query(p, b, entry, i0 + r);
@@ -110,7 +115,7 @@ void attention_block(const AttentionParams& p, const AttentionPlan& plan, int64_
       for (int64_t r0 = 0; r0 < rows; r0 += kQkRows) {
         const int64_t count = min_of(kQkRows, rows - r0), end = row_keys(r0 + count - 1).hi;
         for (int64_t x = first_panel; x * kPanelTokens < end; ++x)
-          score_rows<kDot>(head.q + r0 * W, 0, count, panels[x], W, s + x * kPanelTokens);
+          score_rows<kDot>(count, head.q + r0 * stride_q, stride_q, panels[x], W, s + x * kPanelTokens);
         for (int64_t r = r0; r < r0 + count; r += kPvRows) {
           const int64_t few = min_of(kPvRows, r0 + count - r);
           KeyRange keys = row_keys(r + few - 1);

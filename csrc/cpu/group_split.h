@@ -32,11 +32,9 @@ struct GroupSplit {
     entry = keys_of_entry(p, b);
     const KeyRange newest = keys_of_query(p, b, entry, p.s_q - 1);
     range = {max_of(newest.lo, tokens.lo), min_of(newest.hi, tokens.hi)};
-    const int64_t rows_k = p.heads.q_per_k() * p.s_q;
     for (int64_t r = 0; r < rows; ++r) {
       state[r] = kEmptyRow;
-      pack_query<kDot>(query_row(p, b, q_head(r), query(r)), p.q.dtype, p.d_k, p.softmax_scale < 0,
-                       q + r / rows_k * rows_k * W, r % rows_k, rows_k);
+      copy_query<kDot>(query_row(p, b, q_head(r), query(r)), p.q.dtype, p.d_k, p.softmax_scale < 0, q + r * W);
     }
   }
 
@@ -49,7 +47,7 @@ struct GroupSplit {
     for (int64_t k = 0; k < p.heads.k_per_group(); ++k)
       for (int64_t t = tile.lo / kPanelTokens * kPanelTokens; t < tile.hi; t += kPanelTokens) {
         const word* keys = key_panel<kDot>(p, b, group * p.heads.k_per_group() + k, t, tile, panel, row_copies);
-        score_rows<kDot>(q + k * rows_k * W, 0, rows_k, keys, W, s + k * rows_k * kKeyTile + (t - t0));
+        score_rows<kDot>(rows_k, q + k * rows_k * W, W, keys, W, s + k * rows_k * kKeyTile + (t - t0));
       }
   }
   // The columns of a tile that a row sees; hi <= lo: none.

@@ -17,7 +17,7 @@ constexpr float kMassRounding = 0x1p-18f;
 // Adds the columns `own` of a row of scores to its maximum and sum.
 inline void add_mass(float* s, KeyRange own, float c, RowState& state) {
   const int64_t first = own.lo / VL * VL, last = round_up(own.hi, VL);
-  const float tile = masked_maximum(s, own, first, last), old = state.max, now = tile > old ? tile : old;
+  const float old = state.max, now = masked_maximum(s, own, first, last, old);
   const vf vc = vset(c), shift = vset(now > -kInf ? -now * c : 0.0f);
   vf sum0 = vset(0.0f), sum1 = sum0;
   int64_t j = first;

@@ -111,11 +111,16 @@ DIFFQKV_INLINE vf vload_first_u16(const uint16_t* p, int n, bool half) {
   return half ? _mm512_cvtph_ps(h) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
 DIFFQKV_INLINE uint32_t vge_bits(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+DIFFQKV_INLINE uint32_t vgt_bits(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 DIFFQKV_INLINE uint32_t vnan_bits(vf a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
 DIFFQKV_INLINE vf vexp2_scaled(vf p, vf n) { return _mm512_scalef_ps(p, n); }
 DIFFQKV_INLINE float vsum(vf v) { return _mm512_reduce_add_ps(v); }
 DIFFQKV_INLINE float vmaximum(vf v) { return _mm512_reduce_max_ps(v); }
 DIFFQKV_INLINE vf vround(vf y) { return _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+DIFFQKV_INLINE void vsplit(vf y, vf& whole, vf& rest) {
+  whole = vround(y);
+  rest = _mm512_reduce_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 
 #elif defined(__AVX2__)
 
@@ -148,6 +153,7 @@ DIFFQKV_INLINE void vstore_bf16(uint16_t* p, vf v) {
   _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
 }
 DIFFQKV_INLINE uint32_t vge_bits(vf a, vf b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
+DIFFQKV_INLINE uint32_t vgt_bits(vf a, vf b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
 DIFFQKV_INLINE uint32_t vnan_bits(vf a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
 // p * 2^n for p in [0.7, 1.5]; 0 where the result would be subnormal.
 DIFFQKV_INLINE vf vexp2_scaled(vf p, vf n) {
@@ -191,6 +197,7 @@ DIFFQKV_INLINE void vstore_bf16(uint16_t* p, vf v) {
   for (int i = 0; i < 4; ++i) p[i] = bf16_of_float(f[i]);
 }
 DIFFQKV_INLINE uint32_t vge_bits(vf a, vf b) { return _mm_movemask_ps(_mm_cmpge_ps(a, b)); }
+DIFFQKV_INLINE uint32_t vgt_bits(vf a, vf b) { return _mm_movemask_ps(_mm_cmpgt_ps(a, b)); }
 DIFFQKV_INLINE uint32_t vnan_bits(vf a) { return _mm_movemask_ps(_mm_cmpunord_ps(a, a)); }
 DIFFQKV_INLINE vf vexp2_scaled(vf p, vf n) {
   const vf scaled = _mm_castsi128_ps(_mm_add_epi32(_mm_castps_si128(p), _mm_slli_epi32(_mm_cvtps_epi32(n), 23)));
@@ -203,16 +210,21 @@ DIFFQKV_INLINE vf vround(vf y) { return _mm_round_ps(y, _MM_FROUND_TO_NEAREST_IN
 #endif
 
 #if !defined(__AVX512F__)
+DIFFQKV_INLINE void vsplit(vf y, vf& whole, vf& rest) {
+  y = vmax(vset(-1e4f), y);
+  whole = vround(y);
+  rest = vsub(y, whole);
+}
 // Head dimensions are multiples of 8, so these narrower registers never meet a partial vector.
 DIFFQKV_INLINE vf vload_first(const float* p, int) { return vload(p); }
 DIFFQKV_INLINE vf vload_first_u16(const uint16_t* p, int, bool half) { return half ? vload_f16(p) : vload_bf16(p); }
 #endif
 
 // 2^y for y <= 127, relative error 1.6e-7, exactly 1 at 0, 0 below 2^-125 or so, NaN for NaN. Minimax polynomial of
-// degree 5 in y - round(y) with constant term 1. The clamp keeps -inf away from -inf - (-inf).
+// degree 5 in y - round(y) with constant term 1.
 DIFFQKV_INLINE vf vexp2(vf y) {
-  y = vmax(vset(-1e4f), y);
-  const vf n = vround(y), r = vsub(y, n);
+  vf n, r;
+  vsplit(y, n, r);  // for -inf: r is a number, n makes the result 0
   vf p = vset(0.001326472731307149f);
   p = vfma(p, r, vset(0.009671512991189957f));
   p = vfma(p, r, vset(0.05550733581185341f));
