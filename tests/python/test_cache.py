@@ -1,5 +1,10 @@
 """diffqkv.Cache: in-place growth, layouts, batch operations, Hugging Face's interface, errors."""
 
+import copy
+import io
+import mmap
+import weakref
+
 import pytest
 import torch
 from tiny_sigma import tiny_config, tiny_model, tokens
@@ -205,6 +210,61 @@ def test_batch_operations_before_the_first_token_do_nothing():
     cache.reset()
     cache.crop(0)
     assert cache.batch_size == -1 and cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("by_update", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_heads_have_a_gap_and_lie_in_huge_pages(dtype, by_update):
+    shape = (2, 64, 4, 64)
+    k, v = new_tokens(shape, 4000, dtype=dtype)
+    cache = Cache([shape], max_length=4096)
+    layer = cache.layers[0]
+    if by_update:
+        for a, b in zip(cache.update(grouped(k, 2), grouped(v, 2), 0), (k, v), strict=True):
+            assert torch.equal(a, grouped(b, 2))
+        assert layer.values.data_ptr() == layer.v_cache.data_ptr()
+    else:
+        cache.append(k, v, 0)
+    assert_holds(cache, k, v)
+    v_dim, v_heads = (1, 4) if by_update else (3, 8)  # `update` keeps the V heads of a group together
+    for buffer, dim, heads in ((layer.k_cache, 1, 4), (layer.v_cache, v_dim, v_heads)):
+        assert buffer.stride(dim) - buffer.numel() // heads == 4352 // buffer.element_size()
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            assert buffer.data_ptr() % (2 << 20) == 0
+
+    layer.crop(-3990)
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    for other in (copy.deepcopy(cache), torch.load(file, weights_only=False)):
+        more = new_tokens(shape, 2, dtype=dtype, seed=3)
+        other.append(*more, 0)
+        assert_holds(other, torch.cat([k[:, :, :10], more[0]], 2), torch.cat([v[:, :, :10], more[1]], 2))
+    assert_holds(cache, k[:, :, :10], v[:, :, :10])
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages here")
+def test_memory_goes_with_the_last_tensor(monkeypatch):
+    maps, real = weakref.WeakSet(), mmap.mmap
+
+    def recorded(*args, **kwargs):
+        new = real(*args, **kwargs)
+        maps.add(new)
+        return new
+
+    monkeypatch.setattr(mmap, "mmap", recorded)
+    shape = (2, 64, 4, 64)
+    k, v = new_tokens(shape, 8192)
+    cache = Cache([shape])
+    cache.append(k, v, 0)
+    cache.append(*new_tokens(shape, 1), 0)  # grows: the old buffers go
+    assert len(maps) == 2
+    view = cache.layers[0].v_cache[1, 1, 8000]
+    del cache
+    assert len(maps) == 1
+    assert torch.equal(view.flatten(), v[1, 2:, 8000].flatten())
+    del view
+    assert not maps
 
 
 def test_crop_moves_a_counter():
