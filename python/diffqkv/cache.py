@@ -150,6 +150,7 @@ class CacheLayer(CacheLayerMixin):
         self.k_layout: str | None = None
         self.k_cache: torch.Tensor | None = None
         self.v_cache: torch.Tensor | None = None
+        self._v_stats: torch.Tensor | None = None
         self._wanted_batch, self._wanted_dtype, self._wanted_device = batch_size, dtype, device
         self._positions = positions or _SlotPositions()
 
@@ -194,6 +195,7 @@ class CacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         past, new = self.length, key_states.shape[2]
+        self._v_stats = None
         self._reserve(new)
         k = key_states.detach().unflatten(-1, (shape.k_per_group, shape.d_k))
         v = value_states.detach().unflatten(-1, (shape.v_per_group, shape.d_v))
@@ -218,6 +220,25 @@ class CacheLayer(CacheLayerMixin):
             k = ungroup(self.k_cache[:, :, : self.length])
         return k, ungroup(self.v_cache[:, :, : self.length])
 
+    def v_stats(self) -> torch.Tensor:
+        """Sum and largest norm of the valid V rows, float32 `[b, n_v, d_v + 1]`, as `selective_v_attention` takes them.
+
+        The first call reads all of V; from then on `append` keeps the result up to date. Whatever else changes the
+        tokens, save batch operations, makes the next call read V again.
+        """
+        if self._v_stats is None:
+            self.prefetch()
+            with torch.inference_mode(False):  # later writes may be outside of it
+                v = ungroup(self.v_cache[:, :, : self.length]).flatten(0, 1)
+                stats = v.new_zeros(len(v), self.shape.d_v + 1, dtype=torch.float32)
+                if self.length:
+                    for rows, head in zip(v, stats, strict=True):  # one by one: their float copies stay small
+                        rows = rows.float()
+                        head[:-1] = rows.sum(0)
+                        head[-1] = torch.linalg.vector_norm(rows, dim=-1).max()
+            self._v_stats = stats.unflatten(0, (self.batch_size, -1))
+        return self._v_stats
+
     def initialize(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
         """Reserves buffers in the layout that the device computes best with: K in panels on CPU, rows elsewhere."""
         panels = device.type == "cpu" and dtype in _PANEL_DTYPES
@@ -238,12 +259,14 @@ class CacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets the tokens and keeps the buffers."""
         self.length = 0
+        self._v_stats = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest tokens: a number <= 0, as in Hugging Face's caches. Moves a counter, copies nothing."""
         if not -self.length <= tokens_to_remove <= 0:
             raise ValueError(f"tokens_to_remove: got {tokens_to_remove}, want {-self.length} to 0 (negative: remove)")
         self.length += tokens_to_remove
+        self._v_stats = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -261,6 +284,8 @@ class CacheLayer(CacheLayerMixin):
         indices = indices.to(self.k_cache.device)
         self._wanted_batch = self.batch_size = len(indices)
         self._move_to_new_buffers(self.capacity, indices)
+        if self._v_stats is not None:
+            self._v_stats = self._v_stats.index_select(0, indices.to(self._v_stats.device))
 
     def offload(self) -> None:
         """Moves the buffers to the CPU; the next write, or `prefetch`, brings them back."""
@@ -353,7 +378,8 @@ class CacheLayer(CacheLayerMixin):
     def _write(self, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> None:
         new = k.shape[2]
         positions = self._positions(k.shape[0], self.length, new, k.device)
-        kv_cache_update(self.k_cache, self.v_cache, k, v, positions, cos=cos, sin=sin, k_layout=self.k_layout)
+        options = {"cos": cos, "sin": sin, "v_stats": self._v_stats, "k_layout": self.k_layout}
+        kv_cache_update(self.k_cache, self.v_cache, k, v, positions, **options)
         self.length += new
 
     def _grouped(self) -> tuple[torch.Tensor, torch.Tensor]:

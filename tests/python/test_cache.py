@@ -296,6 +296,41 @@ def test_reset_keeps_the_buffers():
     assert cache.layers[0].k_cache.data_ptr() == pointer
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_v_stats_follow_the_tokens(dtype):
+    shape = (4, 16, 6, 24)
+    cache, _, _ = filled(shape, [40], dtype=dtype)
+    layer = cache.layers[0]
+
+    def check():
+        v = cache.to_dense()[0][1].double()
+        want = torch.cat([v.sum(2), v.norm(dim=-1).amax(2, keepdim=True)], -1)
+        torch.testing.assert_close(layer.v_stats().double(), want, atol=1e-4, rtol=1e-5)
+        return layer.v_stats()
+
+    with torch.inference_mode():
+        stats = check()
+    for step, count in enumerate([1, 50, 1]):  # beyond the first 64 slots
+        cache.append(*new_tokens(shape, count, dtype=dtype, seed=step + 5), 0)
+        assert check() is stats
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(layer._v_stats, stats.flip(0))
+    check()
+    cache.offload(0)
+    cache.batch_select_indices(torch.tensor([True, False]))
+    check()
+    cache.crop(-30)
+    assert layer._v_stats is None  # the largest norm may have gone
+    check()
+    k, v = new_tokens(shape, 3, batch=1, dtype=dtype, seed=9)
+    cache.update(grouped(k, 2), grouped(v, 2), 0)
+    check()
+    cache.reset()
+    assert not layer.v_stats().any()
+    cache.append(k, v, 0)
+    check()
+
+
 def test_a_write_fetches_an_offloaded_layer(monkeypatch):
     cache, _, _ = filled((2, 16, 4, 16), [3])
     fetched = []
