@@ -31,7 +31,7 @@ struct CpuKernels {
   void (*selective_v_stats)(const SelectiveVParams&, const SelectiveWorkspace&, int64_t batch_v_head);
   void (*selective_v_gather)(const SelectiveVParams&, const SelectivePlan&, const SelectiveWorkspace&, int64_t item,
                              void* scratch);
-  void (*kv_cache_update)(const CacheUpdateParams&, int64_t batch_group);
+  void (*kv_cache_update)(const CacheUpdateParams&, int64_t entry, int64_t group, int64_t begin, int64_t end);
   void (*swiglu)(const SwigluParams&, int64_t begin, int64_t end);
   void (*swiglu_backward)(const SwigluParams&, int64_t begin, int64_t end);
   // FLOPs done by `rounds` of multiply-adds on registers, in fp32 and by bf16 dot products (0 where there are none).

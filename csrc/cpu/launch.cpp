@@ -6,6 +6,7 @@
 #include "core/cpu_isa.h"
 #include "cpu/kernels.h"
 #include "diffqkv/cpu.h"
+#include "diffqkv/layout.h"
 
 namespace diffqkv {
 
@@ -47,6 +48,8 @@ void for_items(int64_t items, int64_t threads, Parallel parallel, const Item& it
 constexpr int64_t kElementsPerItem = 16384;
 // Cache rows written by a thread before a second one pays off.
 constexpr int64_t kRowsPerThread = 64;
+// New tokens of a group that one item writes, whole panels.
+constexpr int64_t kTokensPerItem = 4 * kPanelTokens;
 
 struct Workspace {
   char* base;  // null: only `used` is of interest
@@ -57,6 +60,20 @@ struct Workspace {
     return piece;
   }
 };
+
+// Whether the new tokens of each entry have increasing positions, so that ranges of them can be written in any order.
+bool in_order(const CacheUpdateParams& p) {
+  for (int64_t b = 0; b < p.batch; ++b) {
+    int64_t last = -1;
+    for (int64_t t = 0; t < p.s_new; ++t) {
+      const int64_t position = new_token_position(p, b, t);
+      if (position < 0) continue;
+      if (position <= last) return false;
+      last = position;
+    }
+  }
+  return true;
+}
 
 bool dense(const SelectiveVParams& p, int64_t b) {
   const AttentionParams& a = p.attention;
@@ -167,10 +184,19 @@ void selective_v_attention(const SelectiveVParams& sp, const SelectivePlan& plan
 }
 
 void kv_cache_update(const CacheUpdateParams& p, int64_t threads, Parallel parallel) {
-  const int64_t rows = p.batch * p.s_new * (p.heads.n_k + p.heads.n_v);
+  const int64_t rows = p.batch * p.s_new * (p.heads.n_k + p.heads.n_v), groups = p.heads.groups();
   const int64_t useful = std::clamp<int64_t>(rows / kRowsPerThread, 1, std::max<int64_t>(1, threads));
-  for_items(p.batch * p.heads.groups(), useful, parallel,
-            [&](int64_t i, int64_t) { cpu_kernels().kv_cache_update(p, i); });
+  // v_stats are a sum in the order of the tokens.
+  const bool cuts = p.s_new > kTokensPerItem && p.v_stats == nullptr && in_order(p);
+  const int64_t ranges = cuts ? (p.s_new + kPanelTokens + kTokensPerItem - 1) / kTokensPerItem : 1;
+  // Groups innermost: their heads often lie side by side in the new tokens.
+  for_items(p.batch * ranges * groups, useful, parallel, [&](int64_t i, int64_t) {
+    const int64_t b = i / groups / ranges, range = i / groups % ranges;
+    if (!cuts) return cpu_kernels().kv_cache_update(p, b, i % groups, 0, p.s_new);
+    const int64_t begin = range * kTokensPerItem - std::max<int64_t>(0, new_token_position(p, b, 0)) % kPanelTokens;
+    const int64_t end = std::min(p.s_new, begin + kTokensPerItem);
+    cpu_kernels().kv_cache_update(p, b, i % groups, std::max<int64_t>(0, begin), end);
+  });
 }
 
 namespace {

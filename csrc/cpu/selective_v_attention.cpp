@@ -102,19 +102,10 @@ void v_stats(const SelectiveVParams& sp, const SelectiveWorkspace& work, int64_t
   float* stats = work.v_stats + batch_v_head * (p.d_v + 1);
   for (int64_t x = 0; x <= p.d_v; ++x) stats[x] = 0.0f;
   const KeyRange keys = keys_of_entry(p, b);
-  float row[kMaxHeadDim];
   for (int64_t t = keys.lo; t < keys.hi; ++t) {
     const KvSlot slot = kv_page(p.paging, b, t);
-    row_to_float(
-        head_at<const typename E::T>(p.v, slot.page, head, p.heads.v_per_group()) + slot.token * p.v.stride_token,
-        p.v.dtype, p.d_v, row);
-    float square = 0.0f;
-    for (int64_t x = 0; x < p.d_v; ++x) {
-      stats[x] += row[x];
-      square += row[x] * row[x];
-    }
-    const float norm = __builtin_sqrtf(square);
-    if (norm > stats[p.d_v] || norm != norm) stats[p.d_v] = norm;
+    const auto* head_rows = head_at<const typename E::T>(p.v, slot.page, head, p.heads.v_per_group());
+    add_to_stats<E>(head_rows + slot.token * p.v.stride_token, p.d_v, stats);
   }
 }
 
@@ -367,7 +358,8 @@ void selective_v_score(const SelectiveVParams& p, const SelectivePlan& plan, con
 }
 void selective_v_stats(const SelectiveVParams& p, const SelectiveWorkspace& work, int64_t batch_v_head) {
   if (p.attention.v.dtype == DType::f32) return v_stats<F32>(p, work, batch_v_head);
-  v_stats<BF16>(p, work, batch_v_head);  // row_to_float tells the two half types apart
+  if (p.attention.v.dtype == DType::bf16) return v_stats<BF16>(p, work, batch_v_head);
+  v_stats<F16>(p, work, batch_v_head);
 }
 void selective_v_gather(const SelectiveVParams& p, const SelectivePlan& plan, const SelectiveWorkspace& work,
                         int64_t item, void* scratch) {

@@ -15,7 +15,7 @@ void attention_merge(const AttentionParams&, const AttentionPlan&, int64_t, int6
 void selective_v_score(const SelectiveVParams&, const SelectivePlan&, const SelectiveWorkspace&, int64_t, void*);
 void selective_v_stats(const SelectiveVParams&, const SelectiveWorkspace&, int64_t);
 void selective_v_gather(const SelectiveVParams&, const SelectivePlan&, const SelectiveWorkspace&, int64_t, void*);
-void kv_cache_update(const CacheUpdateParams&, int64_t);
+void kv_cache_update(const CacheUpdateParams&, int64_t, int64_t, int64_t, int64_t);
 void swiglu(const SwigluParams&, int64_t, int64_t);
 void swiglu_backward(const SwigluParams&, int64_t, int64_t);
 double probe_fma(int64_t, float*);

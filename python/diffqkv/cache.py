@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable
-from math import gcd
+from contextlib import suppress
+from math import gcd, prod
 from typing import NamedTuple
 
 import torch
@@ -16,6 +18,10 @@ from .reference import PANEL_TOKENS, group, panels_to_rows, ungroup
 
 _PANEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _SMALLEST_CAPACITY = 64
+_HUGE_PAGE = 2 << 20
+# Heads at power-of-two distances fall into the same cache sets and halve the read rate; this many bytes between them,
+# 68 cache lines, cost a large head little.
+_HEAD_GAP = 68 * 64
 
 
 class CacheShape(NamedTuple):
@@ -72,6 +78,31 @@ def _whole_panels(tokens: int) -> int:
     return -(-tokens // PANEL_TOKENS) * PANEL_TOKENS
 
 
+def _empty_on_cpu(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """A buffer that, if large, lies in huge pages where the system has them: reading it then misses the TLB less."""
+    size = numel * dtype.itemsize
+    if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(numel, dtype=dtype, device="cpu")
+    pages = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    start = torch.frombuffer(pages, dtype=torch.uint8).data_ptr()
+    # The tensor keeps the map alive, which goes when the last view of it does.
+    return torch.frombuffer(pages, dtype=dtype, count=numel, offset=-start % _HUGE_PAGE)
+
+
+def _empty_heads(
+    heads: tuple[int, ...], each: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """An uninitialised tensor `[*heads, *each]`; on CPU with a gap behind each head that is large."""
+    if device.type != "cpu":
+        return torch.empty(*heads, *each, dtype=dtype, device=device)
+    used = prod(each)
+    gap = _HEAD_GAP // dtype.itemsize if used * dtype.itemsize >= 10 * _HEAD_GAP else 0
+    buffer = _empty_on_cpu(prod(heads) * (used + gap), dtype)
+    return buffer.view(*heads, used + gap)[..., :used].unflatten(-1, each)
+
+
 class _SlotPositions:
     """The cache slots of the newest tokens, built once per forward pass and shared by all layers."""
 
@@ -119,6 +150,7 @@ class CacheLayer(CacheLayerMixin):
         self.k_layout: str | None = None
         self.k_cache: torch.Tensor | None = None
         self.v_cache: torch.Tensor | None = None
+        self._v_stats: torch.Tensor | None = None
         self._wanted_batch, self._wanted_dtype, self._wanted_device = batch_size, dtype, device
         self._positions = positions or _SlotPositions()
 
@@ -163,6 +195,7 @@ class CacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         past, new = self.length, key_states.shape[2]
+        self._v_stats = None
         self._reserve(new)
         k = key_states.detach().unflatten(-1, (shape.k_per_group, shape.d_k))
         v = value_states.detach().unflatten(-1, (shape.v_per_group, shape.d_v))
@@ -187,6 +220,25 @@ class CacheLayer(CacheLayerMixin):
             k = ungroup(self.k_cache[:, :, : self.length])
         return k, ungroup(self.v_cache[:, :, : self.length])
 
+    def v_stats(self) -> torch.Tensor:
+        """Sum and largest norm of the valid V rows, float32 `[b, n_v, d_v + 1]`, as `selective_v_attention` takes them.
+
+        The first call reads all of V; from then on `append` keeps the result up to date. Whatever else changes the
+        tokens, save batch operations, makes the next call read V again.
+        """
+        if self._v_stats is None:
+            self.prefetch()
+            with torch.inference_mode(False):  # later writes may be outside of it
+                v = ungroup(self.v_cache[:, :, : self.length]).flatten(0, 1)
+                stats = v.new_zeros(len(v), self.shape.d_v + 1, dtype=torch.float32)
+                if self.length:
+                    for rows, head in zip(v, stats, strict=True):  # one by one: their float copies stay small
+                        rows = rows.float()
+                        head[:-1] = rows.sum(0)
+                        head[-1] = torch.linalg.vector_norm(rows, dim=-1).max()
+            self._v_stats = stats.unflatten(0, (self.batch_size, -1))
+        return self._v_stats
+
     def initialize(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
         """Reserves buffers in the layout that the device computes best with: K in panels on CPU, rows elsewhere."""
         panels = device.type == "cpu" and dtype in _PANEL_DTYPES
@@ -207,12 +259,14 @@ class CacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets the tokens and keeps the buffers."""
         self.length = 0
+        self._v_stats = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest tokens: a number <= 0, as in Hugging Face's caches. Moves a counter, copies nothing."""
         if not -self.length <= tokens_to_remove <= 0:
             raise ValueError(f"tokens_to_remove: got {tokens_to_remove}, want {-self.length} to 0 (negative: remove)")
         self.length += tokens_to_remove
+        self._v_stats = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -230,6 +284,8 @@ class CacheLayer(CacheLayerMixin):
         indices = indices.to(self.k_cache.device)
         self._wanted_batch = self.batch_size = len(indices)
         self._move_to_new_buffers(self.capacity, indices)
+        if self._v_stats is not None:
+            self._v_stats = self._v_stats.index_select(0, indices.to(self._v_stats.device))
 
     def offload(self) -> None:
         """Moves the buffers to the CPU; the next write, or `prefetch`, brings them back."""
@@ -293,15 +349,15 @@ class CacheLayer(CacheLayerMixin):
             if self.k_layout == "rows":
                 return self._allocate_rows(shape.k_per_group, shape.d_k, capacity), v_cache
             panel = (shape.d_k // 2, PANEL_TOKENS, 2) if self.dtype == torch.bfloat16 else (shape.d_k, PANEL_TOKENS)
-            size = (self.batch_size, shape.n_k, capacity // PANEL_TOKENS, *panel)
-            return torch.empty(size, dtype=self.dtype, device=self.device), v_cache
+            heads, panels = (self.batch_size, shape.n_k), (capacity // PANEL_TOKENS, *panel)
+            return _empty_heads(heads, panels, self.dtype, self.device), v_cache
 
     def _allocate_rows(self, per_group: int, dim: int, capacity: int) -> torch.Tensor:
-        options = {"dtype": self.dtype, "device": self.device}
-        groups = self.shape.groups
+        groups = (self.batch_size, self.shape.groups)
         if self._heads_first:
-            return torch.empty(self.batch_size, groups, per_group, capacity, dim, **options).transpose(2, 3)
-        return torch.empty(self.batch_size, groups, capacity, per_group, dim, **options)
+            heads_first = _empty_heads((*groups, per_group), (capacity, dim), self.dtype, self.device)
+            return heads_first.transpose(2, 3)
+        return _empty_heads(groups, (capacity, per_group, dim), self.dtype, self.device)
 
     def _reserve(self, new_tokens: int) -> None:
         self.prefetch()
@@ -322,7 +378,8 @@ class CacheLayer(CacheLayerMixin):
     def _write(self, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> None:
         new = k.shape[2]
         positions = self._positions(k.shape[0], self.length, new, k.device)
-        kv_cache_update(self.k_cache, self.v_cache, k, v, positions, cos=cos, sin=sin, k_layout=self.k_layout)
+        options = {"cos": cos, "sin": sin, "v_stats": self._v_stats, "k_layout": self.k_layout}
+        kv_cache_update(self.k_cache, self.v_cache, k, v, positions, **options)
         self.length += new
 
     def _grouped(self) -> tuple[torch.Tensor, torch.Tensor]:

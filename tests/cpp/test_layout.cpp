@@ -136,17 +136,3 @@ TEST_CASE("cache elements are a bijection of (page, group, head, token, dim)") {
           for (int64_t dim = 0; dim < kDim; ++dim) tally.add(kv_element(view, group, head, {page, token}, dim));
   CHECK(tally.all_once());
 }
-
-TEST_CASE("RoPE pairs the two halves of the rotated dimensions") {
-  const int64_t d_rot = GENERATE(2, 6, 32, 64, 256);
-  Tally tally(d_rot);
-  for (int64_t c = 0; c < d_rot; ++c) {
-    const int64_t partner = rope_partner(c, d_rot);
-    tally.add(partner);
-    CHECK(partner != c);
-    CHECK(rope_partner(partner, d_rot) == c);
-    CHECK(rope_sign(c, d_rot) == -rope_sign(partner, d_rot));
-    CHECK(rope_sign(c, d_rot) == (c < d_rot / 2 ? -1.0f : 1.0f));
-  }
-  CHECK(tally.all_once());
-}

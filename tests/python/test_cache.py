@@ -1,5 +1,10 @@
 """diffqkv.Cache: in-place growth, layouts, batch operations, Hugging Face's interface, errors."""
 
+import copy
+import io
+import mmap
+import weakref
+
 import pytest
 import torch
 from tiny_sigma import tiny_config, tiny_model, tokens
@@ -207,6 +212,61 @@ def test_batch_operations_before_the_first_token_do_nothing():
     assert cache.batch_size == -1 and cache.get_seq_length() == 0
 
 
+@pytest.mark.parametrize("by_update", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_heads_have_a_gap_and_lie_in_huge_pages(dtype, by_update):
+    shape = (2, 64, 4, 64)
+    k, v = new_tokens(shape, 4000, dtype=dtype)
+    cache = Cache([shape], max_length=4096)
+    layer = cache.layers[0]
+    if by_update:
+        for a, b in zip(cache.update(grouped(k, 2), grouped(v, 2), 0), (k, v), strict=True):
+            assert torch.equal(a, grouped(b, 2))
+        assert layer.values.data_ptr() == layer.v_cache.data_ptr()
+    else:
+        cache.append(k, v, 0)
+    assert_holds(cache, k, v)
+    v_dim, v_heads = (1, 4) if by_update else (3, 8)  # `update` keeps the V heads of a group together
+    for buffer, dim, heads in ((layer.k_cache, 1, 4), (layer.v_cache, v_dim, v_heads)):
+        assert buffer.stride(dim) - buffer.numel() // heads == 4352 // buffer.element_size()
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            assert buffer.data_ptr() % (2 << 20) == 0
+
+    layer.crop(-3990)
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    for other in (copy.deepcopy(cache), torch.load(file, weights_only=False)):
+        more = new_tokens(shape, 2, dtype=dtype, seed=3)
+        other.append(*more, 0)
+        assert_holds(other, torch.cat([k[:, :, :10], more[0]], 2), torch.cat([v[:, :, :10], more[1]], 2))
+    assert_holds(cache, k[:, :, :10], v[:, :, :10])
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages here")
+def test_memory_goes_with_the_last_tensor(monkeypatch):
+    maps, real = weakref.WeakSet(), mmap.mmap
+
+    def recorded(*args, **kwargs):
+        new = real(*args, **kwargs)
+        maps.add(new)
+        return new
+
+    monkeypatch.setattr(mmap, "mmap", recorded)
+    shape = (2, 64, 4, 64)
+    k, v = new_tokens(shape, 8192)
+    cache = Cache([shape])
+    cache.append(k, v, 0)
+    cache.append(*new_tokens(shape, 1), 0)  # grows: the old buffers go
+    assert len(maps) == 2
+    view = cache.layers[0].v_cache[1, 1, 8000]
+    del cache
+    assert len(maps) == 1
+    assert torch.equal(view.flatten(), v[1, 2:, 8000].flatten())
+    del view
+    assert not maps
+
+
 def test_crop_moves_a_counter():
     shape = (2, 16, 4, 16)
     cache, k, v = filled(shape, [40])
@@ -234,6 +294,41 @@ def test_reset_keeps_the_buffers():
     cache.append(k, v, 0)
     assert_holds(cache, k, v)
     assert cache.layers[0].k_cache.data_ptr() == pointer
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_v_stats_follow_the_tokens(dtype):
+    shape = (4, 16, 6, 24)
+    cache, _, _ = filled(shape, [40], dtype=dtype)
+    layer = cache.layers[0]
+
+    def check():
+        v = cache.to_dense()[0][1].double()
+        want = torch.cat([v.sum(2), v.norm(dim=-1).amax(2, keepdim=True)], -1)
+        torch.testing.assert_close(layer.v_stats().double(), want, atol=1e-4, rtol=1e-5)
+        return layer.v_stats()
+
+    with torch.inference_mode():
+        stats = check()
+    for step, count in enumerate([1, 50, 1]):  # beyond the first 64 slots
+        cache.append(*new_tokens(shape, count, dtype=dtype, seed=step + 5), 0)
+        assert check() is stats
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(layer._v_stats, stats.flip(0))
+    check()
+    cache.offload(0)
+    cache.batch_select_indices(torch.tensor([True, False]))
+    check()
+    cache.crop(-30)
+    assert layer._v_stats is None  # the largest norm may have gone
+    check()
+    k, v = new_tokens(shape, 3, batch=1, dtype=dtype, seed=9)
+    cache.update(grouped(k, 2), grouped(v, 2), 0)
+    check()
+    cache.reset()
+    assert not layer.v_stats().any()
+    cache.append(k, v, 0)
+    check()
 
 
 def test_a_write_fetches_an_offloaded_layer(monkeypatch):

@@ -52,9 +52,10 @@ for dtype in DTYPES:
                 assert torch.equal(indices, want.indices) and torch.equal(rows_used, want.rows_used)
                 assert_accurate(out, exact, low.to(dtype))
 
-            k, v = k[:, :, :3].contiguous(), v[:, :, :3].contiguous()
-            cos, sin = torch.randn(1, 3, 8), torch.randn(1, 3, 8)
-            positions = torch.tensor([[90, 91, -1], [0, 40, 39]])
+            k, v = k[:, :, :61].contiguous(), v[:, :, :61].contiguous()
+            cos, sin = torch.randn(2, 1, 61, dims[0] - 2).unbind()
+            positions = torch.cat([torch.arange(35, 95), torch.tensor([-1])])
+            positions = torch.stack([positions, positions.roll(20)])
             cache = cache_of(k.new_zeros(2, heads[1], 96, dims[0]), v.new_zeros(2, heads[2], 96, dims[1]),
                              int32(96, 96), layout=layout, block_size=block_size)
             want_k, want_v = cache.k_cache.clone(), cache.v_cache.clone()

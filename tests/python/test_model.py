@@ -506,6 +506,36 @@ def test_selecting_all_rows_is_dense(tail, kind):
     assert torch.equal(generate(selective, ids, mask, **cache_arguments(kind, selective)), want)
 
 
+@pytest.mark.parametrize("k_compression", [None, "expand"])
+@pytest.mark.parametrize("side", [None, "left"])
+@pytest.mark.parametrize("tail", ["drop", "renorm", "mean"])
+def test_the_mean_tail_takes_v_stats_from_the_cache(monkeypatch, tail, side, k_compression):
+    ids, mask = padded([12, 9], side) if side else (tokens(2, 12), None)
+    model = tiny_model((12, 4, 6), selective_v_top_k=[0, 3], selective_v_tail=tail, k_compression=k_compression)
+    calls = []
+
+    def steps(keeps_stats):
+        def select(*args, v_stats=None, **options):
+            calls.append(v_stats)
+            return diffqkv.selective_v_attention(*args, v_stats=v_stats if keeps_stats else None, **options)
+
+        monkeypatch.setattr(diffqkv_models_attention, "selective_v_attention", select)
+        cache = diffqkv.Cache(model.config)
+        seen, got = 0, []
+        for part in ids.split([7, 1, 3, 1], dim=1):
+            seen += part.shape[1]
+            options = {} if mask is None else {"attention_mask": mask[:, :seen]}
+            got.append(logits(model, part, past_key_values=cache, **options))
+        return cache, got
+
+    cache, got = steps(True)
+    uses_stats = tail == "mean" and side is None
+    assert [stats is not None for stats in calls] == [uses_stats] * 3
+    assert [layer._v_stats is not None for layer in cache.layers] == [False, uses_stats]
+    for a, b in zip(got, steps(False)[1], strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("tail", ["drop", "renorm", "mean"])
 def test_selective_v_keeps_the_best_rows_of_the_chosen_layers(monkeypatch, tail):
     top_k = 3

@@ -422,6 +422,39 @@ def test_update_rotates(ops, dtype, layout, shared, d_rot, rope_dtype):
     assert dense.count_nonzero() <= written.numel()
 
 
+@pytest.mark.parametrize("rope", [False, True])
+@pytest.mark.parametrize("block_size", [None, 64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_update_of_a_prompt_is_that_of_its_tokens(library, dtype, layout, block_size, rope):
+    """Bit by bit, however the tokens lie to panels, pages and threads; of two in one slot the last one counts."""
+    _, k, v = qkv(2, (12, 6, 4), 1, 400, (24, 16), dtype)
+    angles = torch.randn(2, 1, 400, 20).unbind() if rope else ()
+    empty = k.new_zeros(2, 6, 448, 24), v.new_zeros(2, 4, 448, 16)
+    cache = cache_of(*empty, int32(448, 448), layout=layout, block_size=block_size)
+    in_order = torch.stack([torch.arange(9, 409), torch.arange(48, 448)])
+    gaps = torch.where(torch.arange(400) % 37 == 3, -1, in_order)
+    shuffled = torch.randperm(448)[:400].repeat(2, 1)
+    shuffled[1, 50:90] = torch.arange(300, 340)
+
+    def write(positions, step, with_stats):
+        k_cache, v_cache = cache.k_cache.clone(), cache.v_cache.clone()
+        stats = torch.zeros(2, 4, 17) if with_stats else None
+        pieces = [k.split(step, 2), v.split(step, 2), positions.split(step, 1), *(x.split(step, 1) for x in angles)]
+        for new_k, new_v, index, *cos_sin in zip(*pieces, strict=True):
+            options = dict(zip(("cos", "sin"), cos_sin, strict=False)) | {"block_table": cache.block_table}
+            library.kv_cache_update(
+                k_cache, v_cache, new_k, new_v, index, v_stats=stats, k_layout=LAYOUT_CODE[layout], **options
+            )
+        return [k_cache, v_cache, *([stats] if with_stats else [])]
+
+    for positions in (in_order, gaps, shuffled):
+        for with_stats in (False, True):
+            prompt, single = (write(positions, step, with_stats) for step in (400, 1))
+            for a, b in zip(prompt, single, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
 def test_update_of_strided_inputs(ops):
     _, k, v = qkv(2, (8, 2, 4), 1, 7, (16, 16))
     k, v = strided(k, "tokens first"), strided(v, "gaps")

@@ -1,6 +1,5 @@
-// Where a token lies in a cache: slot -> page -> element offset, and which dimensions RoPE rotates together. Shared by
-// the CPU and CUDA kernels and by the tests. Always inlined: no copy compiled for one instruction set may be linked
-// into another's code.
+// Where a token lies in a cache: slot -> page -> element offset. Shared by the CPU and CUDA kernels and by the tests.
+// Always inlined: no copy compiled for one instruction set may be linked into another's code.
 #pragma once
 #include <cstdint>
 
@@ -73,11 +72,5 @@ DIFFQKV_LAYOUT int64_t new_token_position(const CacheUpdateParams& p, int64_t en
 DIFFQKV_LAYOUT KvSlot new_token_slot(const CacheUpdateParams& p, int64_t entry, int64_t token) {
   return kv_page_checked(p.paging, p.pages, p.capacity, entry, new_token_position(p, entry, token));
 }
-
-// RoPE, half-split: dimension c < d_rot rotates with rope_partner(c), out = x * cos + sign * partner * sin.
-DIFFQKV_LAYOUT int64_t rope_partner(int64_t dim, int64_t d_rot) {
-  return dim < d_rot / 2 ? dim + d_rot / 2 : dim - d_rot / 2;
-}
-DIFFQKV_LAYOUT float rope_sign(int64_t dim, int64_t d_rot) { return dim < d_rot / 2 ? -1.0f : 1.0f; }
 
 }  // namespace diffqkv

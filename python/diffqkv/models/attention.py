@@ -6,6 +6,7 @@ Importing this module registers both. Any model whose K and V head counts divide
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import gcd, lcm
 
 import torch
@@ -108,6 +109,7 @@ def diffqkv_attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     kv_cache: tuple[torch.Tensor, torch.Tensor, str] | None = None,
+    v_stats: Callable[[], torch.Tensor] | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of query `[b, n_q, s_q, d_k]` over key `[b, n_k, s, d_k]` and value `[b, n_v, s, d_v]`.
@@ -121,6 +123,7 @@ def diffqkv_attention(
             the queries being the last tokens.
         kv_cache: k_cache, v_cache and k_layout as `decode_attention` takes them, with the newest tokens in it. key and
             value are not read then.
+        v_stats: returns the cache's statistics of V as `selective_v_attention` takes them; called if they are of use.
         output_attentions: return the probabilities too, computed densely.
 
     Returns:
@@ -167,6 +170,9 @@ def diffqkv_attention(
     top_k = getattr(module, "selective_v_top_k", 0)
     if top_k and query.shape[2] <= MAX_DECODE_QUERIES:
         options["tail"] = module.selective_v_tail
+        # They count every slot that was written: left padding too.
+        if v_stats is not None and module.selective_v_tail == "mean" and start is None:
+            options["v_stats"] = v_stats()
         out = selective_v_attention(query, k_cache, v_cache, total, top_k, **options)
     else:
         out = decode_attention(query, k_cache, v_cache, total, **options)

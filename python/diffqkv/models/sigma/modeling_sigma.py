@@ -213,6 +213,8 @@ class SigmaAttention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         if is_ours:
             kwargs["kv_cache"] = kv_cache
+            if isinstance(past_key_values, diffqkv.Cache):
+                kwargs["v_stats"] = past_key_values.layers[self.layer_idx].v_stats
         else:
             query, key, value = self._for_stock_attention(query, key, value, kv_cache, implementation)
         with _profiler_range("attention"):
