@@ -11,9 +11,10 @@ from torch import Tensor
 from .layer import Size
 from .limits import Limit
 from .targets import OF_LIMIT, OVER_TWIN, bounds
-from .timing import Timing, interleaved
+from .timing import Elsewhere, Timing, interleaved
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+DISTURBED = 0.05  # of the CPUs spent elsewhere: times of such a line are not worth much
 OURS, _LIMIT, _TWIN = "ours", "limit", "own GQA-16"
 
 
@@ -53,17 +54,19 @@ def measure(
     correct = error <= TOLERANCE[dtype]
     cells = {"tokens": str(size), "dtype": name}
     record = {"case": case, **size._asdict(), "dtype": name, "error": error, "correct": correct}
-    record |= dict.fromkeys(("ms", "spread_ms", "rate", "limit", "ratios", "targets"))
+    record |= dict.fromkeys(("ms", "spread_ms", "cpu_elsewhere", "rate", "limit", "ratios", "targets"))
     if not correct:
         cells[OURS] = f"wrong result: error {error:.1e}, want at most {TOLERANCE[dtype]:.0e}"
         return Line(case, False, cells, record)
 
     # The limit stands right beside ours in a round: see Timing.over.
     contenders = ({_LIMIT: limit.run} if limit else {}) | {OURS: ours} | peers | ({_TWIN: twin} if twin else {})
+    elsewhere = Elsewhere()
     times = interleaved(contenders, seconds)
-    cells[OURS] = _duration(times[OURS])
-    record["ms"] = {name: time.median * 1e3 for name, time in times.items()}
-    record["spread_ms"] = {name: time.spread * 1e3 for name, time in times.items()}
+    record["cpu_elsewhere"] = elsewhere.share()
+    cells[OURS] = _duration(times[OURS]) + (", disturbed" if record["cpu_elsewhere"] > DISTURBED else "")
+    record["ms"] = {who: time.median * 1e3 for who, time in times.items()}
+    record["spread_ms"] = {who: time.spread * 1e3 for who, time in times.items()}
 
     ratios = {peer: times[peer].over(times[OURS]) for peer in peers}
     shown = {column: f"{ratio:.2f}" for column, ratio in ratios.items()}
@@ -90,8 +93,15 @@ def measure(
 
 def _duration(time: Timing) -> str:
     scale, unit = (1e3, "ms") if time.median >= 1e-3 else (1e6, "µs")
-    return f"{time.median * scale:.4g} ± {time.spread * scale:.2g} {unit}"
+    decimals = _decimals(time.median * scale)
+    return f"{time.median * scale:.{decimals}f} ± {time.spread * scale:.{decimals}f} {unit}"
 
 
 def _rate(per_second: float, unit: str) -> str:
-    return f"{per_second / 1e9:.3g} G{unit}"
+    billions = per_second / 1e9
+    return f"{billions:.{_decimals(billions)}f} G{unit}"
+
+
+def _decimals(x: float) -> int:
+    """For three digits."""
+    return 2 if x < 10 else 1 if x < 100 else 0

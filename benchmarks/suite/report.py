@@ -15,7 +15,7 @@ import diffqkv
 
 from .cases import CASES
 from .layer import N_K, N_Q, N_V, D
-from .line import Line
+from .line import DISTURBED, Line
 
 
 def _commit() -> str | None:
@@ -63,7 +63,7 @@ def markdown(facts: dict, lines: list[Line]) -> str:
         f"{facts['cpu_isa']}, torch {facts['torch']}, diffqkv {facts['diffqkv']}{commit}. One layer, heads "
         f"{N_Q}/{N_K}/{N_V}, d = {D}, batch 1 unless told. Ours: median ± half the interquartile range. Other columns: "
         "medians of the ratios within each interleaved round; under a peer, how many times as long as ours it takes. "
-        "In brackets the target."
+        f"In brackets the target. Disturbed: more than {DISTURBED:.0%} of the CPUs went to other processes meanwhile."
     ]
     for name, case in CASES.items():
         if rows := [line for line in lines if line.case == name]:

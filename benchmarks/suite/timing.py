@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -51,3 +53,23 @@ def interleaved(contenders: dict[str, Callable[[], object]], seconds: float, rou
         if collects:
             gc.enable()
     return times
+
+
+class Elsewhere:
+    """The share of all CPUs that went to other processes, or other guests of the host, since this was made."""
+
+    def __init__(self) -> None:
+        self._begin = self._now()
+
+    def share(self) -> float:
+        wall, spent = (now - begin for now, begin in zip(self._now(), self._begin, strict=True))
+        return max(0.0, spent / wall / (os.cpu_count() or 1))
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(
+            int, Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
+        )
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        own = os.times()
+        return time.monotonic(), busy - own.user - own.system

@@ -15,11 +15,11 @@ from diffqkv.benchmarks import layer, targets
 from diffqkv.benchmarks.cases import CASES
 from diffqkv.benchmarks.line import difference
 from diffqkv.benchmarks.report import markdown
-from diffqkv.benchmarks.timing import Timing, interleaved
+from diffqkv.benchmarks.timing import Elsewhere, Timing, interleaved
 
 pytestmark = pytest.mark.usefixtures("library")
 TINY = ["--tokens", "256", "--seconds", "0.01"]
-MEASURED = ("ms", "spread_ms", "rate", "limit", "ratios", "targets")
+MEASURED = ("ms", "spread_ms", "cpu_elsewhere", "rate", "limit", "ratios", "targets")
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +52,7 @@ def test_every_case(tmp_path, capsys, threads):
     for line in lines:
         assert line["correct"] and line["tokens"] == 256
         assert line["ms"].keys() == line["spread_ms"].keys() and line["ms"]["ours"] > 0
+        assert 0 <= line["cpu_elsewhere"]
         assert all(ratio > 0 for ratio in line["ratios"].values())
         for column, target in line["targets"].items():
             bound = targets.Bound(target["sign"], target["value"])
@@ -180,6 +181,12 @@ def test_interleaved_rounds():
     times = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, seconds=0, rounds=3)
     assert calls == ["a", "b"] * 4
     assert len(times["a"].samples) == len(times["b"].samples) == 3
+
+
+def test_work_of_other_processes_is_seen():
+    elsewhere = Elsewhere()
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"], check=True)
+    assert elsewhere.share() > 0
 
 
 def test_table_without_a_checkout():
