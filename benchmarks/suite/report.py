@@ -63,7 +63,8 @@ def markdown(facts: dict, lines: list[Line]) -> str:
         f"{facts['cpu_isa']}, torch {facts['torch']}, diffqkv {facts['diffqkv']}{commit}. One layer, heads "
         f"{N_Q}/{N_K}/{N_V}, d = {D}, batch 1 unless told. Ours: median ± half the interquartile range. Other columns: "
         "medians of the ratios within each interleaved round; under a peer, how many times as long as ours it takes. "
-        f"In brackets the target. Disturbed: more than {DISTURBED:.0%} of the CPUs went to other processes meanwhile."
+        f"In brackets the target. A line is disturbed, and not judged, if more than {DISTURBED:.0%} of the CPUs went "
+        "to other processes meanwhile."
     ]
     for name, case in CASES.items():
         if rows := [line for line in lines if line.case == name]:
