@@ -16,7 +16,7 @@ SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.to
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
-	PYTHONPATH=examples/python:benchmarks $(BIN)/python -m demo $(TEXT) $(DEMO_ARGS)
+	PYTHONPATH=examples/python $(BIN)/python -m demo $(TEXT) $(DEMO_ARGS)
 
 test: $(VENV)/.built
 	scripts/build_cpp_tests.sh $(DIFFQKV_BUILD_DIR)

@@ -1,14 +1,25 @@
-"""`python -m diffqkv`: prints the configuration."""
+"""`python -m diffqkv`: prints the configuration; `python -m diffqkv bench`: measures."""
 
 import argparse
+import sys
+from collections.abc import Sequence
 
 from . import show_config
+from .benchmarks import cli as bench
 
 
-def main() -> None:
-    argparse.ArgumentParser(prog="python -m diffqkv", description="Print the configuration of diffqkv.").parse_args()
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m diffqkv", description="Without a command: print the configuration of diffqkv."
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    bench.add_parser(commands)
+    args = parser.parse_args(arguments)
+    if "run" in args:
+        return args.run(args)
     show_config()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,7 +14,7 @@ import torch
 import diffqkv
 
 ROOT = Path(__file__).parents[2]
-sys.path += [str(ROOT / "examples" / "python"), str(ROOT / "benchmarks")]
+sys.path.append(str(ROOT / "examples" / "python"))
 
 from demo import __main__ as demo_main  # noqa: E402
 from demo import corpus as demo_corpus  # noqa: E402
@@ -236,7 +236,7 @@ class TestTraining:
 
 
 def run_demo(*args, **environment) -> subprocess.CompletedProcess:
-    path = os.pathsep.join(str(ROOT / folder) for folder in ("examples/python", "benchmarks", "python"))
+    path = os.pathsep.join(str(ROOT / folder) for folder in ("examples/python", "python"))
     return subprocess.run(
         [sys.executable, "-m", "demo", *map(str, args)],
         capture_output=True,

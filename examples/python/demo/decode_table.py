@@ -1,10 +1,13 @@
-"""Cache size and decode time of a Sigma-1.5B layer, as the benchmark `attention_cpu` measures them."""
+"""Cache size and decode time of a Sigma-1.5B layer, as `python -m diffqkv bench` measures them."""
 
-import attention_cpu
 import torch
 from rich.table import Table
 
 from diffqkv import SigmaConfig
+from diffqkv.benchmarks import decode
+from diffqkv.benchmarks.layer import Size
+from diffqkv.benchmarks.line import OURS
+from diffqkv.benchmarks.targets import SDPA_REPEATED, SDPA_TWIN
 
 CONTEXTS = (2048, 8192)
 SECONDS_PER_ROW = 1.0
@@ -28,9 +31,9 @@ def decode_table() -> Table:
         sigma, twin = (heads * d * dtype.itemsize for heads in (n_k + n_v, 2 * n_v))
         for tokens in CONTEXTS:
             with torch.inference_mode():
-                line = attention_cpu.decode(tokens, dtype, SECONDS_PER_ROW)
+                line = decode.run(Size(tokens), dtype, SECONDS_PER_ROW).record
             if not line["correct"]:
-                raise RuntimeError(f"decode attention in {line['dtype']} is wrong: error {line['max_error']:.3g}")
-            times = (f"{line['ms'][name]:.3f} ms" for name in ("ours", "sdpa_repeated", "sdpa_gqa16"))
+                raise RuntimeError(f"decode attention in {line['dtype']} is wrong: error {line['error']:.3g}")
+            times = (f"{line['ms'][name]:.3f} ms" for name in (OURS, SDPA_REPEATED, SDPA_TWIN))
             table.add_row(line["dtype"], f"{tokens:,}", f"{sigma:,} / {twin:,}", *times)
     return table

@@ -1,0 +1,250 @@
+"""`python -m diffqkv bench` on tiny sizes: what it prints and writes, and that a wrong result gets no ratio."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import diffqkv
+from diffqkv import reference
+from diffqkv.__main__ import main
+from diffqkv.benchmarks import layer, targets
+from diffqkv.benchmarks.cases import CASES
+from diffqkv.benchmarks.line import DISTURBED, difference, measure
+from diffqkv.benchmarks.report import markdown
+from diffqkv.benchmarks.timing import Elsewhere, Timing, interleaved
+
+pytestmark = pytest.mark.usefixtures("library")
+TINY = ["--tokens", "256", "--seconds", "0.01"]
+MEASURED = ("ms", "spread_ms", "cpu_elsewhere", "rate", "limit", "ratios", "targets")
+
+
+@pytest.fixture(autouse=True)
+def small_pools(monkeypatch):
+    monkeypatch.setattr(layer, "POOL_BYTES", 1 << 20)
+
+
+def bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "diffqkv", "bench", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_every_case(tmp_path, capsys, threads):
+    threads(2)
+    numbers, table = tmp_path / "run.json", tmp_path / "run.md"
+    assert main(["bench", *TINY, "--threads", "1", "--json", str(numbers), "--markdown", str(table)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "run.md"]
+
+    run = json.loads(numbers.read_text())
+    facts, lines = run["machine"], run["lines"]
+    assert facts["threads"] == 1 and facts["torch"] == torch.__version__ and facts["diffqkv"] == diffqkv.__version__
+    assert {"date", "cpu", "cpu_family", "cpu_isa", "cores", "commit", "python"} <= facts.keys()
+    shapes = [(x["case"], x["tokens"], x["batch"], x["prompt"], x["dtype"]) for x in lines]
+    assert len(set(shapes)) == len(shapes) == 2 * (1 + 2 + 2 + 1 + 1)
+    assert {shape[0] for shape in shapes} == CASES.keys()
+    for line in lines:
+        assert line["correct"] and line["tokens"] == 256
+        assert line["ms"].keys() == line["spread_ms"].keys() and line["ms"]["ours"] > 0
+        assert 0 <= line["cpu_elsewhere"]
+        assert all(ratio > 0 for ratio in line["ratios"].values())
+        for column, target in line["targets"].items():
+            bound = targets.Bound(target["sign"], target["value"])
+            disturbed = line["cpu_elsewhere"] > DISTURBED
+            assert target["reached"] is (None if disturbed else bound.reached_by(line["ratios"][column]))
+        if line["case"] == "call_overhead":
+            assert line["rate"] is line["limit"] is None
+        else:
+            assert line["limit"]["per_second"] > 0 and line["rate"]["unit"] == line["limit"]["unit"]
+    decode = next(line for line in lines if line["case"] == "decode")
+    assert {"of limit", "SDPA, K repeated", "SDPA, GQA-16", "torch matmul", "Sigma / own GQA-16"} == decode[
+        "ratios"
+    ].keys()
+
+    text = table.read_text()
+    assert capsys.readouterr().out == text
+    for part in text.split("\n**")[1:]:
+        assert part.partition("**")[0] in CASES
+        head, _, *rows = (cells(row) for row in part.splitlines() if row.startswith("|"))
+        assert head[:3] == ["tokens", "dtype", "ours"] and len(rows) in (2, 4)
+        assert all(len(row) == len(head) and all(row) for row in rows)
+
+
+def spoiled(op):
+    def wrong(*arguments, **options):
+        return op(*arguments, **options) * 1.1
+
+    return wrong
+
+
+def misplaced(op):
+    def wrong(k_cache, v_cache, k, v, *arguments, **options):
+        return op(k_cache, v_cache, k.roll(1, dims=1), v, *arguments, **options)
+
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("case", "op", "spoil"),
+    [
+        ("prefill", "flash_attention", spoiled),
+        ("decode", "decode_attention", spoiled),
+        ("selective_v", "selective_v_attention", spoiled),
+        ("call_overhead", "decode_attention", spoiled),
+        ("cache_update", "kv_cache_update", misplaced),
+    ],
+)
+def test_a_wrong_result_gets_no_numbers(case, op, spoil, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(diffqkv, op, spoil(getattr(diffqkv, op)))
+    numbers = tmp_path / "run.json"
+    assert main(["bench", "--cases", case, "--dtypes", "float32", *TINY, "--json", str(numbers)]) == 1
+    rows = [cells(row) for row in capsys.readouterr().out.splitlines() if row.startswith("|")][2:]
+    lines = json.loads(numbers.read_text())["lines"]
+    assert len(rows) == len(lines) > 0
+    for row, line in zip(rows, lines, strict=True):
+        assert len(row) == 3 and row[2].startswith("wrong result: error ")
+        assert not line["correct"] and line["error"] > 2e-6
+        assert all(line[name] is None for name in MEASURED)
+
+
+def test_an_error_cannot_hide():
+    want = torch.tensor([1.0, 100.0])
+    assert difference(want + 1, want) == 1
+    assert not difference(torch.tensor([float("nan"), 100.0]), want) <= 1e9
+
+
+def test_peers_compute_the_same():
+    q, k, v = (layer.heads(count, tokens, torch.float64, 2) for count, tokens in ((32, 1), (4, 50), (16, 50)))
+    want = reference.attention(q, k, v)
+    for out in (layer.sdpa(q, k, v), layer.matmul_decode(q, k, v), layer.matmul_top_k(q, k, v, 50)):
+        torch.testing.assert_close(out, want)
+    rows = (reference.group(x, 4) for x in (k, v))
+    best, _ = reference.selective_v_attention(q, *rows, torch.tensor([50, 50]), 7)
+    torch.testing.assert_close(layer.matmul_top_k(q, k, v, 7), best)
+
+
+class TestTargets:
+    def bound(self, column, *line):
+        bound = targets.bounds(*line).get(column)
+        return bound and bound.value
+
+    @pytest.mark.parametrize(
+        ("tokens", "float32", "dot", "no_dot"),
+        [(511, None, None, None), (512, 0.65, None, None), (2047, 0.65, None, None), (2048, 0.80, 0.72, 0.75)],
+    )
+    def test_prefill_of_the_limit(self, tokens, float32, dot, no_dot):
+        assert self.bound("of limit", "prefill", "float32", tokens, "FMA", 1e11) == float32
+        assert self.bound("of limit", "prefill", "bfloat16", tokens, "bf16 dot", 1e11) == dot
+        assert self.bound("of limit", "prefill", "bfloat16", tokens, "FMA", 1e11) == no_dot
+
+    @pytest.mark.parametrize(
+        ("tokens", "float32", "bfloat16"), [(511, None, None), (512, 2.2, 2), (1023, 2.2, 2), (1024, 1.3, 1.25)]
+    )
+    def test_prefill_against_torch(self, tokens, float32, bfloat16):
+        assert self.bound("SDPA, K repeated", "prefill", "float32", tokens) == float32
+        assert self.bound("SDPA, K repeated", "prefill", "bfloat16", tokens) == bfloat16
+
+    @pytest.mark.parametrize(("read", "of_limit", "over_twin"), [(49.9e9, 0.90, 0.70), (50e9, 0.75, 0.85)])
+    def test_decode_depends_on_the_memory(self, read, of_limit, over_twin):
+        line = ("decode", "bfloat16", 2048, "read", read)
+        assert self.bound("of limit", *line) == of_limit
+        assert self.bound("Sigma / own GQA-16", *line) == over_twin
+        assert (self.bound("SDPA, K repeated", *line), self.bound("SDPA, GQA-16", *line)) == (15, 10)
+
+    def test_others(self):
+        assert self.bound("own dense", "selective_v", "float32", 8191) is None
+        assert self.bound("own dense", "selective_v", "float32", 8192) == 2
+        assert self.bound("own dense", "selective_v", "bfloat16", 8192) == 1.4
+        assert self.bound("SDPA, GQA-16", "call_overhead", "float32", 128) == 0.5
+        assert targets.bounds("cache_update", "float32", 8192) == {}
+
+    def test_bounds_are_reached_exactly(self):
+        least, most = targets.Bound("≥", 0.9), targets.Bound("≤", 0.7)
+        assert least.reached_by(0.9) and least.reached_by(1.0) and not least.reached_by(0.8999)
+        assert most.reached_by(0.7) and most.reached_by(0.1) and not most.reached_by(0.7001)
+        assert not least.reached_by(float("nan")) and not most.reached_by(float("nan"))
+
+
+def test_ratios_are_paired():
+    # The machine was twice as slow in two of three rounds, for one of them and then the other.
+    assert Timing([1.0, 2.0, 2.0]).over(Timing([0.5, 1.0, 1.0])) == 2
+    assert Timing([1.0, 2.0, 9.0]).over(Timing([1.0, 2.0, 1.0])) == 1
+
+
+def test_interleaved_rounds():
+    calls = []
+    times = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, seconds=0, rounds=3)
+    assert calls == ["a", "b"] * 4
+    assert len(times["a"].samples) == len(times["b"].samples) == 3
+
+
+def test_work_of_other_processes_is_seen():
+    elsewhere = Elsewhere()
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"], check=True)
+    assert elsewhere.share() > 0
+
+
+@pytest.mark.parametrize(("share", "ours", "verdict"), [(0.05, "", ": reached"), (0.051, ", disturbed", "")])
+def test_a_disturbed_line_is_not_judged(share, ours, verdict, monkeypatch):
+    monkeypatch.setattr(Elsewhere, "share", lambda self: share)
+    line = measure(
+        "call_overhead",
+        layer.Size(128),
+        torch.float32,
+        1e-3,
+        error=0.0,
+        ours=lambda: None,
+        peers={targets.SDPA_TWIN: lambda: sum(range(10_000))},
+    )
+    assert line.cells["ours"].endswith(f"µs{ours}")
+    assert line.cells[targets.SDPA_TWIN].endswith(f"(≥ 0.5{verdict})")
+
+
+def test_table_without_a_checkout():
+    facts = dict.fromkeys(("date", "cpu", "cpu_family", "threads", "cpu_isa", "torch", "diffqkv", "commit"))
+    assert "commit" not in markdown(facts, [])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--cases", "training"],
+        ["--dtypes", "float16"],
+        ["--tokens", "0"],
+        ["--tokens", "many"],
+        ["--seconds", "-1"],
+        ["--seconds", "nan"],
+        ["--seconds", "inf"],
+        ["--threads", "0"],
+        ["--json", "missing/folder/run.json"],
+        ["--markdown", "."],
+    ],
+)
+def test_bad_options(options, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", *options])
+    assert caught.value.code == 2
+    assert f"argument {options[0]}: " in capsys.readouterr().err
+
+
+def test_without_the_library():
+    result = bench(DIFFQKV_DISABLE_LIBRARY="1")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == "bench: there is no compiled library to measure: DIFFQKV_DISABLE_LIBRARY=1\n"
+
+
+def test_as_a_command_it_keeps_quiet_in_a_pipe():
+    result = bench("--cases", "call_overhead", "--dtypes", "float32", "--seconds", "0.01")
+    assert result.returncode == 0 and result.stderr == ""
+    assert "| 128    | float32 |" in result.stdout
+
+
+def test_no_command_prints_the_configuration(capsys):
+    assert main([]) == 0
+    assert capsys.readouterr().out.startswith(f"diffqkv {diffqkv.__version__}, torch")
