@@ -14,7 +14,7 @@ constexpr int64_t kScoreRows = 12;  // rows whose scores an item holds at once
 // Above this many rows per group the split kernel's tile of scores outgrows the L2 cache.
 constexpr int64_t kMaxSplitRows = 128;
 constexpr int64_t kMaxSplitQueries = 16;
-constexpr int64_t kChunkSplits = 4;  // at least, of selective V
+constexpr int64_t kChunkSplits = 2;  // at least, of selective V
 constexpr int64_t kLanes = 16;       // of the widest vector: reads and writes overshoot by as much
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -52,7 +52,7 @@ AttentionPlan plan_split(const HeadGroups& heads, int64_t batch, int64_t s_q, in
   plan.items = batch * plan.groups * plan.splits;
   if (plan.splits > 1) plan.partial_floats = plan.items * plan.rows * (d_v + kPartialHeader);
   plan.scratch_bytes =
-      aligned(plan.rows * (row_bytes(d_k, d_v) + kKeyTile * 6 + 16)) + panel_bytes(d_k) + kAlignmentSlack;
+      aligned(plan.rows * (row_bytes(d_k, d_v) + kSplitTokens * 6 + 16)) + panel_bytes(d_k) + kAlignmentSlack;
   set_threads(plan, threads);
   return plan;
 }
@@ -73,7 +73,7 @@ SelectivePlan plan_selective(const SelectiveVParams& params, int64_t max_keys, i
   const int64_t chunk_keys = std::min(max_keys, plan.chunk_splits * kSplitTokens);
   const int64_t wanted = std::min(params.top_k, max_keys) * (params.max_error >= 0 ? kMaxAdded : 1);
   plan.candidates = std::min(chunk_keys, wanted);
-  plan.candidate_room = std::min(chunk_keys, 2 * plan.candidates + kKeyTile) + kKeyTile + kLanes;
+  plan.candidate_room = std::min(chunk_keys, 2 * plan.candidates + kSplitTokens) + kSplitTokens + kLanes;
   plan.forced = std::min(params.keep_first, max_keys) + std::min(params.keep_last, max_keys);
   plan.listed_room = plan.chunks * plan.candidates + plan.forced + kLanes;
   plan.used_room = std::min(max_keys, wanted + plan.forced) + kLanes;

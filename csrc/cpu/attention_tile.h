@@ -1,5 +1,5 @@
 // The steps of attention over one tile of keys, shared by the kernels for prefill (flash_attention.cpp), decode
-// (decode_attention.cpp) and selective V. Scores of a query row lie in a row of kKeyTile floats; softmax overwrites
+// (decode_attention.cpp) and selective V. Scores of a query row lie in a row of kTile floats; softmax overwrites
 // them with probabilities.
 //
 // K always arrives as compute panels of 32 tokens, [W][32] words of 32 bits: one fp32 per word (W = d_k), or, where the
@@ -195,7 +195,7 @@ DIFFQKV_INLINE word word_at(const word* p) {  // 16-bit rows may start anywhere
   return x;
 }
 
-template <bool kDot, int MR>
+template <bool kDot, int64_t kTile, int MR>
 inline void score_block(const word* q, int64_t stride_q, const word* panel, int64_t W, float* s) {
   for (int64_t col = 0; col < kPanelTokens; col += 2 * VL) {
     vf acc0[MR], acc1[MR];
@@ -214,17 +214,17 @@ inline void score_block(const word* q, int64_t stride_q, const word* panel, int6
     }
     DIFFQKV_UNROLL
     for (int i = 0; i < MR; ++i) {
-      vstore(s + i * kKeyTile + col, acc0[i]);
-      vstore(s + i * kKeyTile + col + VL, acc1[i]);
+      vstore(s + i * kTile + col, acc0[i]);
+      vstore(s + i * kTile + col + VL, acc1[i]);
     }
   }
 }
 // s[r][0..32) = q[r] . k for `rows` query rows.
-template <bool kDot, int MR = kQkRows>
+template <bool kDot, int64_t kTile, int MR = kQkRows>
 inline void score_rows(int64_t rows, const word* q, int64_t stride_q, const word* panel, int64_t W, float* s) {
-  for (; rows >= MR; rows -= MR, q += MR * stride_q, s += MR * kKeyTile)
-    score_block<kDot, MR>(q, stride_q, panel, W, s);
-  if constexpr (MR > 1) score_rows<kDot, MR - 1>(rows, q, stride_q, panel, W, s);
+  for (; rows >= MR; rows -= MR, q += MR * stride_q, s += MR * kTile)
+    score_block<kDot, kTile, MR>(q, stride_q, panel, W, s);
+  if constexpr (MR > 1) score_rows<kDot, kTile, MR - 1>(rows, q, stride_q, panel, W, s);
 }
 
 // ---- softmax --------------------------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ DIFFQKV_INLINE void exponentials(float* s, uint16_t* p, int64_t first, int64_t l
 // Softmax of up to kPvRows rows of scores. Takes the columns own(r) into the state of row r and turns them into
 // un-normalised probabilities; the other columns of `zero` become 0. factor[r] is for what the row had accumulated
 // before. Step by step for all rows, so that no row waits for the reductions of another. factor: room for 16.
-template <bool kDot, class Own>
+template <bool kDot, int64_t kTile, class Own>
 inline void softmax_rows(int64_t rows, float* s, uint16_t* p, const Own& own, KeyRange zero, float c, RowState* state,
                          float* factor) {
   KeyRange vectors[kPvRows];  // the columns of whole vectors that hold a row's own
@@ -313,7 +313,7 @@ inline void softmax_rows(int64_t rows, float* s, uint16_t* p, const Own& own, Ke
     }
     vectors[r] = {columns.lo / VL * VL, round_up(columns.hi, VL)};
     const float old = state[r].max;
-    const float now = masked_maximum(s + r * kKeyTile, columns, vectors[r].lo, vectors[r].hi, old);
+    const float now = masked_maximum(s + r * kTile, columns, vectors[r].lo, vectors[r].hi, old);
     state[r].max = now;
     // Without a finite score so far there is no maximum to subtract, and nothing accumulated to scale.
     change[r] = old > -kInf ? (old - now) * c : 0.0f;
@@ -321,8 +321,8 @@ inline void softmax_rows(int64_t rows, float* s, uint16_t* p, const Own& own, Ke
   }
   for (int64_t r = 0; r < rows; r += VL) vstore(factor + r, vexp2(vload(change + r)));
   for (int64_t r = 0; r < rows; ++r) {
-    float* row = s + r * kKeyTile;
-    uint16_t* rounded = kDot ? p + r * kKeyTile : nullptr;
+    float* row = s + r * kTile;
+    uint16_t* rounded = kDot ? p + r * kTile : nullptr;
     const auto [first, last] = vectors[r];
     if (first < last) exponentials<kDot>(row, rounded, first, last, c, shift[r], factor[r], state[r]);
     for (int64_t j = zero.lo; j < first; ++j) kDot ? (void)(rounded[j] = 0) : (void)(row[j] = 0.0f);
@@ -356,10 +356,10 @@ struct Pairs {
 };
 
 // o[i][0..columns) += sum over n steps of p[i][t] * v[t]; a step is one key, with kDot two.
-template <bool kDot, class E, int MR, int NV>
+template <bool kDot, int64_t kTile, class E, int MR, int NV>
 inline void accumulate_block(const word* p, const typename E::T* v, int64_t stride_v, int64_t n, float* o,
                              int64_t stride_o, int columns) {
-  constexpr int64_t stride_p = kDot ? kKeyTile / 2 : kKeyTile;
+  constexpr int64_t stride_p = kDot ? kTile / 2 : kTile;
   vf acc[MR][NV];
   DIFFQKV_UNROLL
   for (int i = 0; i < MR; ++i) {
@@ -382,22 +382,23 @@ inline void accumulate_block(const word* p, const typename E::T* v, int64_t stri
     for (int x = 0; x < NV; ++x) vstore(o + i * stride_o + x * VL, acc[i][x]);
   }
 }
-template <bool kDot, class E, int MR>
+template <bool kDot, int64_t kTile, class E, int MR>
 inline void accumulate_columns(const word* p, const typename E::T* v, int64_t stride_v, int64_t n, int64_t d, float* o,
                                int64_t stride_o) {
   int64_t c = 0;
   for (; c + kPvVectors * VL <= d; c += kPvVectors * VL)
-    accumulate_block<kDot, E, MR, kPvVectors>(p, v + c, stride_v, n, o + c, stride_o, VL);
+    accumulate_block<kDot, kTile, E, MR, kPvVectors>(p, v + c, stride_v, n, o + c, stride_o, VL);
   if constexpr (kPvVectors > 2)
-    for (; c + 2 * VL <= d; c += 2 * VL) accumulate_block<kDot, E, MR, 2>(p, v + c, stride_v, n, o + c, stride_o, VL);
+    for (; c + 2 * VL <= d; c += 2 * VL)
+      accumulate_block<kDot, kTile, E, MR, 2>(p, v + c, stride_v, n, o + c, stride_o, VL);
   for (; c < d; c += VL)
-    accumulate_block<kDot, E, MR, 1>(p, v + c, stride_v, n, o + c, stride_o, int(min_of(VL, d - c)));
+    accumulate_block<kDot, kTile, E, MR, 1>(p, v + c, stride_v, n, o + c, stride_o, int(min_of(VL, d - c)));
 }
-template <bool kDot, class E, int MR = kPvRows>
+template <bool kDot, int64_t kTile, class E, int MR = kPvRows>
 inline void accumulate_rows(int64_t rows, const word* p, const typename E::T* v, int64_t stride_v, int64_t n, int64_t d,
                             float* o, int64_t stride_o) {
-  if (rows == MR) return accumulate_columns<kDot, E, MR>(p, v, stride_v, n, d, o, stride_o);
-  if constexpr (MR > 1) accumulate_rows<kDot, E, MR - 1>(rows, p, v, stride_v, n, d, o, stride_o);
+  if (rows == MR) return accumulate_columns<kDot, kTile, E, MR>(p, v, stride_v, n, d, o, stride_o);
+  if constexpr (MR > 1) accumulate_rows<kDot, kTile, E, MR - 1>(rows, p, v, stride_v, n, d, o, stride_o);
 }
 
 #if defined(__AVX512BF16__)
@@ -405,7 +406,7 @@ inline void accumulate_rows(int64_t rows, const word* p, const typename E::T* v,
 // a block of 32 columns is accumulated as the columns 8x + 0..3 and then 8x + 4..7. unshuffle puts them right.
 constexpr int kPairColumns = 32;
 
-template <int MR, int NB>
+template <int64_t kTile, int MR, int NB>
 inline void accumulate_row_pairs(const word* p, const uint16_t* even, const uint16_t* odd, int64_t stride_v, int64_t n,
                                  float* o, int64_t stride_o) {
   vf acc[MR][2 * NB];
@@ -425,7 +426,7 @@ inline void accumulate_row_pairs(const word* p, const uint16_t* even, const uint
     DIFFQKV_UNROLL
     for (int i = 0; i < MR; ++i) {
       DIFFQKV_UNROLL
-      for (int x = 0; x < 2 * NB; ++x) acc[i][x] = mac<true>(p[i * (kKeyTile / 2)], b[x], acc[i][x]);
+      for (int x = 0; x < 2 * NB; ++x) acc[i][x] = mac<true>(p[i * (kTile / 2)], b[x], acc[i][x]);
     }
   }
   DIFFQKV_UNROLL
@@ -434,17 +435,18 @@ inline void accumulate_row_pairs(const word* p, const uint16_t* even, const uint
     for (int x = 0; x < 2 * NB; ++x) vstore(o + i * stride_o + x * VL, acc[i][x]);
   }
 }
-template <int MR = kPvRows>
+template <int64_t kTile, int MR = kPvRows>
 inline void accumulate_pairs(int64_t rows, const word* p, const uint16_t* even, const uint16_t* odd, int64_t stride_v,
                              int64_t n, int64_t d, float* o, int64_t stride_o) {
   if (rows == MR) {
     int64_t c = 0;
     for (; c + 2 * kPairColumns <= d; c += 2 * kPairColumns)
-      accumulate_row_pairs<MR, 2>(p, even + c, odd + c, stride_v, n, o + c, stride_o);
-    for (; c < d; c += kPairColumns) accumulate_row_pairs<MR, 1>(p, even + c, odd + c, stride_v, n, o + c, stride_o);
+      accumulate_row_pairs<kTile, MR, 2>(p, even + c, odd + c, stride_v, n, o + c, stride_o);
+    for (; c < d; c += kPairColumns)
+      accumulate_row_pairs<kTile, MR, 1>(p, even + c, odd + c, stride_v, n, o + c, stride_o);
     return;
   }
-  if constexpr (MR > 1) accumulate_pairs<MR - 1>(rows, p, even, odd, stride_v, n, d, o, stride_o);
+  if constexpr (MR > 1) accumulate_pairs<kTile, MR - 1>(rows, p, even, odd, stride_v, n, d, o, stride_o);
 }
 DIFFQKV_INLINE void unshuffle(float* o, int64_t d) {
   const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);

@@ -14,7 +14,7 @@ struct Values {
   using T = typename E::T;
   static void accumulate(int64_t rows, const float* s, const uint16_t*, int64_t column, const T* v, int64_t stride_v,
                          int64_t n, int64_t d, float* o, int64_t stride_o) {
-    accumulate_rows<false, E>(rows, (const word*)(s + column), v, stride_v, n, d, o, stride_o);
+    accumulate_rows<false, kSplitTokens, E>(rows, (const word*)(s + column), v, stride_v, n, d, o, stride_o);
   }
   static void finish(float*, int64_t) {}
 };
@@ -30,12 +30,13 @@ struct PairedValues {
     const T* zeros = (const T*)kZeroRow;
     const word* pairs = (const word*)(p + column / 2 * 2);
     if (column % 2 == 1) {
-      accumulate_pairs(rows, pairs++, zeros, v, 0, 1, d, o, stride_o);
+      accumulate_pairs<kSplitTokens>(rows, pairs++, zeros, v, 0, 1, d, o, stride_o);
       v += stride_v;
       --n;
     }
-    accumulate_pairs(rows, pairs, v, v + stride_v, 2 * stride_v, n / 2, d, o, stride_o);
-    if (n % 2 == 1) accumulate_pairs(rows, pairs + n / 2, v + (n - 1) * stride_v, zeros, 0, 1, d, o, stride_o);
+    accumulate_pairs<kSplitTokens>(rows, pairs, v, v + stride_v, 2 * stride_v, n / 2, d, o, stride_o);
+    if (n % 2 == 1)
+      accumulate_pairs<kSplitTokens>(rows, pairs + n / 2, v + (n - 1) * stride_v, zeros, 0, 1, d, o, stride_o);
   }
   static void finish(float* o, int64_t d) { unshuffle(o, d); }
 };
@@ -50,36 +51,32 @@ void attention_split(const AttentionParams& p, const AttentionPlan& plan, int64_
                               {split * kSplitTokens, (split + 1) * kSplitTokens}, scratch);
   const int64_t rows = part.rows, rows_v = p.heads.q_per_v() * p.s_q, stride_o = padded_dim(p.d_v);
   float *o = scratch.take<float>(rows * stride_o), *s = part.s;
-  uint16_t* s16 = V::kDot ? scratch.take<uint16_t>(rows * kKeyTile) : nullptr;
+  uint16_t* s16 = V::kDot ? scratch.take<uint16_t>(rows * kSplitTokens) : nullptr;
   for (int64_t x = 0; x < rows * stride_o; ++x) o[x] = 0.0f;
 
   const float c = exp2_scale(p);
-  for (int64_t t0 = part.range.lo / kKeyTile * kKeyTile; t0 < part.range.hi; t0 += kKeyTile) {
-    const KeyRange tile = {max_of(part.range.lo, t0), min_of(part.range.hi, t0 + kKeyTile)};
-    // With pairs also the partners of the first and the last key get a probability, 0.
-    KeyRange columns = {tile.lo - t0, tile.hi - t0};
-    if (V::kDot) columns = {columns.lo / 2 * 2, round_up(columns.hi, 2)};
-    part.score(t0, tile);
-    for (int64_t r = 0; r < rows; r += kPvRows) {
-      const int64_t few = min_of(kPvRows, rows - r);
-      float factor[16];
-      softmax_rows<V::kDot>(
-          few, s + r * kKeyTile, V::kDot ? s16 + r * kKeyTile : nullptr,
-          [&](int64_t x) { return part.columns_of(r + x, t0, tile); }, columns, c, part.state + r, factor);
-      for (int64_t x = 0; x < few; ++x)
-        if (factor[x] != 1.0f) scale_row(o + (r + x) * stride_o, stride_o, factor[x]);
-    }
-    for (int64_t v = 0; v < p.heads.v_per_group(); ++v)
-      for (int64_t t = tile.lo; t < tile.hi;) {
-        const int64_t end = page_end(p.paging, t, tile.hi);
-        const KvSlot slot = kv_page(p.paging, part.b, t);
-        const auto* values = (const typename V::T*)p.v.data + kv_row(p.v, part.group, v, slot);
-        for (int64_t r = v * rows_v; r < (v + 1) * rows_v; r += kPvRows)
-          V::accumulate(min_of(kPvRows, (v + 1) * rows_v - r), s + r * kKeyTile, V::kDot ? s16 + r * kKeyTile : nullptr,
-                        t - t0, values, p.v.stride_token, end - t, p.d_v, o + r * stride_o, stride_o);
-        t = end;
-      }
+  const int64_t t0 = split * kSplitTokens;
+  const KeyRange keys = part.range;
+  if (keys.lo < keys.hi) part.score(t0, keys);
+  // With pairs also the partners of the first and the last key get a probability, 0.
+  KeyRange columns = {keys.lo - t0, keys.hi - t0};
+  if (V::kDot) columns = {columns.lo / 2 * 2, round_up(columns.hi, 2)};
+  for (int64_t r = 0; r < rows && keys.lo < keys.hi; r += kPvRows) {
+    float unused[16];  // nothing has been accumulated that a larger maximum could scale
+    softmax_rows<V::kDot, kSplitTokens>(
+        min_of(kPvRows, rows - r), s + r * kSplitTokens, V::kDot ? s16 + r * kSplitTokens : nullptr,
+        [&](int64_t x) { return part.columns_of(r + x, t0, keys); }, columns, c, part.state + r, unused);
   }
+  for (int64_t v = 0; v < p.heads.v_per_group(); ++v)
+    for (int64_t t = keys.lo; t < keys.hi;) {
+      const int64_t end = page_end(p.paging, t, keys.hi);
+      const auto* values = (const typename V::T*)p.v.data + kv_row(p.v, part.group, v, kv_page(p.paging, part.b, t));
+      for (int64_t r = v * rows_v; r < (v + 1) * rows_v; r += kPvRows)
+        V::accumulate(min_of(kPvRows, (v + 1) * rows_v - r), s + r * kSplitTokens,
+                      V::kDot ? s16 + r * kSplitTokens : nullptr, t - t0, values, p.v.stride_token, end - t, p.d_v,
+                      o + r * stride_o, stride_o);
+      t = end;
+    }
   for (int64_t r = 0; r < rows; ++r) {
     V::finish(o + r * stride_o, p.d_v);
     if (partials == nullptr) {

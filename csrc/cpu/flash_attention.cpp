@@ -115,7 +115,7 @@ void attention_block(const AttentionParams& p, const AttentionPlan& plan, int64_
       for (int64_t r0 = 0; r0 < rows; r0 += kQkRows) {
         const int64_t count = min_of(kQkRows, rows - r0), end = row_keys(r0 + count - 1).hi;
         for (int64_t x = first_panel; x * kPanelTokens < end; ++x)
-          score_rows<kDot>(count, head.q + r0 * stride_q, stride_q, panels[x], W, s + x * kPanelTokens);
+          score_rows<kDot, kKeyTile>(count, head.q + r0 * stride_q, stride_q, panels[x], W, s + x * kPanelTokens);
         for (int64_t r = r0; r < r0 + count; r += kPvRows) {
           const int64_t few = min_of(kPvRows, r0 + count - r);
           KeyRange keys = row_keys(r + few - 1);
@@ -124,17 +124,18 @@ void attention_block(const AttentionParams& p, const AttentionPlan& plan, int64_
           float* probabilities = s + (r - r0) * kKeyTile;
           uint16_t* rounded = s16 + (r - r0) * kKeyTile;
           float factor[16];
-          softmax_rows<kDot>(
+          softmax_rows<kDot, kKeyTile>(
               few, probabilities, rounded, [&](int64_t x) { return row_keys(r + x); }, keys, c, head.state + r, factor);
           for (int64_t x = 0; x < few; ++x)
             if (factor[x] != 1.0f) scale_row(head.o + (r + x) * stride_o, stride_o, factor[x]);
           if constexpr (kDot)
-            accumulate_rows<true, Pairs>(few, (const word*)(rounded + keys.lo), v + keys.lo / 2 * stride_v, stride_v,
-                                         (keys.hi - keys.lo) / 2, p.d_v, head.o + r * stride_o, stride_o);
+            accumulate_rows<true, kKeyTile, Pairs>(few, (const word*)(rounded + keys.lo), v + keys.lo / 2 * stride_v,
+                                                   stride_v, (keys.hi - keys.lo) / 2, p.d_v, head.o + r * stride_o,
+                                                   stride_o);
           else
-            accumulate_rows<false, F32>(few, (const word*)(probabilities + keys.lo),
-                                        (const float*)v + keys.lo * stride_v, stride_v, keys.hi - keys.lo, p.d_v,
-                                        head.o + r * stride_o, stride_o);
+            accumulate_rows<false, kKeyTile, F32>(few, (const word*)(probabilities + keys.lo),
+                                                  (const float*)v + keys.lo * stride_v, stride_v, keys.hi - keys.lo,
+                                                  p.d_v, head.o + r * stride_o, stride_o);
         }
       }
     }

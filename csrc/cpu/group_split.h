@@ -26,7 +26,7 @@ struct GroupSplit {
     q = scratch.take<word>(rows * W);
     panel = scratch.take<word>(kPanelTokens * W);
     row_copies = scratch.take<float>(kPanelTokens * p.d_k);
-    s = scratch.take<float>(rows * kKeyTile);
+    s = scratch.take<float>(rows * kSplitTokens);
     state = scratch.take<RowState>(rows);
 
     entry = keys_of_entry(p, b);
@@ -41,19 +41,20 @@ struct GroupSplit {
   int64_t q_head(int64_t row) const { return h0 + row / p.s_q; }
   int64_t query(int64_t row) const { return row % p.s_q; }
 
-  // Scores of all rows with the keys of a tile, into s; t0 is the tile's first column.
-  void score(int64_t t0, KeyRange tile) const {
+  // Scores of all rows with the keys of a split that starts at t0, into s.
+  void score(int64_t t0, KeyRange keys) const {
     const int64_t rows_k = p.heads.q_per_k() * p.s_q;
     for (int64_t k = 0; k < p.heads.k_per_group(); ++k)
-      for (int64_t t = tile.lo / kPanelTokens * kPanelTokens; t < tile.hi; t += kPanelTokens) {
-        const word* keys = key_panel<kDot>(p, b, group * p.heads.k_per_group() + k, t, tile, panel, row_copies);
-        score_rows<kDot>(rows_k, q + k * rows_k * W, W, keys, W, s + k * rows_k * kKeyTile + (t - t0));
-      }
+      for (int64_t t = keys.lo / kPanelTokens * kPanelTokens; t < keys.hi; t += kPanelTokens)
+        score_rows<kDot, kSplitTokens>(
+            rows_k, q + k * rows_k * W, W,
+            key_panel<kDot>(p, b, group * p.heads.k_per_group() + k, t, keys, panel, row_copies), W,
+            s + k * rows_k * kSplitTokens + (t - t0));
   }
-  // The columns of a tile that a row sees; hi <= lo: none.
-  KeyRange columns_of(int64_t row, int64_t t0, KeyRange tile) const {
-    const KeyRange keys = keys_of_query(p, b, entry, query(row));
-    return {max_of(tile.lo, keys.lo) - t0, min_of(tile.hi, keys.hi) - t0};
+  // The columns of a split that a row sees; hi <= lo: none.
+  KeyRange columns_of(int64_t row, int64_t t0, KeyRange keys) const {
+    const KeyRange seen = keys_of_query(p, b, entry, query(row));
+    return {max_of(keys.lo, seen.lo) - t0, min_of(keys.hi, seen.hi) - t0};
   }
 };
 

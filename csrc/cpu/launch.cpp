@@ -48,6 +48,8 @@ void for_items(int64_t items, int64_t threads, Parallel parallel, const Item& it
 constexpr int64_t kElementsPerItem = 16384;
 // Cache rows written by a thread before a second one pays off.
 constexpr int64_t kRowsPerThread = 64;
+// Partial results merged by a thread before a second one pays off.
+constexpr int64_t kFloatsPerThread = 8192;
 // New tokens of a group that one item writes, whole panels.
 constexpr int64_t kTokensPerItem = 4 * kPanelTokens;
 
@@ -103,8 +105,9 @@ void attention(const AttentionParams& p, const AttentionPlan& plan, void* worksp
   for_items(plan.items, plan.threads, parallel,
             [&](int64_t i, int64_t w) { kernels.attention_split(p, plan, i, scratch_of(w), partials); });
   if (partials == nullptr) return;
-  for (int64_t i = 0; i < p.batch * plan.groups; ++i)
-    for (int64_t row = 0; row < plan.rows; ++row) kernels.attention_merge(p, plan, i, row, partials);
+  const int64_t useful = std::clamp<int64_t>(plan.partial_floats / kFloatsPerThread, 1, plan.threads);
+  for_items(p.batch * plan.groups * plan.rows, useful, parallel,
+            [&](int64_t i, int64_t) { kernels.attention_merge(p, plan, i / plan.rows, i % plan.rows, partials); });
 }
 
 namespace {

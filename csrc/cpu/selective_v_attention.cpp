@@ -61,24 +61,21 @@ void score(const SelectiveVParams& sp, const SelectivePlan& plan, const Selectiv
   const int64_t end_split = min_of((chunk + 1) * plan.chunk_splits, plan.dense.splits);
   for (int64_t split = chunk * plan.chunk_splits; split < end_split; ++split) {
     for (int64_t r = 0; r < part.rows; ++r) part.state[r] = kEmptyRow;
-    const KeyRange range = {max_of(part.range.lo, split * kSplitTokens),
-                            min_of(part.range.hi, (split + 1) * kSplitTokens)};
-    for (int64_t t0 = range.lo / kKeyTile * kKeyTile; t0 < range.hi; t0 += kKeyTile) {
-      const KeyRange tile = {max_of(range.lo, t0), min_of(range.hi, t0 + kKeyTile)};
-      part.score(t0, tile);
-      for (int64_t r = 0; r < part.rows; ++r) {
-        const KeyRange own = part.columns_of(r, t0, tile);
-        if (own.lo >= own.hi) continue;
-        float* s = part.s + r * kKeyTile;
-        if (best[r].count + kKeyTile + VL > plan.candidate_room) keep_best(best[r], plan.candidates);
-        nan[r] |= append_candidates(best[r], s, own.lo, own.hi, uint32_t(t0));
-        if (plan.forced > 0) {
-          const Forced forced(sp, keys_of_query(p, b, part.entry, part.query(r)));
-          for (int64_t j = own.lo; j < own.hi; ++j)
-            if (forced.has(t0 + j)) work.forced[(row0 + r) * plan.forced + forced.place(t0 + j)] = s[j];
-        }
-        add_mass(s, own, c, part.state[r]);
+    const int64_t t0 = split * kSplitTokens;
+    const KeyRange keys = {max_of(part.range.lo, t0), min_of(part.range.hi, t0 + kSplitTokens)};
+    if (keys.lo < keys.hi) part.score(t0, keys);
+    for (int64_t r = 0; r < part.rows && keys.lo < keys.hi; ++r) {
+      const KeyRange own = part.columns_of(r, t0, keys);
+      if (own.lo >= own.hi) continue;
+      float* s = part.s + r * kSplitTokens;
+      if (best[r].count + kSplitTokens + VL > plan.candidate_room) keep_best(best[r], plan.candidates);
+      nan[r] |= append_candidates(best[r], s, own.lo, own.hi, uint32_t(t0));
+      if (plan.forced > 0) {
+        const Forced forced(sp, keys_of_query(p, b, part.entry, part.query(r)));
+        for (int64_t j = own.lo; j < own.hi; ++j)
+          if (forced.has(t0 + j)) work.forced[(row0 + r) * plan.forced + forced.place(t0 + j)] = s[j];
       }
+      add_mass(s, own, c, part.state[r]);
     }
     for (int64_t r = 0; r < part.rows; ++r) {
       float* mass = work.mass + ((row0 + r) * plan.dense.splits + split) * 2;

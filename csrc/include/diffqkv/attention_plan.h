@@ -6,11 +6,13 @@
 
 namespace diffqkv {
 
-// Tokens that share one softmax step. Part of the numerics: results depend on it, so it is the same everywhere.
+// Tokens that share one softmax step in prefill. Part of the numerics: results depend on it, so it is the same
+// everywhere.
 inline constexpr int64_t kKeyTile = 256;
-// Tokens that one item of the split kernel reads; a multiple of kKeyTile. Fixed, so that neither the batch nor the
-// number of threads changes a result.
-inline constexpr int64_t kSplitTokens = 512;
+// Tokens that one item of the split kernel reads, and softmax step of decode. Fixed, so that neither the batch nor the
+// number of threads changes a result; long, because each head's share of it is one stretch of memory, and short
+// stretches never bring the hardware prefetchers up to speed; a thread's scores of it fit the L2 cache.
+inline constexpr int64_t kSplitTokens = 1024;
 
 // The state of a row before its un-normalised result: maximum, sum and norm of the softmax.
 inline constexpr int64_t kPartialHeader = 3;
