@@ -265,15 +265,17 @@ DIFFQKV_INLINE float masked_maximum(float* s, KeyRange own, int64_t first, int64
   return vgt_bits(m0, vset(least)) == 0 ? least : vmaximum(m0);  // most tiles of a long row hold no new maximum
 }
 
-// s[j] = 2^(s[j] * c + shift) for j in [first, last), or with kDot into p, rounded to bf16; added up into the state.
+// s[j] = 2^(s[j] * c + shift) for j in [first, last), or with kDot into p, rounded to bf16; their sum, by lanes, and
+// with kDot that of the rounded ones.
 template <bool kDot>
-DIFFQKV_INLINE void exponentials(float* s, uint16_t* p, int64_t first, int64_t last, float c, float shift, float factor,
-                                 RowState& state) {
+DIFFQKV_INLINE void exponentials(float* s, uint16_t* p, int64_t first, int64_t last, float c, float shift, vf& sum,
+                                 vf& norm) {
   const vf vc = vset(c), vshift = vset(shift);
-  vf sum0 = vset(0.0f), sum1 = sum0, norm = sum0;
+  vf sum0 = vset(0.0f), sum1 = sum0;
+  norm = sum0;
   int64_t j = first;
   for (; j + 2 * VL <= last; j += 2 * VL) {
-    const vf e0 = vexp2(vfma(vload(s + j), vc, vshift)), e1 = vexp2(vfma(vload(s + j + VL), vc, vshift));
+    const vf e0 = vexp2<kDot>(vfma(vload(s + j), vc, vshift)), e1 = vexp2<kDot>(vfma(vload(s + j + VL), vc, vshift));
     sum0 = vadd(sum0, e0);
     sum1 = vadd(sum1, e1);
     if (kDot) {
@@ -284,7 +286,7 @@ DIFFQKV_INLINE void exponentials(float* s, uint16_t* p, int64_t first, int64_t l
     }
   }
   if (j < last) {
-    const vf e = vexp2(vfma(vload(s + j), vc, vshift));
+    const vf e = vexp2<kDot>(vfma(vload(s + j), vc, vshift));
     sum0 = vadd(sum0, e);
     if (kDot) {
       vstore_bf16(p + j, e);
@@ -293,8 +295,7 @@ DIFFQKV_INLINE void exponentials(float* s, uint16_t* p, int64_t first, int64_t l
       vstore(s + j, e);
     }
   }
-  state.sum = state.sum * factor + vsum(vadd(sum0, sum1));
-  state.norm = kDot ? state.norm * factor + vsum(norm) : state.sum;
+  sum = vadd(sum0, sum1);
 }
 
 // Softmax of up to kPvRows rows of scores. Takes the columns own(r) into the state of row r and turns them into
@@ -320,13 +321,22 @@ inline void softmax_rows(int64_t rows, float* s, uint16_t* p, const Own& own, Ke
     shift[r] = now > -kInf ? -now * c : 0.0f;
   }
   for (int64_t r = 0; r < rows; r += VL) vstore(factor + r, vexp2(vload(change + r)));
+  vf sum[kPvRows], norm[kPvRows];
   for (int64_t r = 0; r < rows; ++r) {
     float* row = s + r * kTile;
     uint16_t* rounded = kDot ? p + r * kTile : nullptr;
     const auto [first, last] = vectors[r];
-    if (first < last) exponentials<kDot>(row, rounded, first, last, c, shift[r], factor[r], state[r]);
+    sum[r] = norm[r] = vset(0.0f);
+    if (first < last) exponentials<kDot>(row, rounded, first, last, c, shift[r], sum[r], norm[r]);
     for (int64_t j = zero.lo; j < first; ++j) kDot ? (void)(rounded[j] = 0) : (void)(row[j] = 0.0f);
     for (int64_t j = last; j < zero.hi; ++j) kDot ? (void)(rounded[j] = 0) : (void)(row[j] = 0.0f);
+  }
+  float sums[kPvRows], norms[kPvRows];
+  vsums(sum, rows, sums);
+  if (kDot) vsums(norm, rows, norms);
+  for (int64_t r = 0; r < rows; ++r) {
+    state[r].sum = state[r].sum * factor[r] + sums[r];
+    state[r].norm = kDot ? state[r].norm * factor[r] + norms[r] : state[r].sum;
   }
 }
 
