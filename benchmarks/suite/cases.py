@@ -1,13 +1,11 @@
 """The cases: modules with a TITLE, the SIZES measured by default, and `run(size, dtype, seconds) -> Line`."""
 
+from importlib import import_module
 from types import ModuleType
 
-from . import cache_update, call_overhead, decode, prefill, selective_v
+CASES = ("prefill", "decode", "cache_update", "selective_v", "call_overhead", "model_decode")
 
-CASES: dict[str, ModuleType] = {
-    "prefill": prefill,
-    "decode": decode,
-    "cache_update": cache_update,
-    "selective_v": selective_v,
-    "call_overhead": call_overhead,
-}
+
+def case(name: str) -> ModuleType:
+    """Imported when it is asked for: not all dependencies of a case are those of the package."""
+    return import_module(f".{name}", __package__)

@@ -15,7 +15,7 @@ import torch
 
 from diffqkv import _library
 
-from .cases import CASES
+from .cases import CASES, case
 from .line import TOLERANCE
 from .report import machine, markdown, write
 
@@ -48,7 +48,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description="Measures the CPU kernels of a Sigma-1.5B layer beside torch and the machine's limits, checks "
         "their results, and says which targets they reach. Exit status 1: a result is wrong.",
     )
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, metavar="CASE", help=", ".join(CASES))
     parser.add_argument(
         "--dtypes", nargs="+", choices=_DTYPES, default=list(_DTYPES), metavar="DTYPE", help=", ".join(_DTYPES)
     )
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
     planned = []
     for name in args.cases:
-        sizes = CASES[name].SIZES
+        sizes = case(name).SIZES
         if args.tokens:
             sizes = dict.fromkeys(size._replace(tokens=tokens) for size in sizes for tokens in args.tokens)
         planned += [(name, size, dtype) for dtype in args.dtypes for size in sizes]
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         for name, size, dtype in progress:
             progress.set_postfix_str(f"{name} {size} {dtype}")
             torch.manual_seed(0)
-            lines.append(CASES[name].run(size, _DTYPES[dtype], args.seconds))
+            lines.append(case(name).run(size, _DTYPES[dtype], args.seconds))
     facts = machine()
     table = markdown(facts, lines)
     print(table, end="")

@@ -39,6 +39,7 @@ def measure(
     seconds: float,
     *,
     error: float,
+    tolerance: float | None = None,
     ours: Callable[[], object],
     peers: dict[str, Callable[[], object]],
     twin: Callable[[], object] | None = None,
@@ -48,16 +49,18 @@ def measure(
     """Times all contenders in one interleaved run; nothing is timed if `error`, a `difference`, is too large.
 
     Args:
+        tolerance: of the error; TOLERANCE of the dtype by default.
         ours, peers, twin: a call each; twin is our own kernel on the GQA-16 twin.
         work: FLOPs or bytes of one of our calls, in the unit of the limit.
     """
     name = str(dtype).removeprefix("torch.")
-    correct = error <= TOLERANCE[dtype]
+    tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
+    correct = error <= tolerance
     cells = {"tokens": str(size), "dtype": name}
     record = {"case": case, **size._asdict(), "dtype": name, "error": error, "correct": correct}
     record |= dict.fromkeys(("ms", "spread_ms", "cpu_elsewhere", "rate", "limit", "ratios", "targets"))
     if not correct:
-        cells[OURS] = f"wrong result: error {error:.1e}, want at most {TOLERANCE[dtype]:.0e}"
+        cells[OURS] = f"wrong result: error {error:.1e}, want at most {tolerance:.0e}"
         return Line(case, False, cells, record)
 
     # The limit stands right beside ours in a round: see Timing.over.

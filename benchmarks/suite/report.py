@@ -13,7 +13,7 @@ import torch
 
 import diffqkv
 
-from .cases import CASES
+from .cases import CASES, case
 from .layer import N_K, N_Q, N_V, D
 from .line import DISTURBED, Line
 
@@ -66,9 +66,9 @@ def markdown(facts: dict, lines: list[Line]) -> str:
         f"In brackets the target. A line is disturbed, and not judged, if more than {DISTURBED:.0%} of the CPUs went "
         "to other processes meanwhile."
     ]
-    for name, case in CASES.items():
+    for name in CASES:
         if rows := [line for line in lines if line.case == name]:
-            text += ["", f"**{name}**: {case.TITLE}.", "", *_table(rows)]
+            text += ["", f"**{name}**: {case(name).TITLE}.", "", *_table(rows)]
     return "\n".join(text) + "\n"
 
 

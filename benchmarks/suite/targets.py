@@ -14,6 +14,7 @@ from .limits import DOT
 OF_LIMIT = "of limit"
 SDPA_REPEATED, SDPA_TWIN, MATMUL = "SDPA, K repeated", "SDPA, GQA-16", "torch matmul"
 OWN_DENSE = "own dense"
+LLAMA = "Llama, GQA-16"
 OVER_TWIN = "Sigma / own GQA-16"  # our time over that of the same kernel on the twin
 
 # Some machines' memory has two speeds. Where it is fast, arithmetic no longer hides behind it.

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 import torch
+from tiny_sigma import tiny_config
 
 import diffqkv
 from diffqkv import reference
 from diffqkv.__main__ import main
-from diffqkv.benchmarks import layer, targets
+from diffqkv.benchmarks import layer, model_decode, targets
 from diffqkv.benchmarks.cases import CASES
 from diffqkv.benchmarks.line import DISTURBED, difference, measure
 from diffqkv.benchmarks.report import markdown
@@ -23,8 +24,11 @@ MEASURED = ("ms", "spread_ms", "cpu_elsewhere", "rate", "limit", "ratios", "targ
 
 
 @pytest.fixture(autouse=True)
-def small_pools(monkeypatch):
-    monkeypatch.setattr(layer, "POOL_BYTES", 1 << 20)
+def small_sizes(monkeypatch):
+    for module in (layer, model_decode):
+        monkeypatch.setattr(module, "POOL_BYTES", 1 << 20)
+    monkeypatch.setattr(model_decode, "sigma_config", tiny_config)
+    model_decode._models.cache_clear()
 
 
 def bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -47,8 +51,8 @@ def test_every_case(tmp_path, capsys, threads):
     assert facts["threads"] == 1 and facts["torch"] == torch.__version__ and facts["diffqkv"] == diffqkv.__version__
     assert {"date", "cpu", "cpu_family", "cpu_isa", "cores", "commit", "python"} <= facts.keys()
     shapes = [(x["case"], x["tokens"], x["batch"], x["prompt"], x["dtype"]) for x in lines]
-    assert len(set(shapes)) == len(shapes) == 2 * (1 + 2 + 2 + 1 + 1)
-    assert {shape[0] for shape in shapes} == CASES.keys()
+    assert len(set(shapes)) == len(shapes) == 2 * (1 + 2 + 2 + 1 + 1 + 1)
+    assert {shape[0] for shape in shapes} == set(CASES)
     for line in lines:
         assert line["correct"] and line["tokens"] == 256
         assert line["ms"].keys() == line["spread_ms"].keys() and line["ms"]["ours"] > 0
@@ -62,6 +66,9 @@ def test_every_case(tmp_path, capsys, threads):
             assert line["rate"] is line["limit"] is None
         else:
             assert line["limit"]["per_second"] > 0 and line["rate"]["unit"] == line["limit"]["unit"]
+        if line["case"] == "model_decode":
+            parts = {"attention", "projections", "cache", "other"}
+            assert all(parts == split.keys() and min(split.values()) > 0 for split in line["split_ms"].values())
     decode = next(line for line in lines if line["case"] == "decode")
     assert {"of limit", "SDPA, K repeated", "SDPA, GQA-16", "torch matmul", "Sigma / own GQA-16"} == decode[
         "ratios"
@@ -91,17 +98,18 @@ def misplaced(op):
 
 
 @pytest.mark.parametrize(
-    ("case", "op", "spoil"),
+    ("case", "owner", "op", "spoil"),
     [
-        ("prefill", "flash_attention", spoiled),
-        ("decode", "decode_attention", spoiled),
-        ("selective_v", "selective_v_attention", spoiled),
-        ("call_overhead", "decode_attention", spoiled),
-        ("cache_update", "kv_cache_update", misplaced),
+        ("prefill", diffqkv, "flash_attention", spoiled),
+        ("decode", diffqkv, "decode_attention", spoiled),
+        ("selective_v", diffqkv, "selective_v_attention", spoiled),
+        ("call_overhead", diffqkv, "decode_attention", spoiled),
+        ("cache_update", diffqkv, "kv_cache_update", misplaced),
+        ("model_decode", diffqkv.models.attention, "decode_attention", spoiled),
     ],
 )
-def test_a_wrong_result_gets_no_numbers(case, op, spoil, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(diffqkv, op, spoil(getattr(diffqkv, op)))
+def test_a_wrong_result_gets_no_numbers(case, owner, op, spoil, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(owner, op, spoil(getattr(owner, op)))
     numbers = tmp_path / "run.json"
     assert main(["bench", "--cases", case, "--dtypes", "float32", *TINY, "--json", str(numbers)]) == 1
     rows = [cells(row) for row in capsys.readouterr().out.splitlines() if row.startswith("|")][2:]
