@@ -45,7 +45,7 @@ py::dict plan(int64_t n_q, int64_t n_k, int64_t n_v, int64_t d_k, int64_t d_v, i
   result["groups"] = p.groups;
   result["rows"] = p.rows;
   result["block_q"] = split ? s_q : p.block_q;
-  result["block_k"] = kKeyTile;
+  result["block_k"] = split ? kSplitTokens : kKeyTile;
   result["heads_per_item"] = split ? heads.q_per_group() : p.heads_per_item;
   result["split"] = split ? kSplitTokens : 0;
   result["splits"] = split ? p.splits : 1;

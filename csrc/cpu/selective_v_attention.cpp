@@ -14,11 +14,11 @@ constexpr float kMassRounding = 0x1p-18f;
 
 // ---- scores and candidates ------------------------------------------------------------------------------------------
 
-// Adds the columns `own` of a row of scores to its maximum and sum.
-inline void add_mass(float* s, KeyRange own, float c, RowState& state) {
+// Maximum and sum of exponentials of the columns `own` of a row of scores.
+inline RowState mass_of(float* s, KeyRange own, float c) {
   const int64_t first = own.lo / VL * VL, last = round_up(own.hi, VL);
-  const float old = state.max, now = masked_maximum(s, own, first, last, old);
-  const vf vc = vset(c), shift = vset(now > -kInf ? -now * c : 0.0f);
+  const float maximum = masked_maximum(s, own, first, last, -kInf);
+  const vf vc = vset(c), shift = vset(maximum > -kInf ? -maximum * c : 0.0f);
   vf sum0 = vset(0.0f), sum1 = sum0;
   int64_t j = first;
   for (; j + 2 * VL <= last; j += 2 * VL) {
@@ -26,8 +26,8 @@ inline void add_mass(float* s, KeyRange own, float c, RowState& state) {
     sum1 = vadd(sum1, vexp2(vfma(vload(s + j + VL), vc, shift)));
   }
   if (j < last) sum0 = vadd(sum0, vexp2(vfma(vload(s + j), vc, shift)));
-  state.max = now;
-  state.sum = (old > -kInf ? state.sum * exp2_of((old - now) * c) : state.sum) + vsum(vadd(sum0, sum1));
+  const float sum = vsum(vadd(sum0, sum1));
+  return {maximum, sum, sum};
 }
 
 // The keys that a query reads whatever their scores: the first ones up to first_end, the last ones from last_begin.
@@ -60,11 +60,13 @@ void score(const SelectiveVParams& sp, const SelectivePlan& plan, const Selectiv
   const int64_t row0 = (b * p.heads.n_q + part.h0) * p.s_q;
   const int64_t end_split = min_of((chunk + 1) * plan.chunk_splits, plan.dense.splits);
   for (int64_t split = chunk * plan.chunk_splits; split < end_split; ++split) {
-    for (int64_t r = 0; r < part.rows; ++r) part.state[r] = kEmptyRow;
     const int64_t t0 = split * kSplitTokens;
     const KeyRange keys = {max_of(part.range.lo, t0), min_of(part.range.hi, t0 + kSplitTokens)};
     if (keys.lo < keys.hi) part.score(t0, keys);
-    for (int64_t r = 0; r < part.rows && keys.lo < keys.hi; ++r) {
+    for (int64_t r = 0; r < part.rows; ++r) {
+      float* mass = work.mass + ((row0 + r) * plan.dense.splits + split) * 2;
+      mass[0] = kEmptyRow.max;
+      mass[1] = kEmptyRow.sum;
       const KeyRange own = part.columns_of(r, t0, keys);
       if (own.lo >= own.hi) continue;
       float* s = part.s + r * kSplitTokens;
@@ -75,12 +77,9 @@ void score(const SelectiveVParams& sp, const SelectivePlan& plan, const Selectiv
         for (int64_t j = own.lo; j < own.hi; ++j)
           if (forced.has(t0 + j)) work.forced[(row0 + r) * plan.forced + forced.place(t0 + j)] = s[j];
       }
-      add_mass(s, own, c, part.state[r]);
-    }
-    for (int64_t r = 0; r < part.rows; ++r) {
-      float* mass = work.mass + ((row0 + r) * plan.dense.splits + split) * 2;
-      mass[0] = part.state[r].max;
-      mass[1] = part.state[r].sum;
+      const RowState state = mass_of(s, own, c);
+      mass[0] = state.max;
+      mass[1] = state.sum;
     }
   }
   for (int64_t r = 0; r < part.rows; ++r) {
