@@ -36,12 +36,13 @@ def sigma_config() -> diffqkv.SigmaConfig:
     return diffqkv.SigmaConfig.from_preset("sigma-1.5b")
 
 
+def _on_meta(model_class: type, config) -> nn.Module:
+    with torch.device("meta"):
+        return model_class(config)
+
+
 def llama_of_equal_size(sigma: diffqkv.SigmaConfig) -> LlamaConfig:
     """The paper's baseline: 16 K and 16 V heads, no augmented Q; the FFN takes the parameters that are left."""
-
-    def parameters(config, model_class) -> int:
-        with torch.device("meta"):
-            return model_class(config).num_parameters()
 
     config = LlamaConfig(
         vocab_size=sigma.vocab_size,
@@ -55,17 +56,36 @@ def llama_of_equal_size(sigma: diffqkv.SigmaConfig) -> LlamaConfig:
         tie_word_embeddings=sigma.tie_word_embeddings,
         attn_implementation="sdpa",
     )
-    left = parameters(sigma, diffqkv.SigmaForCausalLM) - parameters(config, LlamaForCausalLM)
+    ours, theirs = _on_meta(diffqkv.SigmaForCausalLM, sigma), _on_meta(LlamaForCausalLM, config)
+    left = ours.num_parameters() - theirs.num_parameters()
     config.intermediate_size += round(left / (3 * config.hidden_size * config.num_hidden_layers))
     return config
+
+
+def _give_weights(model: nn.Module, pool: Tensor) -> nn.Module:
+    """Makes the weights of a model on the meta device views of one pool of numbers.
+
+    Two models then need the memory of one; neither finds its weights in the L3, for each goes through all of them.
+    """
+    begin = 0
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            end = begin + weight.numel()
+            values = pool[begin:end].view(weight.shape) if weight.dim() > 1 else pool.new_ones(weight.shape)
+            setattr(module, name, nn.Parameter(values, requires_grad=False))
+            begin = end
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # has buffers, computed when it is made
+    return model.eval()
 
 
 @lru_cache(maxsize=1)  # models of one dtype at a time
 def _models(dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     config = sigma_config()
-    sigma = diffqkv.SigmaForCausalLM._from_config(config, dtype=dtype)
-    llama = LlamaForCausalLM._from_config(llama_of_equal_size(config), dtype=dtype)
-    return sigma.eval(), llama.eval()
+    models = _on_meta(diffqkv.SigmaForCausalLM, config), _on_meta(LlamaForCausalLM, llama_of_equal_size(config))
+    size = max(model.num_parameters() for model in models)
+    numbers = (torch.randn(min(size, 1 << 24)) * config.initializer_range).to(dtype)
+    pool = numbers.repeat(-(-size // len(numbers)))
+    return tuple(_give_weights(model, pool) for model in models)
 
 
 def _filled(model: nn.Module, tokens: int, dtype: torch.dtype):
