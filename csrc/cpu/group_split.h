@@ -45,19 +45,11 @@ struct GroupSplit {
   void score(int64_t t0, KeyRange keys) const {
     const int64_t rows_k = p.heads.q_per_k() * p.s_q;
     for (int64_t k = 0; k < p.heads.k_per_group(); ++k)
-      for (int64_t t = keys.lo / kPanelTokens * kPanelTokens; t < keys.hi; t += kPanelTokens) {
-        if (kDot) fetch_panel(k, t + 2 * kPanelTokens);
+      for (int64_t t = keys.lo / kPanelTokens * kPanelTokens; t < keys.hi; t += kPanelTokens)
         score_rows<kDot, kSplitTokens>(
             rows_k, q + k * rows_k * W, W,
             key_panel<kDot>(p, b, group * p.heads.k_per_group() + k, t, keys, panel, row_copies), W,
             s + k * rows_k * kSplitTokens + (t - t0));
-      }
-  }
-  // Asks for a cached panel that is not read yet: bf16 dot products take in more bytes than the hardware foresees.
-  void fetch_panel(int64_t head, int64_t t) const {
-    if (p.k.layout != KLayout::panels || t >= entry.hi) return;
-    const char* words = (const char*)p.k.data + kv_panel(p.k, group, head, kv_page(p.paging, b, t)) * 2;
-    for (int64_t x = 0; x < W * kPanelTokens * 4; x += 64) __builtin_prefetch(words + x);
   }
   // The columns of a split that a row sees; hi <= lo: none.
   KeyRange columns_of(int64_t row, int64_t t0, KeyRange keys) const {
