@@ -9,7 +9,7 @@
 namespace diffqkv {
 namespace {
 
-// What rounding may take from 1 - kept mass: sums of up to 2^17 exponentials in fp32.
+// Allowance for what the rounding of fp32 sums takes from 1 - kept mass.
 constexpr float kMassRounding = 0x1p-18f;
 
 // ---- scores and candidates ------------------------------------------------------------------------------------------
