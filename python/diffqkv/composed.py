@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks, reference
-from ._autocast import autocasts
+from ._autocast import outside_autocast
 from ._checks import PANELS, ROWS
 
 _LAYOUTS = {ROWS: "rows", PANELS: "panels"}
@@ -94,7 +94,7 @@ def _attend(
     return out.contiguous(), _lse(q, k, visible, scale) if need_lse else None
 
 
-@autocasts
+@outside_autocast
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -142,7 +142,7 @@ def _unpack(x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
     return x[row.clamp(0, x.shape[0] - 1)].transpose(1, 2)
 
 
-@autocasts
+@outside_autocast
 def flash_attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -196,6 +196,7 @@ def _crop(k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, k_layout: int
     return k_cache[:, :, :in_k], v_cache[:, :, :longest]
 
 
+@outside_autocast
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -248,6 +249,7 @@ def _fetch_rows(v_cache: Tensor, block_table: Tensor | None, n_q: int, positions
     return torch.where(used[..., None], v_cache[page, head // per_group, slot, head % per_group].float(), 0)
 
 
+@outside_autocast
 def selective_v_attention(
     q: Tensor,
     k_cache: Tensor,
