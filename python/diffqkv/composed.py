@@ -27,21 +27,21 @@ def _repeat(x: Tensor, heads: int) -> Tensor:
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     """Dot products in float32, or float64 of float64, `[b, n_q, s_q, s_k]`; K is not repeated."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    rows = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3).to(dtype)
-    return (rows @ k.to(dtype).transpose(2, 3)).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+    per_k = q.shape[1] // k.shape[1]
+    rows = q.unflatten(1, (k.shape[1], per_k)).flatten(2, 3).to(dtype)
+    return (rows @ k.to(dtype).transpose(2, 3)).unflatten(2, (per_k, q.shape[2])).flatten(1, 2)
 
 
 def _lse(q: Tensor, k: Tensor, visible: Tensor | None, scale: float) -> Tensor:
     b, n_q, s_q, _ = q.shape
     rows = max(1, _SCORE_BYTES // (4 * max(1, b * n_q * k.shape[2])))
     parts = []
-    for start in range(0, s_q, rows):
+    for start in range(0, max(1, s_q), rows):
         logits = _scores(q[:, :, start : start + rows], k) * scale
         if visible is not None:
             logits = logits.masked_fill(~visible[:, :, start : start + rows], float("-inf"))
         parts.append(logits.logsumexp(-1))
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return torch.cat(parts, dim=2) if parts else q.new_empty((b, n_q, 0), dtype=dtype)
+    return torch.cat(parts, dim=2)
 
 
 def _attend(
@@ -136,10 +136,8 @@ def flash_attention(
 
 def _unpack(x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
     """`[total, heads, d]` -> `[b, heads, longest, d]`; what lies behind the end of an entry is of no meaning."""
-    if x.shape[0] == 0:
-        return x.new_zeros((cu_seqlens.shape[0] - 1, x.shape[1], longest, x.shape[2]))
     row = cu_seqlens[:-1, None] + torch.arange(longest, device=x.device)
-    return x[row.clamp(0, x.shape[0] - 1)].transpose(1, 2)
+    return F.pad(x, (0, 0, 0, 0, 0, 1))[row.clamp(0, x.shape[0])].transpose(1, 2)
 
 
 @outside_autocast
