@@ -11,7 +11,7 @@ from pathlib import Path
 from . import _library, reference
 
 if _library.loaded:
-    from . import _autograd, _fake, _flops  # noqa: F401 (they register themselves)
+    from . import _autograd, _fake, _flops, _vmap  # noqa: F401 (they register themselves)
 from ._config import config, explain, show_config
 from ._version import __version__
 from .ops import (

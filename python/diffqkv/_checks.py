@@ -7,7 +7,8 @@ is written. Values of tensors are looked at on the CPU only: elsewhere that woul
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from math import inf
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch._subclasses import FakeTensor
 from .reference import PANEL_TOKENS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRAINING_DTYPES = (*DTYPES, torch.float64)
 ROWS, PANELS = 0, 1
 _DEBUG = os.environ.get("DIFFQKV_DEBUG") == "1"
 
@@ -69,8 +71,10 @@ def _tensor(
         raise wrong(name, f"shape {list(x.shape)}", want)
 
 
-def _float_tensor(name: str, x: Tensor, like: Tensor, ranks: tuple[int, ...], want: str) -> None:
-    _tensor(name, x, like, DTYPES if x is like else (like.dtype,), ranks, want)
+def _float_tensor(
+    name: str, x: Tensor, like: Tensor, ranks: tuple[int, ...], want: str, dtypes: tuple[torch.dtype, ...] = DTYPES
+) -> None:
+    _tensor(name, x, like, dtypes if x is like else (like.dtype,), ranks, want)
     if x.stride(-1) != 1:
         raise wrong(name, f"stride {x.stride(-1)} of the last dimension", "1")
 
@@ -170,21 +174,116 @@ def _v_stats(v_stats: Tensor | None, like: Tensor, batch: int, n_v: int, d_v: in
         raise wrong("v_stats", f"strides {list(v_stats.stride())}", "a contiguous tensor")
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, kv_start: Tensor | None, kv_end: Tensor | None) -> None:
-    _float_tensor("q", q, q, (4,), "[b, n_q, s_q, d_k]")
-    _float_tensor("k", k, q, (4,), "[b, n_k, s_k, d_k]")
-    _float_tensor("v", v, q, (4,), "[b, n_v, s_k, d_v]")
+def _options(
+    q: Tensor,
+    n_q: int,
+    batch: int,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    kv_start: Tensor | None = None,
+    kv_end: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    offset: int = 0,
+) -> None:
+    for name, value in (("window_left", window_left), ("window_right", window_right)):
+        if value < -1:
+            raise wrong(name, value, "a number of tokens, or -1 (unlimited)")
+    if not 0 <= softcap < inf:
+        raise wrong("softcap", softcap, "a finite number >= 0 (0: none)")
+    if sinks is not None:
+        _tensor("sinks", sinks, q, tuple(dict.fromkeys((torch.float32, q.dtype))), (1,), f"[n_q] = [{n_q}]")
+        _shape("sinks", sinks, (n_q,), "[n_q]")
+        if not sinks.is_contiguous():
+            raise wrong("sinks", f"stride {sinks.stride(0)}", "1")
+    for name, x in (("kv_start", kv_start), ("kv_end", kv_end)):
+        if x is not None:
+            _per_entry(name, x, q, batch)
+    if not 0 <= dropout_p < 1:
+        raise wrong("dropout_p", dropout_p, "a probability in [0, 1)")
+    if not 0 <= offset < 2**32:
+        raise wrong("offset", offset, "an integer from 0 to 2**32 - 1")
+
+
+def _training_tensors(q: Tensor, k: Tensor, v: Tensor, rank: int, shape_q: str, shape_k: str, shape_v: str) -> None:
+    for name, x, want in (("q", q, shape_q), ("k", k, shape_k), ("v", v, shape_v)):
+        _float_tensor(name, x, q, (rank,), want, TRAINING_DTYPES)
+    _head_dim("q", q.shape[-1])
+    _head_dim("v", v.shape[-1])
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
+    _training_tensors(q, k, v, 4, "[b, n_q, s_q, d_k]", "[b, n_k, s_k, d_k]", "[b, n_v, s_k, d_v]")
     batch, n_q, _, d_k = q.shape
     n_k, s_k, n_v, d_v = k.shape[1], k.shape[2], v.shape[1], v.shape[3]
-    _head_dim("q", d_k)
-    _head_dim("v", d_v)
     _shape("k", k, (batch, n_k, s_k, d_k), "[b, n_k, s_k, d_k]")
     _shape("v", v, (batch, n_v, s_k, d_v), "[b, n_v, s_k, d_v]")
     _heads("k", n_k, n_q)
     _heads("v", n_v, n_q)
-    for name, x in (("kv_start", kv_start), ("kv_end", kv_end)):
-        if x is not None:
-            _per_entry(name, x, q, batch)
+    _options(q, n_q, batch, **options)
+
+
+def _cu_seqlens(name: str, x: Tensor, total: int, longest: int, rows: str) -> None:
+    """longest: the max_seqlen argument that belongs to x; rows: the tensor that x divides, of `total` rows."""
+    if not readable(x):
+        return
+    if x[0] != 0:
+        raise wrong(name, f"{int(x[0])} first", "0")
+    lengths = x.diff()
+    if (lengths < 0).any():
+        raise wrong(name, f"an entry of length {int(lengths.min())}", "values that never decrease")
+    if x[-1] != total:
+        raise wrong(name, f"{int(x[-1])} last", f"{total}, the tokens of {rows}")
+    if (lengths > longest).any():
+        raise wrong(name, f"an entry of length {int(lengths.max())}", f"at most max_seqlen_{rows} = {longest}")
+
+
+def flash_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    **options: Any,
+) -> None:
+    _training_tensors(q, k, v, 3, "[total_q, n_q, d_k]", "[total_k, n_k, d_k]", "[total_k, n_v, d_v]")
+    (total_q, n_q, d_k), (total_k, n_k, _), (_, n_v, d_v) = q.shape, k.shape, v.shape
+    _shape("k", k, (total_k, n_k, d_k), "[total_k, n_k, d_k]")
+    _shape("v", v, (total_k, n_v, d_v), "[total_k, n_v, d_v]")
+    _heads("k", n_k, n_q)
+    _heads("v", n_v, n_q)
+    for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        _tensor(name, x, q, (torch.int32,), (1,), "[b + 1]")
+        if x.shape[0] < 1:
+            raise wrong(name, "shape [0]", "[b + 1]")
+        if not x.is_contiguous():
+            raise wrong(name, f"stride {x.stride(0)}", "1")
+    _shape("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), "[b + 1], the shape of cu_seqlens_q")
+    for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if value < 0:
+            raise wrong(name, value, "an integer >= 0")
+    _cu_seqlens("cu_seqlens_q", cu_seqlens_q, total_q, max_seqlen_q, "q")
+    _cu_seqlens("cu_seqlens_k", cu_seqlens_k, total_k, max_seqlen_k, "k")
+    _options(q, n_q, cu_seqlens_q.shape[0] - 1, **options)
+
+
+def gradients(q: Tensor, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, shape: tuple, lse_shape: tuple):
+    """Of a backward op: what comes back to out and lse, of the shapes given."""
+    for name, x in (("dout", dout), ("out", out)):
+        _tensor(name, x, q, (q.dtype,), (len(shape),), f"the shape of out, {list(shape)}")
+        _shape(name, x, shape, "the shape of out")
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    for name, x in (("dlse", dlse), ("lse", lse)):
+        if x is not None or name == "lse":
+            _tensor(name, x, q, (lse_dtype,), (len(lse_shape),), f"the shape of lse, {list(lse_shape)}")
+            _shape(name, x, lse_shape, "the shape of lse")
 
 
 def decode_attention(
@@ -195,7 +294,9 @@ def decode_attention(
     cache_start: Tensor | None,
     block_table: Tensor | None,
     k_layout: int,
+    **options: Any,
 ) -> CacheShape:
+    """options: those that decode_attention shares with flash_attention."""
     _float_tensor("q", q, q, (4,), "[b, n_q, s_q, d_k]")
     batch, n_q, _, d_k = q.shape
     cache = _cache(q, batch, k_cache, v_cache, block_table, k_layout)
@@ -214,6 +315,7 @@ def decode_attention(
         if cache_start is not None:
             needed = needed & (first + cache.page_size > cache_start[:, None])
         _blocks(block_table, needed, cache.pages)
+    _options(q, n_q, batch, **options)
     return cache
 
 

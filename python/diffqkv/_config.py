@@ -18,6 +18,7 @@ else:
 
 _OPS = (
     "flash_attention",
+    "flash_attention_varlen",
     "decode_attention",
     "kv_cache_update",
     "selective_v_attention",

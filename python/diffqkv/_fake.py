@@ -10,20 +10,52 @@ from ._checks import ROWS
 
 
 def _out_and_lse(q: Tensor, d_v: int) -> tuple[Tensor, Tensor]:
-    return q.new_empty((*q.shape[:3], d_v)), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return q.new_empty((*q.shape[:3], d_v)), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def _gradients(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, ...]:
+    dsinks = q.new_empty(0, dtype=torch.float32) if sinks is None else sinks.new_empty(sinks.shape)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), dsinks
 
 
 @torch.library.register_fake("diffqkv::flash_attention")
-def _(q, k, v, *, causal=False, softmax_scale=None, kv_start=None, kv_end=None):
-    _checks.flash_attention(q, k, v, kv_start, kv_end)
+def _(q, k, v, **options):
+    _checks.flash_attention(q, k, v, **options)
     return _out_and_lse(q, v.shape[3])
+
+
+@torch.library.register_fake("diffqkv::flash_attention_backward")
+def _(dout, dlse, q, k, v, out, lse, **options):
+    _checks.flash_attention(q, k, v, **options)
+    _checks.gradients(q, dout, dlse, out, lse, (*q.shape[:3], v.shape[3]), tuple(q.shape[:3]))
+    return _gradients(q, k, v, options.get("sinks"))
+
+
+@torch.library.register_fake("diffqkv::flash_attention_varlen")
+def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
+    _checks.flash_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
+    total, n_q, _ = q.shape
+    return q.new_empty((total, n_q, v.shape[2])), q.new_empty((n_q, total), dtype=_lse_dtype(q))
+
+
+@torch.library.register_fake("diffqkv::flash_attention_varlen_backward")
+def _(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
+    _checks.flash_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
+    total, n_q, _ = q.shape
+    _checks.gradients(q, dout, dlse, out, lse, (total, n_q, v.shape[2]), (n_q, total))
+    return _gradients(q, k, v, options.get("sinks"))
 
 
 @torch.library.register_fake("diffqkv::decode_attention")
 def _(
-    q, k_cache, v_cache, cache_seqlens, *, cache_start=None, block_table=None, softmax_scale=None, k_layout=ROWS
+    q, k_cache, v_cache, cache_seqlens, *, cache_start=None, block_table=None, softmax_scale=None, k_layout=ROWS,
+    **options,
 ):  # fmt: skip
-    cache = _checks.decode_attention(q, k_cache, v_cache, cache_seqlens, cache_start, block_table, k_layout)
+    cache = _checks.decode_attention(q, k_cache, v_cache, cache_seqlens, cache_start, block_table, k_layout, **options)
     return _out_and_lse(q, cache.d_v)
 
 

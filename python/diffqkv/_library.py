@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 DISABLED = "DIFFQKV_DISABLE_LIBRARY=1"
+_NEWEST_OP = "flash_attention_varlen_backward"
 
 
 def _load() -> tuple[str | None, str | None]:
@@ -21,6 +22,8 @@ def _load() -> tuple[str | None, str | None]:
         torch.ops.load_library(path)
     except OSError as error:
         return None, f"{path} does not load in torch {torch.__version__}: {error}"
+    if not hasattr(torch.ops.diffqkv, _NEWEST_OP):
+        return None, f"{path} is older than this package: it has no {_NEWEST_OP}; run make build"
     return str(path), None
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks, reference
+from ._autocast import outside_autocast
 from ._checks import PANELS, ROWS
 
 _LAYOUTS = {ROWS: "rows", PANELS: "panels"}
@@ -24,31 +25,61 @@ def _repeat(x: Tensor, heads: int) -> Tensor:
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
-    """Dot products in float32, `[b, n_q, s_q, s_k]`; K is not repeated."""
-    rows = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3).float()
-    return (rows @ k.float().transpose(2, 3)).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+    """Dot products in float32, or float64 of float64, `[b, n_q, s_q, s_k]`; K is not repeated."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    per_k = q.shape[1] // k.shape[1]
+    rows = q.unflatten(1, (k.shape[1], per_k)).flatten(2, 3).to(dtype)
+    return (rows @ k.to(dtype).transpose(2, 3)).unflatten(2, (per_k, q.shape[2])).flatten(1, 2)
 
 
 def _lse(q: Tensor, k: Tensor, visible: Tensor | None, scale: float) -> Tensor:
     b, n_q, s_q, _ = q.shape
     rows = max(1, _SCORE_BYTES // (4 * max(1, b * n_q * k.shape[2])))
     parts = []
-    for start in range(0, s_q, rows):
+    for start in range(0, max(1, s_q), rows):
         logits = _scores(q[:, :, start : start + rows], k) * scale
         if visible is not None:
             logits = logits.masked_fill(~visible[:, :, start : start + rows], float("-inf"))
         parts.append(logits.logsumexp(-1))
-    return torch.cat(parts, dim=2) if parts else q.new_empty((b, n_q, 0), dtype=torch.float32)
+    return torch.cat(parts, dim=2)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, square_causal: bool, scale: float | None, need_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    square_causal: bool,
+    scale: float | None,
+    need_lse: bool,
+    *,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    offset: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
-    """visible: bool, broadcastable to `[b, n_q, s_q, s_k]`, or None; square_causal: the mask of s_q = s_k."""
-    n_q, n_k, n_v = q.shape[1], k.shape[1], v.shape[1]
+    """visible: bool, broadcastable to `[b, n_q, s_q, s_k]`, or None; square_causal: the mask of s_q = s_k.
+
+    SDPA where it knows the options. softcap, sinks and dropout are plain mathematics, with all scores in memory.
+    """
+    (b, n_q, s_q, d_k), n_k, s_k, n_v = q.shape, k.shape[1], k.shape[2], v.shape[1]
+    if softcap != 0 or sinks is not None or dropout_p != 0:
+        kept = None
+        if dropout_p != 0:
+            kept = reference.dropout_mask(b, n_q, s_q, s_k, dropout_p, seed, offset, q.device)
+        if visible is None:
+            visible = reference.visible_keys(s_q, s_k, s_k, device=q.device)
+        exact = (x.to(torch.promote_types(q.dtype, torch.float32)) for x in (q, k, v))
+        out, lse = reference.attend(*exact, visible, scale, softcap, sinks, dropout_p, kept)
+        return out.to(q.dtype), lse
     heads = n_k * n_v // _checks.gcd(n_k, n_v)  # lcm
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    mask = None if square_causal else visible
+    scale = d_k**-0.5 if scale is None else scale
+    mask, nothing = None, None
+    if visible is not None and not square_causal:
+        # What SDPA returns for a row that sees nothing depends on its back-end, and its gradients are NaN in some.
+        nothing = ~visible.any(-1, keepdim=True)
+        mask = visible | nothing
     out = F.scaled_dot_product_attention(
         q,
         _repeat(k, heads),
@@ -58,11 +89,12 @@ def _attend(
         scale=scale,
         enable_gqa=True if heads != n_q else False,  # a plain bool also where torch.compile has dynamic sizes
     )
-    if mask is not None:  # what SDPA returns for a row that sees nothing depends on its back-end
-        out = out.masked_fill(~mask.any(-1, keepdim=True), 0)
+    if nothing is not None:
+        out = out.masked_fill(nothing, 0)
     return out.contiguous(), _lse(q, k, visible, scale) if need_lse else None
 
 
+@outside_autocast
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -70,20 +102,89 @@ def flash_attention(
     *,
     causal: bool = False,
     softmax_scale: float | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
     kv_start: Tensor | None = None,
     kv_end: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    offset: int = 0,
     need_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """The op, save that need_lse=False leaves out the lse and the second pass over K that it takes."""
-    _checks.flash_attention(q, k, v, kv_start, kv_end)
+    """The op, differentiable by torch, save that need_lse=False leaves out the lse and the second pass over K."""
+    _checks.flash_attention(
+        q, k, v, window_left=window_left, window_right=window_right, softcap=softcap, sinks=sinks, kv_start=kv_start,
+        kv_end=kv_end, dropout_p=dropout_p, seed=seed, offset=offset,
+    )  # fmt: skip
     s_q, s_k = q.shape[2], k.shape[2]
-    padded = kv_start is not None or kv_end is not None
+    masked = kv_start is not None or kv_end is not None or window_left != -1 or window_right != -1
     visible = None
-    if padded or causal:
-        visible = reference.visible_keys(s_q, s_k, s_k, causal=causal, start=kv_start, end=kv_end, device=q.device)
+    if masked or causal:
+        window = (window_left, window_right)
+        visible = reference.visible_keys(
+            s_q, s_k, s_k, causal=causal, window=window, start=kv_start, end=kv_end, device=q.device
+        )
     k, v = reference.keep_keys(k, kv_start, kv_end), reference.keep_keys(v, kv_start, kv_end)
-    square_causal = True if causal and s_q == s_k and not padded else False  # a plain bool, as above
-    return _attend(q, k, v, visible, square_causal, softmax_scale, need_lse)
+    square_causal = True if causal and s_q == s_k and not masked else False  # a plain bool, as above
+    return _attend(
+        q, k, v, visible, square_causal, softmax_scale, need_lse, softcap=softcap, sinks=sinks, dropout_p=dropout_p,
+        seed=seed, offset=offset,
+    )  # fmt: skip
+
+
+def _unpack(x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+    """`[total, heads, d]` -> `[b, heads, longest, d]`; what lies behind the end of an entry is of no meaning."""
+    row = cu_seqlens[:-1, None] + torch.arange(longest, device=x.device)
+    return F.pad(x, (0, 0, 0, 0, 0, 1))[row.clamp(0, x.shape[0])].transpose(1, 2)
+
+
+@outside_autocast
+def flash_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    kv_start: Tensor | None = None,
+    kv_end: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    offset: int = 0,
+    need_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """The op, differentiable by torch: the entries are padded to max_seqlen_q and max_seqlen_k."""
+    _checks.flash_attention_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_left=window_left,
+        window_right=window_right, softcap=softcap, sinks=sinks, kv_start=kv_start, kv_end=kv_end, dropout_p=dropout_p,
+        seed=seed, offset=offset,
+    )  # fmt: skip
+    total = q.shape[0]
+    lengths_q, lengths_k = cu_seqlens_q.diff(), cu_seqlens_k.diff()
+    end = lengths_k if kv_end is None else torch.minimum(kv_end, lengths_k)
+    visible = reference.visible_keys(
+        max_seqlen_q, max_seqlen_k, lengths_k - lengths_q + max_seqlen_q, causal=causal,
+        window=(window_left, window_right), start=kv_start, end=end, device=q.device,
+    )  # fmt: skip
+    k, v = (reference.keep_keys(_unpack(x, cu_seqlens_k, max_seqlen_k), kv_start, end) for x in (k, v))
+    out, lse = _attend(
+        _unpack(q, cu_seqlens_q, max_seqlen_q), k, v, visible, False, softmax_scale, need_lse, softcap=softcap,
+        sinks=sinks, dropout_p=dropout_p, seed=seed, offset=offset,
+    )  # fmt: skip
+    token = torch.arange(total, device=q.device)
+    entry = torch.searchsorted(cu_seqlens_q[1:], token, right=True)
+    index = token - cu_seqlens_q[entry]
+    return out[entry, :, index], None if lse is None else lse[entry, :, index].T.contiguous()
 
 
 def _crop(k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, k_layout: int) -> tuple[Tensor, Tensor]:
@@ -93,6 +194,7 @@ def _crop(k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, k_layout: int
     return k_cache[:, :, :in_k], v_cache[:, :, :longest]
 
 
+@outside_autocast
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -103,17 +205,25 @@ def decode_attention(
     block_table: Tensor | None = None,
     softmax_scale: float | None = None,
     k_layout: int = ROWS,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
     need_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """The op, save that need_lse=False leaves out the lse."""
-    _checks.decode_attention(q, k_cache, v_cache, cache_seqlens, cache_start, block_table, k_layout)
+    _checks.decode_attention(
+        q, k_cache, v_cache, cache_seqlens, cache_start, block_table, k_layout, window_left=window_left,
+        window_right=window_right, softcap=softcap, sinks=sinks,
+    )  # fmt: skip
     if block_table is None and _checks.readable(cache_seqlens):
         k_cache, v_cache = _crop(k_cache, v_cache, cache_seqlens, k_layout)
     k, v = reference.dense_cache(k_cache, v_cache, cache_seqlens, cache_start, block_table, _LAYOUTS[k_layout])
     visible = reference.visible_keys(
-        q.shape[2], k.shape[2], cache_seqlens, causal=True, start=cache_start, device=q.device
-    )
-    return _attend(q, k, v, visible, False, softmax_scale, need_lse)
+        q.shape[2], k.shape[2], cache_seqlens, causal=True, window=(window_left, window_right), start=cache_start,
+        device=q.device,
+    )  # fmt: skip
+    return _attend(q, k, v, visible, False, softmax_scale, need_lse, softcap=softcap, sinks=sinks)
 
 
 def _ranks(scores: Tensor, visible: Tensor) -> Tensor:
@@ -137,6 +247,7 @@ def _fetch_rows(v_cache: Tensor, block_table: Tensor | None, n_q: int, positions
     return torch.where(used[..., None], v_cache[page, head // per_group, slot, head % per_group].float(), 0)
 
 
+@outside_autocast
 def selective_v_attention(
     q: Tensor,
     k_cache: Tensor,

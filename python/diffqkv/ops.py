@@ -3,10 +3,11 @@
 Notation of the shapes: `b` batch, `s` tokens, `n_q, n_k, n_v` heads, `d_k, d_v` head dimensions, G = gcd(n_k, n_v)
 KV groups. q head i reads K head `i * n_k // n_q` and V head `i * n_v // n_q` (SIGMA, arXiv 2501.13629, eq. 16 and 17),
 so n_k and n_v divide n_q. Head dimensions are multiples of 8 from 8 to 256. Tensors are float32, bfloat16 or float16,
-all of one call alike, with a last dimension of stride 1 and otherwise any strides; results are contiguous.
+all of one call alike, with a last dimension of stride 1 and otherwise any strides; results are contiguous. The ops
+that train, `flash_attention` and `flash_attention_varlen`, also take float64, in which all of them is then computed.
 
 Every wrong argument is a ValueError, or a TypeError if its type or dtype is wrong, with the text
-`argument: got ..., want ...`, raised before anything is written. NotImplementedError names what is not built.
+`argument: got ..., want ...`, raised before anything is written.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _TAILS = {"drop": composed.DROP, "renorm": composed.RENORM, "mean": composed.MEA
 
 if _library.loaded:
     _FLASH: Callable = torch.ops.diffqkv.flash_attention.default
+    _VARLEN: Callable = torch.ops.diffqkv.flash_attention_varlen.default
     _DECODE: Callable = torch.ops.diffqkv.decode_attention.default
     _UPDATE: Callable = torch.ops.diffqkv.kv_cache_update.default
     _SELECTIVE: Callable = torch.ops.diffqkv.selective_v_attention.default
@@ -92,26 +94,42 @@ def _refuse_gradients(op: str, **tensors: Tensor | None) -> None:
             raise wrong(name, "requires_grad=True in grad mode", f"torch.no_grad(): {op} is for inference only")
 
 
-def _count(name: str, value: int, least: int) -> None:
+def _integer(name: str, value: int, low: int, high: int = 2**63 - 1) -> int:
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise wrong(name, type(value).__name__, "an int", TypeError)
-    if value < least:
-        raise wrong(name, value, f"an integer >= {least}")
+    if value < low or value > high:
+        raise wrong(name, value, f"an integer >= {low}" if high == 2**63 - 1 else f"an integer from {low} to {high}")
+    return value
 
 
-def _not_built(op: str, what: str) -> NotImplementedError:
-    return NotImplementedError(f"{op}: {what} is not built yet")
+def _number(name: str, value: float) -> float:
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(value, bool):
+        raise wrong(name, type(value).__name__, "a number", TypeError)
+    return value
 
 
-def _refuse_options(op: str, window: tuple[int, int], softcap: float, sinks: Tensor | None, dropout_p: float = 0.0):
-    if tuple(window) != (-1, -1):
-        raise _not_built(op, f"window={window}")
-    if softcap != 0:
-        raise _not_built(op, f"softcap={softcap}")
-    if sinks is not None:
-        raise _not_built(op, "sinks")
-    if dropout_p != 0:
-        raise _not_built(op, f"dropout_p={dropout_p}")
+def _logits(window: tuple[int, int], softcap: float, sinks: Tensor | None) -> dict[str, Any]:
+    """The arguments of the ops for what the attention functions share."""
+    if not isinstance(window, (tuple, list)):
+        raise wrong("window", type(window).__name__, "a tuple (left, right)", TypeError)
+    if len(window) != 2:
+        raise wrong("window", window, "two integers, left and right")
+    left, right = (_integer("window", n, -1) for n in window)
+    return {"window_left": left, "window_right": right, "softcap": _number("softcap", softcap), "sinks": sinks}
+
+
+def _dropout(dropout_p: float, seed: int | None, offset: int) -> dict[str, float | int]:
+    """The dropout arguments of the ops; a seed that is not given comes from torch's default generator on the CPU."""
+    _integer("offset", offset, 0, 2**32 - 1)
+    if seed is not None:
+        _integer("seed", seed, -(2**63))
+    if _number("dropout_p", dropout_p) == 0:
+        seed = 0
+    elif seed is None:
+        if torch.compiler.is_compiling():
+            raise wrong("seed", None, "an int where torch.compile traces dropout: it cannot draw one for each call")
+        seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+    return {"dropout_p": dropout_p, "seed": seed, "offset": offset}
 
 
 # ---- ops -------------------------------------------------------------------------------------------------------------
@@ -131,10 +149,13 @@ def flash_attention(
     kv_end: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
+    offset: int = 0,
     deterministic: bool = True,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention with unequal numbers of K and V heads (eq. 16 and 17), without a matrix of scores.
+    """Attention with unequal numbers of K and V heads (eq. 16 and 17), without a matrix of scores; differentiable once.
+
+    The backward pass computes the scores again from lse, as FlashAttention does (arXiv 2205.14135, algorithm 4).
 
     Args:
         q: `[b, n_q, s_q, d_k]`.
@@ -142,32 +163,44 @@ def flash_attention(
         v: `[b, n_v, s_k, d_v]`.
         causal: query i sees the keys j <= i + s_k - s_q (aligned at the bottom right).
         softmax_scale: factor of the scores; d_k ** -0.5 by default.
+        window: (left, right): query i sees left keys before and right keys behind its own, j = i + s_k - s_q; -1: all.
+        softcap: c > 0 replaces a scaled score x by c * tanh(x / c) (Gemma 2, arXiv 2408.00118).
+        sinks: `[n_q]`, float32 or q's dtype, contiguous: logits of one more key per head, without a value. They count
+            in the softmax and in lse (arXiv 2309.17453). Differentiable.
         kv_start, kv_end: int32 `[b]`: only the keys in [kv_start, kv_end) exist, for left or right padding. The causal
-            alignment does not move. What lies outside may be NaN.
-        window, softcap, sinks, dropout_p: not built yet beyond their defaults. seed belongs to dropout.
-        deterministic: results never depend on the run, the batch or the number of threads, whatever is given here.
-        return_lse: also return the logarithm of the softmax denominator.
+            alignment does not move. What lies outside may be NaN; its gradients are 0.
+        dropout_p: in [0, 1): probability, in steps of 2 ** -16, that a softmax weight is dropped; the others are
+            multiplied by 1 / (1 - dropout_p). lse is without dropout.
+        seed, offset: which weights are dropped (`reference.dropout_mask`): a function of these two numbers and of the
+            weight's entry, head, query and key, the same on every device. seed: 64 bits, from torch's default
+            generator on the CPU by default, so that `torch.manual_seed` and activation checkpointing repeat it;
+            offset: 0 to 2 ** 32 - 1.
+        deterministic: neither results nor gradients ever depend on the run, the batch or the number of threads,
+            whatever is given here.
+        return_lse: also return the logarithm of the softmax denominator, differentiable too.
 
     Returns:
-        out `[b, n_q, s_q, d_v]` in q's dtype; with return_lse also lse `[b, n_q, s_q]`, float32, natural logarithm.
-        A query that sees no key gets out 0 and lse -inf.
+        out `[b, n_q, s_q, d_v]` in q's dtype; with return_lse also lse `[b, n_q, s_q]`, float32 (float64 of float64),
+        natural logarithm. A query that sees no key gets out 0, lse -inf or its sink, and gradients 0. Under
+        torch.autocast, q, k and v that are not float64 are cast to its dtype.
 
     Raises:
-        ValueError, TypeError: an argument is wrong.
-        NotImplementedError: an option that is not built, or an input that requires a gradient in grad mode.
+        ValueError, TypeError: an argument is wrong; torch.compile traces dropout without a seed.
+        NotImplementedError: the gradient of a gradient is asked for.
     """
-    _refuse_options("flash_attention", window, softcap, sinks, dropout_p)
     run = _has_kernel("q", q)
-    if torch.is_grad_enabled():
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            if isinstance(x, Tensor) and x.requires_grad:
-                raise _not_built("flash_attention", f"the backward pass ({name} requires a gradient in grad mode)")
+    options = {
+        "causal": causal,
+        "softmax_scale": softmax_scale,
+        "kv_start": kv_start,
+        "kv_end": kv_end,
+        **_logits(window, softcap, sinks),
+        **_dropout(dropout_p, seed, offset),
+    }
     if run:
-        out, lse = _call(_FLASH, q, k, v, causal=causal, softmax_scale=softmax_scale, kv_start=kv_start, kv_end=kv_end)
+        out, lse = _call(_FLASH, q, k, v, **options)
     else:
-        out, lse = composed.flash_attention(
-            q, k, v, causal=causal, softmax_scale=softmax_scale, kv_start=kv_start, kv_end=kv_end, need_lse=return_lse
-        )
+        out, lse = composed.flash_attention(q, k, v, need_lse=return_lse, **options)
     return (out, lse) if return_lse else out
 
 
@@ -185,17 +218,52 @@ def flash_attention_varlen(
     window: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    kv_start: Tensor | None = None,
+    kv_end: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
+    offset: int = 0,
     deterministic: bool = True,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`flash_attention` of packed sequences: tensors `[total, heads, dim]`, cu_seqlens int32 `[b + 1]`.
+    """`flash_attention` of sequences that lie one behind another, without padding; differentiable once.
+
+    Args:
+        q: `[total_q, n_q, d_k]`.
+        k: `[total_k, n_k, d_k]`.
+        v: `[total_k, n_v, d_v]`.
+        cu_seqlens_q, cu_seqlens_k: int32 `[b + 1]`, contiguous: entry e owns the rows cu_seqlens[e] to
+            cu_seqlens[e + 1]; they begin at 0, never decrease, and end at total_q and total_k.
+        max_seqlen_q, max_seqlen_k: no entry is longer.
+        kv_start, kv_end: int32 `[b]`, positions inside the entry.
+        causal, softmax_scale, window, softcap, sinks, dropout_p, seed, offset, deterministic, return_lse: as in
+            `flash_attention`, for each entry; the dropout of an entry is that of `flash_attention` on a batch.
+
+    Returns:
+        out `[total_q, n_q, d_v]` in q's dtype; with return_lse also lse `[n_q, total_q]`. As in `flash_attention`.
 
     Raises:
-        NotImplementedError: always; it is not built yet.
+        ValueError, TypeError: an argument is wrong; torch.compile traces dropout without a seed. The contents of
+            cu_seqlens_q and cu_seqlens_k are checked on the CPU.
+        NotImplementedError: the gradient of a gradient, or torch.vmap.
     """
-    raise NotImplementedError("flash_attention_varlen is not built yet; pad the sequences and use flash_attention")
+    run = _has_kernel("q", q)
+    for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        _integer(name, value, 0)
+    args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    options = {
+        "causal": causal,
+        "softmax_scale": softmax_scale,
+        "kv_start": kv_start,
+        "kv_end": kv_end,
+        **_logits(window, softcap, sinks),
+        **_dropout(dropout_p, seed, offset),
+    }
+    if run:
+        out, lse = _call(_VARLEN, *args, **options)
+    else:
+        out, lse = composed.flash_attention_varlen(*args, need_lse=return_lse, **options)
+    return (out, lse) if return_lse else out
 
 
 def decode_attention(
@@ -227,28 +295,27 @@ def decode_attention(
             tokens of a block (a multiple of 32 in panels), and token t of entry i lies in block
             `block_table[i, t // s]`. Entries that no token needs may hold anything.
         softmax_scale: factor of the scores; d_k ** -0.5 by default.
-        window, softcap, sinks: not built yet beyond their defaults.
+        window, softcap, sinks: as in `flash_attention`.
         return_lse: also return the logarithm of the softmax denominator.
 
     Returns:
         out `[b, n_q, s_q, d_v]` in q's dtype; with return_lse also lse `[b, n_q, s_q]`, float32, natural logarithm.
-        A query that sees no key gets out 0 and lse -inf.
+        A query that sees no key gets out 0 and lse -inf, or its sink.
 
     Raises:
         ValueError, TypeError: an argument is wrong, or requires a gradient in grad mode. The contents of
             cache_seqlens, cache_start and block_table are checked on the CPU.
-        NotImplementedError: an option that is not built.
     """
-    _refuse_options("decode_attention", window, softcap, sinks)
     layout = _choice("k_layout", k_layout, _LAYOUTS)
     run = _has_kernel("q", q)
     if torch.is_grad_enabled():
-        _refuse_gradients("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache)
+        _refuse_gradients("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache, sinks=sinks)
     options = {
         "cache_start": cache_start,
         "block_table": block_table,
         "softmax_scale": softmax_scale,
         "k_layout": layout,
+        **_logits(window, softcap, sinks),
     }
     if run:
         out, lse = _call(_DECODE, q, k_cache, v_cache, cache_seqlens, **options)
@@ -350,9 +417,9 @@ def selective_v_attention(
         raise wrong("max_error", type(max_error).__name__, "a float or None", TypeError)
     layout = _choice("k_layout", k_layout, _LAYOUTS)
     tail_mode = _choice("tail", tail, _TAILS)
-    _count("top_k", top_k, 1)
-    _count("keep_first", keep_first, 0)
-    _count("keep_last", keep_last, 0)
+    _integer("top_k", top_k, 1)
+    _integer("keep_first", keep_first, 0)
+    _integer("keep_last", keep_last, 0)
     run = _has_kernel("q", q)
     if torch.is_grad_enabled():
         _refuse_gradients("selective_v_attention", q=q, k_cache=k_cache, v_cache=v_cache, v_stats=v_stats)

@@ -8,7 +8,7 @@ token may hold anything, NaN included.
 from __future__ import annotations
 
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,6 +84,56 @@ def dense_cache(
     return keep_keys(k, start, cache_seqlens), keep_keys(v, start, cache_seqlens)
 
 
+# ---- dropout ---------------------------------------------------------------------------------------------------------
+
+
+def _multiply(a: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a * x, for 32-bit numbers; a product of 64 bits would overflow int64."""
+    low = a * (x & 0xFFFF)
+    upper = a * (x >> 16) + (low >> 16)
+    return upper >> 16, (upper & 0xFFFF) << 16 | low & 0xFFFF
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 (Salmon et al., SC 2011): four random 32-bit words per counter; all words are held in int64."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(10):
+        (high0, low0), (high1, low1) = _multiply(0xD2511F53, c0), _multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """How many of the 65536 numbers of 16 bits mean that an element is dropped."""
+    return min(65535, int(dropout_p * 65536 + 0.5))
+
+
+def dropout_mask(
+    b: int,
+    n_q: int,
+    s_q: int,
+    s_k: int,
+    dropout_p: float,
+    seed: int,
+    offset: int = 0,
+    device: torch.device | None = None,
+    *,
+    first_entry: int = 0,
+) -> Tensor:
+    """Which softmax weights dropout keeps, bool `[b, n_q, s_q, s_k]`; those count 65536 / (65536 - dropped) times.
+
+    A number of 16 bits decides on each element, whatever the shape of the call: the halves of the words of counter
+    (key position // 8, query position, entry * n_q + q head, offset), low half first, under the two halves of seed.
+    """
+    eights = torch.arange(-(-s_k // 8), device=device)
+    query = torch.arange(s_q, device=device)[:, None]
+    head = (torch.arange(b * n_q, device=device) + first_entry * n_q)[:, None, None]
+    words = philox((eights, query, head, torch.full_like(eights, offset)), (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
+    numbers = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    return (numbers.flatten(2)[..., :s_k] >= dropout_threshold(dropout_p)).unflatten(0, (b, n_q))
+
+
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
@@ -138,10 +188,12 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
 
 def _softmax(logits: Tensor, visible: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Weights `[b, n_q, s_q, s_k]` and lse `[b, n_q, s_q]`; a row that sees nothing has weights 0 and lse -inf."""
-    lse = logits.masked_fill(~visible, float("-inf")).logsumexp(-1)
+    logits = logits.masked_fill(~visible, float("-inf"))
+    lse = logits.logsumexp(-1)
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-    return torch.where(visible, (logits - lse[..., None]).exp(), 0), lse
+    finite = lse.masked_fill(lse == float("-inf"), 0)  # -inf - -inf would make the gradients NaN
+    return torch.where(visible, (logits - finite[..., None]).exp(), 0), lse
 
 
 def attention(
@@ -156,6 +208,10 @@ def attention(
     sinks: Tensor | None = None,
     kv_start: Tensor | None = None,
     kv_end: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    offset: int = 0,
+    first_entry: int = 0,
     return_lse: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -163,30 +219,75 @@ def attention(
 
     Query i sees key j where kv_start <= j < kv_end and, with p = i + s_k - s_q: j <= p if causal, and
     p - left <= j <= p + right for window = (left, right), -1 being unlimited. softcap c replaces a scaled score x by
-    c * tanh(x / c). sinks `[n_q]` are logits of keys without a value; lse includes them.
+    c * tanh(x / c). sinks `[n_q]` are logits of keys without a value; lse includes them. Dropout, of `dropout_mask` for
+    the entries from first_entry on, acts on the softmax weights; lse is without it.
     """
-    s_q, s_k = q.shape[2], k.shape[2]
+    (b, n_q, s_q, _), s_k = q.shape, k.shape[2]
     visible = visible_keys(s_q, s_k, s_k, causal=causal, window=window, start=kv_start, end=kv_end, device=q.device)
+    kept = None
+    if dropout_p:
+        kept = dropout_mask(b, n_q, s_q, s_k, dropout_p, seed, offset, q.device, first_entry=first_entry)
     q, k, v = (x.to(_compute_dtype(q, dtype)) for x in (q, k, v))
     k, v = keep_keys(k, kv_start, kv_end), keep_keys(v, kv_start, kv_end)
-    return _attend(q, k, v, visible, softmax_scale, softcap, sinks, return_lse)
+    out, lse = attend(q, k, v, visible, softmax_scale, softcap, sinks, dropout_p, kept)
+    return (out, lse) if return_lse else out
 
 
-def _attend(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     visible: Tensor,
-    softmax_scale: float | None,
-    softcap: float,
-    sinks: Tensor | None,
-    return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """out and lse in the dtype of q, k and v; visible and kept: bool, broadcastable to `[b, n_q, s_q, s_k]`."""
     logits = _scores(q, k) * (q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale)
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     weights, lse = _softmax(logits, visible, sinks)
-    out = weights @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    if kept is not None:
+        weights = torch.where(kept, weights * (65536 / (65536 - dropout_threshold(dropout_p))), 0)
+    return weights @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1), lse
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    kv_start: Tensor | None = None,
+    kv_end: Tensor | None = None,
+    return_lse: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of each entry of packed sequences: q `[total_q, n_q, d_k]` -> out `[total_q, n_q, d_v]`, lse.
+
+    Entry e owns the rows cu_seqlens[e] to cu_seqlens[e + 1]; kv_start and kv_end count inside it. lse
+    `[n_q, total_q]`.
+    """
+    ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    # The rows before the first entry: none, but they give the results their shapes if there is no entry.
+    bounds = [(0, 0, 0, 0), *zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False)]
+    parts = []
+    for entry, (from_q, to_q, from_k, to_k) in enumerate(bounds, start=-1):
+        padding = {"kv_start": kv_start, "kv_end": kv_end} if entry >= 0 else {}
+        parts.append(
+            attention(
+                *(x.transpose(0, 1)[None] for x in (q[from_q:to_q], k[from_k:to_k], v[from_k:to_k])),
+                first_entry=entry,
+                return_lse=True,
+                **{name: x[entry : entry + 1] for name, x in padding.items() if x is not None},
+                **options,
+            )
+        )
+    out = torch.cat([out[0].transpose(0, 1) for out, _ in parts])
+    lse = torch.cat([lse[0] for _, lse in parts], dim=1)
     return (out, lse) if return_lse else out
 
 
@@ -212,7 +313,8 @@ def decode_attention(
         q.shape[2], k.shape[2], cache_seqlens, causal=True, window=window, start=cache_start, device=q.device
     )
     q, k, v = (x.to(_compute_dtype(q, dtype)) for x in (q, k, v))
-    return _attend(q, k, v, visible, softmax_scale, softcap, sinks, return_lse)
+    out, lse = attend(q, k, v, visible, softmax_scale, softcap, sinks)
+    return (out, lse) if return_lse else out
 
 
 def selective_v_attention(

@@ -8,16 +8,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads do not sp
 import pytest
 import torch
 
+import diffqkv
 from diffqkv import _library, composed
 
 OPS = (
     "flash_attention",
+    "flash_attention_varlen",
     "decode_attention",
     "kv_cache_update",
     "selective_v_attention",
     "swiglu",
     "swiglu_backward",
 )
+LIBRARY_OPS = (*OPS, "flash_attention_backward", "flash_attention_varlen_backward")  # torch differentiates plain torch
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +35,7 @@ def library():
         pytest.skip("DIFFQKV_DISABLE_LIBRARY=1")
     if not _library.loaded:
         pytest.fail(f"the compiled library is missing: {_library.reason}")
-    return SimpleNamespace(name="library", **{op: getattr(torch.ops.diffqkv, op).default for op in OPS})
+    return SimpleNamespace(name="library", **{op: getattr(torch.ops.diffqkv, op).default for op in LIBRARY_OPS})
 
 
 @pytest.fixture(params=["library", "composed"])
@@ -41,6 +44,17 @@ def ops(request):
     if request.param == "library":
         return request.getfixturevalue("library")
     return SimpleNamespace(name="composed", **{op: getattr(composed, op) for op in OPS})
+
+
+@pytest.fixture(params=["library", "composed"])
+def api(request, monkeypatch):
+    """The public functions, over the compiled ops and over plain torch."""
+    if request.param == "library":
+        request.getfixturevalue("library")
+    else:
+        has_kernel = diffqkv.ops._has_kernel
+        monkeypatch.setattr(diffqkv.ops, "_has_kernel", lambda name, x, devices=None: has_kernel(name, x, frozenset()))
+    return diffqkv
 
 
 @pytest.fixture

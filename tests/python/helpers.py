@@ -13,6 +13,7 @@ from diffqkv import reference
 HEADS = [(32, 4, 16), (32, 16, 4), (12, 4, 6), (12, 6, 4), (8, 8, 8), (8, 1, 1), (8, 1, 8), (5, 1, 5)]
 DIMS = [(64, 64), (32, 64), (64, 128), (128, 64), (40, 56), (8, 256)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TRAINING_DTYPES = [*DTYPES, torch.float64]
 LAYOUTS = ["rows", "panels"]
 LAYOUT_CODE = {"rows": 0, "panels": 1}
 TAILS = ["drop", "renorm", "mean"]
@@ -32,6 +33,20 @@ def qkv(b, heads, s_q, s_k, dims, dtype=torch.float32) -> tuple[Tensor, Tensor, 
         torch.randn(b, n_k, s_k, d_k).to(dtype),
         torch.randn(b, n_v, s_k, d_v).to(dtype),
     )
+
+
+def strided(x: Tensor, how: str) -> Tensor:
+    """x with gaps between tokens, in another order of memory, or in the middle of a larger storage."""
+    b, h, s, d = x.shape
+    if how == "gaps":
+        base = x.new_full((b, h, 2 * s, d + 8), NAN)
+        view = base[:, :, ::2, :d]
+    elif how == "tokens first":
+        view = x.new_empty(b, s, h, d).transpose(1, 2)
+    else:
+        base = x.new_full((b * h * s * d + 13,), NAN)
+        view = base[13:].view(b, h, s, d)
+    return view.copy_(x)
 
 
 class CacheCase(NamedTuple):
@@ -114,7 +129,8 @@ def assert_accurate(actual: Tensor, exact: Tensor, low: Tensor, factor: float = 
         return
     dtype, eps = actual.dtype, torch.finfo(actual.dtype).eps
     actual, exact, low = (x[finite].double() for x in (actual, exact, low))
-    floor = (4 if dtype == torch.float32 else 2) * eps * exact.abs().max()
+    # Nothing here is more exact than float64, so that low says nothing about it.
+    floor = {torch.float64: 100, torch.float32: 4}.get(dtype, 2) * eps * exact.abs().max()
     error, allowed = (actual - exact).abs().max(), factor * (low - exact).abs().max() + floor
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g} (torch in the same precision plus rounding)"
     if exact.norm() > 0:
@@ -122,7 +138,8 @@ def assert_accurate(actual: Tensor, exact: Tensor, low: Tensor, factor: float = 
         assert cosine > 1 - 100 * eps, f"cosine {cosine}"
 
 
-def assert_lse(actual: Tensor, exact: Tensor) -> None:
-    """lse is float32 whatever the inputs are: it sums weights before they are rounded to the inputs' dtype."""
-    assert actual.dtype == torch.float32
-    torch.testing.assert_close(actual.double(), exact.double(), atol=2e-5, rtol=2e-5)
+def assert_lse(actual: Tensor, exact: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    """lse of 16-bit inputs is float32: it sums weights before they are rounded to the inputs' dtype."""
+    assert actual.dtype == dtype
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(actual.double(), exact.double(), atol=tolerance, rtol=tolerance)

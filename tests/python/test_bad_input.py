@@ -11,24 +11,6 @@ import diffqkv
 from diffqkv import _library
 
 
-@pytest.fixture(params=["library", "composed"])
-def api(request, monkeypatch):
-    """The public functions, over the compiled ops and over plain torch."""
-    if request.param == "library":
-        request.getfixturevalue("library")
-    else:
-        monkeypatch.setattr(diffqkv.ops, "_has_kernel", lambda name, x, devices=None: _tensor_or_raise(name, x))
-    return diffqkv
-
-
-def _tensor_or_raise(name, x):
-    _library_check(name, x, frozenset())
-    return False
-
-
-_library_check = diffqkv.ops._has_kernel
-
-
 def flash_arguments():
     return {
         "q": torch.randn(2, 8, 3, 16),

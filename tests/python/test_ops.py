@@ -15,6 +15,7 @@ from helpers import (
     cache_of,
     int32,
     qkv,
+    strided,
 )
 
 import diffqkv
@@ -91,20 +92,6 @@ def test_flash_padding(ops, s_q, dtype, causal):
             x[b, :, hi:] = NAN
     check_flash(ops, q, k, v, causal=causal, kv_start=start, kv_end=end)
     check_flash(ops, q, k.nan_to_num(1.0), v.nan_to_num(1.0), causal=causal, kv_end=end)
-
-
-def strided(x, how):
-    """x with gaps between tokens, in another order of memory, or in the middle of a larger storage."""
-    b, h, s, d = x.shape
-    if how == "gaps":
-        base = x.new_full((b, h, 2 * s, d + 8), NAN)
-        view = base[:, :, ::2, :d]
-    elif how == "tokens first":
-        view = x.new_empty(b, s, h, d).transpose(1, 2)
-    else:
-        base = x.new_full((b * h * s * d + 13,), NAN)
-        view = base[13:].view(b, h, s, d)
-    return view.copy_(x)
 
 
 @pytest.mark.parametrize("how", ["gaps", "tokens first", "offset"])
