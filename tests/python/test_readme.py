@@ -11,7 +11,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
 def test_python_blocks_run(capsys):
-    assert len(BLOCKS) == 4, "one example for each kind of user"
+    assert len(BLOCKS) == 5, "one example for each kind of user"
     names: dict = {}
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
@@ -19,6 +19,7 @@ def test_python_blocks_run(capsys):
     assert "diffqkv::flash_attention" in printed
     assert "4 16 3072" in printed
     assert "tensor(True)" in printed
+    assert "torch.Size([1, 256, 32, 128])" in printed and "torch.Size([1, 1, 32, 128])" in printed
 
 
 def test_commands_exist():
