@@ -113,7 +113,8 @@ SelectivePlan plan_selective(const SelectiveVParams& params, int64_t max_keys, i
 
 AttentionPlan plan_attention(const AttentionParams& p, int64_t max_keys, int64_t threads) {
   const int64_t group_heads = p.heads.q_per_group();
-  const bool few_rows = p.s_q <= kMaxSplitQueries && group_heads * p.s_q <= kMaxSplitRows;
+  // A packed sequence takes the same kernel whatever lies beside it.
+  const bool few_rows = p.cu_seqlens_q == nullptr && p.s_q <= kMaxSplitQueries && group_heads * p.s_q <= kMaxSplitRows;
   if (p.q.dtype != DType::f64 && few_rows && p.dropout.threshold == 0) return plan_split(p, max_keys, threads);
 
   AttentionPlan plan = common_plan(p, max_keys);
@@ -125,7 +126,7 @@ AttentionPlan plan_attention(const AttentionParams& p, int64_t max_keys, int64_t
     return plan;
   }
   plan.kernel = AttentionKernel::block;
-  plan.block_q = std::min(kMaxBlockQ, ceil_div(p.s_q, 12) * 12);
+  plan.block_q = std::clamp<int64_t>(ceil_div(p.s_q, 12) * 12, 12, kMaxBlockQ);
   plan.heads_per_item = std::min<int64_t>(group_heads, 8);
   while (plan.heads_per_item > 1 && plan.heads_per_item * plan.block_q * row_bytes(p.d_k, p.d_v) > kBlockBytes)
     --plan.heads_per_item;

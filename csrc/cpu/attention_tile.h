@@ -202,29 +202,33 @@ DIFFQKV_INLINE word word_at(const word* p) {  // 16-bit rows may start anywhere
   return x;
 }
 
+constexpr int64_t kSumWords = 64;  // sums of sums round less
+
 template <bool kDot, int64_t kTile, int MR>
 inline void score_block(const word* q, int64_t stride_q, const word* panel, int64_t W, float* s) {
-  for (int64_t col = 0; col < kPanelTokens; col += 2 * VL) {
-    vf acc0[MR], acc1[MR];
-    DIFFQKV_UNROLL
-    for (int i = 0; i < MR; ++i) acc0[i] = acc1[i] = vset(0.0f);
-    const word *k = panel + col, *a = q;
-    for (int64_t w = 0; w < W; ++w, k += kPanelTokens, ++a) {
-      const vf k0 = vload((const float*)k), k1 = vload((const float*)k + VL);
+  for (int64_t col = 0; col < kPanelTokens; col += 2 * VL)
+    for (int64_t w0 = 0; w0 < W; w0 += kSumWords) {
+      vf acc0[MR], acc1[MR];
+      DIFFQKV_UNROLL
+      for (int i = 0; i < MR; ++i) acc0[i] = acc1[i] = vset(0.0f);
+      const word *k = panel + w0 * kPanelTokens + col, *a = q + w0, *end = q + min_of(W, w0 + kSumWords);
+      for (; a < end; k += kPanelTokens, ++a) {
+        const vf k0 = vload((const float*)k), k1 = vload((const float*)k + VL);
+        DIFFQKV_UNROLL
+        for (int i = 0; i < MR; ++i) {
+          // Every fourth row has a pointer of its own: one each would need more registers than there are.
+          const word x = word_at(a + i / 4 * 4 * stride_q + i % 4 * stride_q);
+          acc0[i] = mac<kDot>(x, k0, acc0[i]);
+          acc1[i] = mac<kDot>(x, k1, acc1[i]);
+        }
+      }
       DIFFQKV_UNROLL
       for (int i = 0; i < MR; ++i) {
-        // Every fourth row has a pointer of its own: one each would need more registers than there are.
-        const word x = word_at(a + i / 4 * 4 * stride_q + i % 4 * stride_q);
-        acc0[i] = mac<kDot>(x, k0, acc0[i]);
-        acc1[i] = mac<kDot>(x, k1, acc1[i]);
+        float* sum = s + i * kTile + col;
+        vstore(sum, w0 == 0 ? acc0[i] : vadd(vload(sum), acc0[i]));
+        vstore(sum + VL, w0 == 0 ? acc1[i] : vadd(vload(sum + VL), acc1[i]));
       }
     }
-    DIFFQKV_UNROLL
-    for (int i = 0; i < MR; ++i) {
-      vstore(s + i * kTile + col, acc0[i]);
-      vstore(s + i * kTile + col + VL, acc1[i]);
-    }
-  }
 }
 // s[r][0..32) = q[r] . k for `rows` query rows.
 template <bool kDot, int64_t kTile, int MR = kQkRows>
@@ -389,7 +393,7 @@ struct Walk {
 template <bool kDot, int64_t kTile>
 using Rows = Walk<kDot ? kTile / 2 : kTile, 1>;
 
-// o[i][0..columns) += sum over n steps of p[i][t] * v[t].
+// o[i][0..columns) += sum over n steps of p[i][t] * v[t], added up on its own first: sums of sums round less.
 template <bool kDot, class W, class E, int MR, int NV>
 inline void accumulate_block(const word* p, const typename E::T* v, int64_t stride_v, int64_t n, float* o,
                              int64_t stride_o, int columns) {
@@ -397,7 +401,7 @@ inline void accumulate_block(const word* p, const typename E::T* v, int64_t stri
   DIFFQKV_UNROLL
   for (int i = 0; i < MR; ++i) {
     DIFFQKV_UNROLL
-    for (int x = 0; x < NV; ++x) acc[i][x] = vload(o + i * stride_o + x * VL);
+    for (int x = 0; x < NV; ++x) acc[i][x] = vset(0.0f);
   }
   for (int64_t t = 0; t < n; ++t, p += W::kStep, v += stride_v) {
     vf b[NV];
@@ -412,7 +416,10 @@ inline void accumulate_block(const word* p, const typename E::T* v, int64_t stri
   DIFFQKV_UNROLL
   for (int i = 0; i < MR; ++i) {
     DIFFQKV_UNROLL
-    for (int x = 0; x < NV; ++x) vstore(o + i * stride_o + x * VL, acc[i][x]);
+    for (int x = 0; x < NV; ++x) {
+      float* sum = o + i * stride_o + x * VL;
+      vstore(sum, vadd(vload(sum), acc[i][x]));
+    }
   }
 }
 template <bool kDot, class W, class E, int MR>

@@ -85,7 +85,7 @@ void attention_split(const AttentionParams& p, const AttentionPlan& plan, int64_
       store_result(p, part.entry, part.q_head(r), part.query(r), o + r * stride_o, part.state[r], c);
       continue;
     }
-    float* partial = partials + (item * plan.rows + r) * (p.d_v + kPartialHeader);
+    float* partial = partials + (item * rows + r) * (p.d_v + kPartialHeader);
     partial[0] = part.state[r].max;
     partial[1] = part.state[r].sum;
     partial[2] = part.state[r].norm;
@@ -117,7 +117,6 @@ void attention_split(const AttentionParams& p, const AttentionPlan& plan, int64_
 void attention_merge(const AttentionParams& p, const AttentionPlan& plan, int64_t batch_group, int64_t row,
                      const float* partials) {
   const Entry entry = entry_of(p, batch_group / plan.groups);
-  if (row >= p.heads.q_per_group() * entry.s_q) return;  // of packed sequences, not the longest
   const float c = exp2_scale(p);
   RowState state = kEmptyRow;
   float o[kMaxHeadDim];

@@ -50,7 +50,7 @@ TEST_CASE("the number of threads never changes the ranges that are merged") {
 TEST_CASE("scratch of a prefill item stays within 2 MiB at any shape") {
   for (const int64_t n_k : {1, 4, 32})
     for (const int64_t d : {8, 64, 128, 256})
-      for (const int64_t s_q : {17, 512, 100000}) {
+      for (const int64_t s_q : {0, 17, 512, 100000}) {
         const AttentionPlan plan = plan_of(causal_params({32, n_k, 16}, 2, s_q, s_q, d), 2);
         CAPTURE(n_k, d, s_q);
         REQUIRE(plan.scratch_bytes <= 2 << 20);
