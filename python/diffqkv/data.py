@@ -275,7 +275,8 @@ def _documents(path: Path, field: str, longest: int) -> Iterator[str]:
     except (ValueError, EOFError, OSError) as error:
         if isinstance(error, OSError) and error.filename:
             raise
-        raise ValueError(f"{path}: {str(error).partition(chr(10))[0]}") from error
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: {reason}") from error
 
 
 def _records(path: Path, field: str) -> Iterator[str]:
