@@ -189,6 +189,8 @@ class CacheLayer(CacheLayerMixin):
         new tokens only.
         """
         shape = self.shape
+        if torch.is_autocast_enabled(value_states.device.type):
+            key_states = key_states.to(value_states.dtype)  # rotations may have left K in float32
         self._check_grouped("key_states", key_states, shape.k_per_group * shape.d_k)
         self._check_grouped("value_states", value_states, shape.v_per_group * shape.d_v)
         self._check_write(key_states, value_states, key_states.shape[2])

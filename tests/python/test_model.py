@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 import torch
-from tiny_sigma import HEADS, VOCAB, padded, tiny_model, tokens
+from tiny_sigma import ATTENTIONS, COMPRESSIONS, HEADS, VOCAB, logits, padded, tiny_model, tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModel,
@@ -21,15 +21,12 @@ from transformers import (
     StaticCache,
     pipeline,
 )
-from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 import diffqkv
 from diffqkv.models import attention as diffqkv_models_attention
 from diffqkv.models.sigma import modeling_sigma
 
-ATTENTIONS = ["diffqkv", "sdpa", "eager"]
 CACHES = ["diffqkv", "dynamic", "static", "none"]
-COMPRESSIONS = [None, "expand", "absorbed"]
 NEW_TOKENS = 8
 
 
@@ -53,11 +50,6 @@ def new_tokens_one_by_one(model, ids, mask):
     model.set_attn_implementation("eager")
     rows = [generate(model, row[keep.bool()][None], use_cache=False) for row, keep in zip(ids, mask, strict=True)]
     return torch.stack([row[0, -NEW_TOKENS:] for row in rows])
-
-
-@torch.no_grad()
-def logits(model, ids, **options):
-    return model(ids, **options).logits
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
@@ -233,105 +225,6 @@ def test_streaming_and_logits_to_keep():
     assert seen.pop() is None
     assert torch.equal(torch.cat(seen), want[0])
     torch.testing.assert_close(logits(model, ids, logits_to_keep=2), logits(model, ids)[:, -2:])
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("attention", ATTENTIONS)
-def test_padded_logits(attention, side):
-    model = tiny_model()
-    model.set_attn_implementation(attention)
-    ids, mask = padded([11, 4, 1], side)
-    got = logits(model, ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
-    for row, keep in enumerate(mask.bool()):
-        alone = logits(model, ids[row, keep][None])[0]
-        torch.testing.assert_close(got[row, keep], alone, atol=1e-4, rtol=1e-4)
-
-
-def test_right_padding_sees_the_same_keys_as_in_sdpa():
-    model = tiny_model()
-    ids, mask = padded([11, 4, 1], "right")
-    want = logits(model, ids, attention_mask=mask)
-    model.set_attn_implementation("sdpa")
-    torch.testing.assert_close(logits(model, ids, attention_mask=mask), want, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("cached", [True, False])
-def test_masks_that_are_not_one_span(cached):
-    model = tiny_model()
-    ids = tokens(2, 12)
-    holes = torch.ones(2, 12, dtype=torch.long)
-    holes[0, 3:5] = 0
-    dense = torch.ones(12, 12, dtype=torch.bool).tril()[None, None].repeat(2, 1, 1, 1)
-    dense[1, :, :, 2] = False
-    dense[1, :, 2, 2] = True
-    for mask in (holes, dense):
-        results = []
-        for attention in ("diffqkv", "sdpa"):
-            model.set_attn_implementation(attention)
-            if not cached:
-                results.append(logits(model, ids, attention_mask=mask, use_cache=False))
-                continue
-            cache = diffqkv.Cache(model.config)
-            parts = []
-            for start, end in ((0, 8), (8, 9), (9, 12)):
-                part_mask = mask[:, :end] if mask is holes else mask[:, :, start:end, :end]
-                part = {"attention_mask": part_mask, "past_key_values": cache}
-                parts.append(logits(model, ids[:, start:end], **part))
-            results.append(torch.cat(parts, 1))
-        torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)
-        assert (results[0] - logits(model, ids)).abs().max() > 0.1
-
-
-def test_a_mask_that_hides_the_newest_tokens():
-    model = tiny_model()
-    ids = tokens(2, 9)
-    results = []
-    for attention in ("diffqkv", "sdpa"):
-        model.set_attn_implementation(attention)
-        cache = diffqkv.Cache(model.config)
-        logits(model, ids[:, :6], past_key_values=cache)
-        results.append(logits(model, ids[:, 6:], attention_mask=torch.ones(2, 4), past_key_values=cache))
-    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
-
-
-def test_packed_rows_are_separate_sequences():
-    ids = tokens(1, 12)
-    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]])
-    for attention in ATTENTIONS:
-        model = tiny_model()
-        model.set_attn_implementation(attention)
-        want = torch.cat([logits(model, part) for part in ids.split([5, 3, 4], dim=1)], 1)
-        with torch.no_grad():
-            out = model(ids, position_ids=positions)
-        torch.testing.assert_close(out.logits, want, atol=1e-4, rtol=1e-4)
-        assert out.past_key_values is None
-        with pytest.raises(ValueError, match="position_ids: got several sequences in a row with a cache"):
-            logits(model, ids, position_ids=positions, past_key_values=diffqkv.Cache(model.config))
-
-
-def test_packed_rows_without_positions_are_refused():
-    model = tiny_model()
-    boundaries = torch.tensor([0, 5, 12], dtype=torch.int32)
-    with pytest.raises(NotImplementedError, match="cu_seq_lens_q: packed sequences without position_ids"):
-        logits(model, tokens(1, 12), cu_seq_lens_q=boundaries, use_cache=False)
-
-
-@pytest.mark.parametrize("q_length, kv_length", [(6, 6), (1, 9), (3, 9)])
-@pytest.mark.parametrize("side", ["left", "right", "none"])
-def test_mask_spans_say_what_sdpa_mask_says(q_length, kv_length, side):
-    offset = kv_length - q_length
-    mask = torch.ones(3, kv_length, dtype=torch.bool)
-    if side == "left":
-        mask[1, :2] = mask[2, : kv_length - q_length] = False
-    if side == "right" and q_length == kv_length:
-        mask[1, 4:] = mask[2] = False
-    common = {"batch_size": 3, "q_length": q_length, "kv_length": kv_length, "q_offset": offset}
-    common |= {"mask_function": causal_mask_function, "attention_mask": None if side == "none" else mask}
-    with torch.no_grad():
-        spans = diffqkv_models_attention.diffqkv_mask(**common)
-    assert spans.dtype == torch.int32 and spans.shape == (3, 1, 1, 3)
-    got = diffqkv_models_attention.spans_to_mask(spans, q_length, kv_length)
-    assert torch.equal(got, sdpa_mask(**common, allow_is_causal_skip=False))
 
 
 def test_profiler_ranges():
@@ -568,90 +461,6 @@ def test_selective_v_keeps_the_best_rows_of_the_chosen_layers(monkeypatch, tail)
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     monkeypatch.undo()
     assert (got[1] - logits(dense, ids)[:, 8:9]).abs().max() > 1e-2
-
-
-# ---------------------------------------------------------------- training
-
-
-def loss_and_gradients(model, ids, **options):
-    model.zero_grad()
-    loss = model(ids, labels=ids, use_cache=False, **options).loss
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-def assert_same_gradients(got, want):
-    torch.testing.assert_close(got[0], want[0], atol=1e-5, rtol=1e-5)
-    assert got[1].keys() == want[1].keys()
-    for name, gradient in want[1].items():
-        assert gradient.abs().max() > 0, name
-        torch.testing.assert_close(got[1][name], gradient, atol=2e-5, rtol=2e-3, msg=name)
-
-
-@pytest.mark.parametrize("compression", COMPRESSIONS)
-def test_gradients_do_not_depend_on_attention(compression):
-    model = tiny_model((12, 4, 6), k_compression=compression, initializer_range=0.1).train()
-    ids, mask = padded([9, 6], "right")
-    model.set_attn_implementation("eager")
-    want = loss_and_gradients(model, ids, attention_mask=mask)
-    for attention in ("diffqkv", "sdpa"):
-        model.set_attn_implementation(attention)
-        assert_same_gradients(loss_and_gradients(model, ids, attention_mask=mask), want)
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing(use_reentrant):
-    model = tiny_model(initializer_range=0.1).train()
-    ids = tokens(2, 9)
-    want = loss_and_gradients(model, ids)
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    assert_same_gradients(loss_and_gradients(model, ids), want)
-    assert model(ids, labels=ids).past_key_values is None
-
-
-def test_training_with_the_default_cache_gives_the_same_gradients():
-    model = tiny_model(initializer_range=0.1).train()
-    ids = tokens(2, 9)
-    want = loss_and_gradients(model, ids)
-    model.zero_grad()
-    out = model(ids, labels=ids)
-    out.loss.backward()
-    assert_same_gradients((out.loss.detach(), {n: p.grad for n, p in model.named_parameters()}), want)
-    assert out.past_key_values.get_seq_length() == 9
-    assert not out.past_key_values.to_dense()[0][0].requires_grad
-
-
-def test_cached_steps_with_grad_mode_on():
-    model = tiny_model()
-    ids = tokens(2, 9)
-    cache = diffqkv.Cache(model.config)
-    got = torch.cat([model(part, past_key_values=cache).logits for part in ids.split([6, 1, 2], dim=1)], 1)
-    torch.testing.assert_close(got.detach(), logits(model, ids), atol=1e-4, rtol=1e-4)
-
-
-def test_a_frozen_model_in_grad_mode_runs_the_ops():
-    model = tiny_model().requires_grad_(False)
-    ids, mask = padded([9, 5], "left")
-    want = logits(model, ids, attention_mask=mask)
-    cache = diffqkv.Cache(model.config)
-    got = [
-        model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits
-        for a, b in ((0, 6), (6, 7), (7, 9))
-    ]
-    torch.testing.assert_close(torch.cat(got, 1)[mask.bool()], want[mask.bool()], atol=1e-4, rtol=1e-4)
-
-
-def test_a_few_steps_learn_a_sequence():
-    model = tiny_model(initializer_range=0.05).train()
-    ids = tokens(1, 16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(30):
-        optimizer.zero_grad()
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.1
-    assert torch.equal(generate(model.eval(), ids[:, :4], max_new_tokens=12), ids)
 
 
 # ---------------------------------------------------------------- saving, Auto classes, pipelines, remote code

@@ -1,9 +1,15 @@
-"""Small random SIGMA models that the tests share."""
+"""Small random SIGMA models that the tests share, their inputs, and a record of what runs."""
+
+from collections import Counter
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from diffqkv import SigmaConfig, SigmaForCausalLM
 
+ATTENTIONS = ["diffqkv", "sdpa", "eager"]
+COMPRESSIONS = [None, "expand", "absorbed"]
 HEADS = [(8, 2, 4), (8, 4, 2), (12, 4, 6)]
 VOCAB = 97
 
@@ -46,3 +52,33 @@ def padded(lengths, side, seed=0) -> tuple[torch.Tensor, torch.Tensor]:
         ids[row, absent] = 0
         mask[row, absent] = 0
     return ids, mask
+
+
+@torch.no_grad()
+def logits(model, ids, **options) -> torch.Tensor:
+    return model(ids, **options).logits
+
+
+def packed(lengths, rows=1, seed=0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences of the given lengths one behind another, cut into rows: ids and position_ids `[rows, tokens]`."""
+    ids = tokens(1, sum(lengths), seed).view(rows, -1)
+    return ids, torch.cat([torch.arange(length) for length in lengths]).view_as(ids)
+
+
+class Recorder(TorchDispatchMode):
+    """Records which of our ops run, and every tensor as large as a dense mask of so many tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.ops: Counter[str] = Counter()
+        self.dense: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        if op.namespace == "diffqkv":
+            self.ops[op._schema.name.removeprefix("diffqkv::")] += 1
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.shape[-2:] == (self.tokens, self.tokens):
+                self.dense.append(f"{op}: {list(x.shape)}")
+        return result

@@ -37,6 +37,9 @@ logger = logging.get_logger(__name__)
 # Slots that `generate` reserves at most before the first token; longer outputs grow the cache by doubling.
 _MAX_RESERVED_SLOTS = 16384
 
+# How transformers tells flash attention of packed sequences.
+_FLASH_KWARGS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
 
 def _profiler_range(name: str):
     """A named range in a profile; free while no profiler runs."""
@@ -402,7 +405,16 @@ class SigmaModel(SigmaPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         batch, tokens = inputs_embeds.shape[:2]
 
-        if self._is_packed(position_ids, attention_mask, tokens):
+        is_ours = self.config._attn_implementation == "diffqkv"
+        begins = self._sequence_begins(position_ids, attention_mask, past_key_values, kwargs, batch, tokens)
+        packed_positions = None
+        if begins is not None:
+            slots = torch.arange(tokens, device=inputs_embeds.device)
+            packed_positions = slots - (slots * begins).cummax(-1).values
+            position_ids = packed_positions if position_ids is None else position_ids
+            if is_ours and kwargs.get("cu_seq_lens_q") is None:
+                kwargs.update(zip(_FLASH_KWARGS, diffqkv.models.mask.packing_of(begins), strict=True))
+        if begins is not None and not torch.compiler.is_compiling():
             if past_key_values is not None:
                 raise ValueError("position_ids: got several sequences in a row with a cache, want no past_key_values")
             if use_cache:
@@ -416,13 +428,15 @@ class SigmaModel(SigmaPreTrainedModel):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = (torch.arange(tokens, device=inputs_embeds.device) + past).unsqueeze(0)
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        causal_mask = None
+        if begins is None or not is_ours:
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=packed_positions,
+            )
         rope = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         key_rope = None
         if self.config.k_compression == "expand" and past_key_values is not None:
@@ -453,11 +467,41 @@ class SigmaModel(SigmaPreTrainedModel):
         return diffqkv.Cache(self.config)
 
     @staticmethod
-    def _is_packed(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, tokens: int) -> bool:
-        """Whether a row holds several sequences, which transformers tells by jumps in position_ids without a mask."""
-        if position_ids is None or attention_mask is not None or tokens == 1 or torch.compiler.is_compiling():
-            return False
-        return find_packed_sequence_indices(position_ids) is not None
+    def _sequence_begins(
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        kwargs: dict,
+        batch: int,
+        tokens: int,
+    ) -> torch.Tensor | None:
+        """The first tokens of sequences, bool `[b, tokens]`, where rows hold several; None where each row is one.
+
+        Transformers tells it by flash attention's keyword arguments, or by jumps in position_ids without a mask.
+        """
+        is_compiling = torch.compiler.is_compiling()
+        cu_seqlens = kwargs.get("cu_seq_lens_q")
+        if cu_seqlens is not None:
+            if attention_mask is not None:
+                raise ValueError("attention_mask: got one beside cu_seq_lens_q, want None: packed rows have no padding")
+            end = batch * tokens
+            begins = torch.zeros(end + 1, dtype=torch.bool, device=cu_seqlens.device)
+            begins = begins.index_fill(0, cu_seqlens.clamp(0, end).long(), True)[:-1].view(batch, tokens)
+            if not is_compiling and not (int(cu_seqlens[-1]) == end and bool(begins[:, 0].all())):
+                raise ValueError(
+                    f"cu_seq_lens_q: got {cu_seqlens.tolist()}, want the bounds of sequences that fill {batch} rows of "
+                    f"{tokens} tokens"
+                )
+            return begins
+        if position_ids is None or attention_mask is not None or tokens == 1:
+            return None
+        if is_compiling and past_key_values is not None:
+            return None
+        # Compiled code cannot look: there, any positions may be those of packed rows.
+        sequences = find_packed_sequence_indices(position_ids)
+        if sequences is None:
+            return None
+        return F.pad(sequences.diff(dim=-1) != 0, (1, 0), value=True).expand(batch, -1)
 
     @staticmethod
     def _is_empty(past: int | torch.Tensor, tokens: int) -> bool:
