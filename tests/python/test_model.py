@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 import torch
-from tiny_sigma import ATTENTIONS, COMPRESSIONS, HEADS, VOCAB, logits, padded, tiny_model, tokens
+from tiny_sigma import ATTENTIONS, COMPRESSIONS, HEADS, VOCAB, logits, packed, padded, tiny_model, tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModel,
@@ -522,7 +522,10 @@ def test_remote_code_without_the_package(tmp_path):
     model.save_pretrained(checkpoint)
     assert {path.name for path in checkpoint.glob("*.py")} == {"configuration_sigma.py", "modeling_sigma.py"}
     ids, mask = padded([9, 5], "left")
-    torch.save({"ids": ids, "mask": mask, "want": generate(model, ids, mask)}, tmp_path / "example.pt")
+    rows, positions = packed([5, 4, 9], 2)
+    example = {"ids": ids, "mask": mask, "want": generate(model, ids, mask)}
+    example |= {"rows": rows, "positions": positions, "bounds": torch.tensor([0, 5, 9, 18], dtype=torch.int32)}
+    torch.save(example | {"packed": logits(model, rows, position_ids=positions)}, tmp_path / "example.pt")
     script = """
         import sys
         sys.modules["diffqkv"] = None
@@ -538,6 +541,9 @@ def test_remote_code_without_the_package(tmp_path):
             model.set_attn_implementation(attention)
             for cache in ({}, {"cache_implementation": "static"}, {"num_beams": 1, "use_cache": False}):
                 assert torch.equal(model.generate(example["ids"], **options, **cache), example["want"])
+            for told in ({"position_ids": example["positions"]}, {"cu_seq_lens_q": example["bounds"]}):
+                got = model(example["rows"], **told).logits
+                torch.testing.assert_close(got, example["packed"], atol=1e-4, rtol=1e-4)
         model.save_pretrained(folder + "/again")
         again = AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=True)
         assert torch.equal(again.generate(example["ids"], **options), example["want"])

@@ -108,6 +108,7 @@ def one_by_one(model, ids, lengths):
     return torch.cat([logits(model, part)[0] for part in ids.view(1, -1).split(lengths, dim=1)])
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("heads", HEADS)
 def test_packed_rows_are_separate_sequences(heads, rows):
@@ -361,6 +362,7 @@ def other_model(name):
 OTHERS = ["llama", "mistral", "gemma2", "gpt_oss"]
 
 
+@pytest.mark.usefixtures("library")
 # Without gpt_oss on packed rows: it does not tell its mask the positions, so that stock attention mixes sequences.
 @pytest.mark.parametrize("name, rows", [*product(OTHERS, ["plain", "left", "right"]), *product(OTHERS[:3], ["packed"])])
 def test_other_models_train_through_the_ops(name, rows):
@@ -403,6 +405,7 @@ def test_other_models_generate_through_the_ops(name, monkeypatch):
     assert not warned
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("name", OTHERS)
 def test_bounds_are_enough_for_other_models(name):
     model = other_model(name).eval()
@@ -427,6 +430,7 @@ def test_a_compiled_llama_keeps_its_packed_rows_apart():
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("cache", ["diffqkv", "dynamic"])
 def test_autocast_with_a_model_that_rotates_in_float32(cache):
     model = other_model("llama").eval()

@@ -12,7 +12,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
 def test_python_blocks_run(capsys, monkeypatch, tmp_path):
-    assert len(BLOCKS) == 6, "one example for each kind of user"
+    assert len(BLOCKS) == 7, "one example for each kind of user"
     # The reader's own text.
     (tmp_path / "corpus").mkdir()
     for path in (ROOT / "python" / "diffqkv").glob("*.py"):

@@ -15,6 +15,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.utils import logging
 
+from .._library import DEVICES
 from ..ops import decode_attention, flash_attention, flash_attention_varlen, selective_v_attention
 from ..reference import group
 from .mask import Packing, read_spans
@@ -24,6 +25,7 @@ logger = logging.get_logger(__name__)
 
 # More query tokens than this are a chunk of a prompt, whose attention stays dense.
 MAX_DECODE_QUERIES = 16
+_ANY_LENGTH = 2**31 - 1
 
 
 def diffqkv_attention(
@@ -47,7 +49,8 @@ def diffqkv_attention(
     Prompts and training run through `flash_attention`, packed rows through `flash_attention_varlen`, cached steps
     through `decode_attention`, or `selective_v_attention` where `module.selective_v_top_k` is set. Stock attention with
     K and V expanded to equal heads computes what the ops cannot: dense masks, probabilities as a result, and under
-    torch.compile dropout, whose seed is drawn for each call, and cached steps that record a graph.
+    torch.compile dropout, whose seed is drawn for each call, cached steps that record a graph, and packed rows on
+    devices without a kernel.
 
     Args:
         attention_mask: what `diffqkv_mask` returns, a dense mask `[b, 1, s_q, s]` (bool or additive), or None: causal,
@@ -84,7 +87,10 @@ def diffqkv_attention(
     wants_weights = kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False)
     inputs = (query, key, value) if s_aux is None else (query, key, value, s_aux)
     records_graph = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    if is_dense or wants_weights or is_compiling and (dropout or records_graph and not is_prompt):
+    is_left_to_torch = is_compiling and (
+        dropout or records_graph and not is_prompt or packing is not None and query.device.type not in DEVICES
+    )
+    if is_dense or wants_weights or is_left_to_torch:
         if is_dense and not is_compiling:
             logger.warning_once(
                 "attention 'diffqkv': the mask is not one span of keys per row (holes, or a mask of another kind); "
@@ -133,8 +139,11 @@ def _packing_in(kwargs: dict[str, Any], tokens: int) -> Packing | None:
         return None
     defaults = {"cu_seq_lens_k": cu_seqlens, "max_length_q": tokens, "max_length_k": tokens}
     given = {name: kwargs[name] for name in defaults if kwargs.get(name) is not None}
-    cu_seqlens_k, longest_q, longest_k = (defaults | given).values()
-    return Packing(cu_seqlens.to(torch.int32), cu_seqlens_k.to(torch.int32), int(longest_q), int(longest_k))
+    cu_seqlens_k, *longest = (defaults | given).values()
+    if torch.compiler.is_compiling():
+        # A graph would hold for this length alone; the kernels look how long the sequences are.
+        longest = [_ANY_LENGTH, _ANY_LENGTH]
+    return Packing(cu_seqlens.to(torch.int32), cu_seqlens_k.to(torch.int32), *map(int, longest))
 
 
 def _decode(

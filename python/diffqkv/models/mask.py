@@ -7,7 +7,6 @@ from inspect import getclosurevars
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from transformers import masking_utils
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
@@ -146,7 +145,7 @@ def packing_of(begins: torch.Tensor) -> Packing:
         first = torch.where(begins.flatten(), slots, tokens).sort().values
     else:
         first = begins.flatten().nonzero().squeeze(1)
-    cu_seqlens = F.pad(first, (0, 1), value=tokens).to(torch.int32)
+    cu_seqlens = torch.cat([first, first.new_full((1,), tokens)]).to(torch.int32)
     longest = begins.shape[1] if torch.compiler.is_compiling() else int(cu_seqlens.diff().max())
     return Packing(cu_seqlens, cu_seqlens, longest, longest)
 
