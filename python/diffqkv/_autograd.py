@@ -40,7 +40,8 @@ def _differentiable(op: Op, backward: Backward) -> None:
         def backward(ctx, *grads):
             if all(grad is None for grad in grads):
                 return (None,) * (1 + len(op.names))
-            tensors, outputs = ctx.saved_tensors[: len(op.names)], ctx.saved_tensors[len(op.names) :]
+            saved = ctx.saved_tensors  # once: activation checkpointing computes them here
+            tensors, outputs = saved[: len(op.names)], saved[len(op.names) :]
             values = (c if t is None else t for c, t in zip(ctx.constants, tensors, strict=True))
             found = backward(dict(zip(op.names, values, strict=True)), outputs, grads)
             return None, *(found.get(name) for name in op.names)
