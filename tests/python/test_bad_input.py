@@ -515,3 +515,9 @@ def test_missing_library_is_explained():
     else:
         assert _library.loaded, _library.reason
         assert diffqkv.config()["reason"] is None
+
+
+def test_a_library_of_an_older_version_is_refused(library, monkeypatch):
+    monkeypatch.setattr(_library, "_NEWEST_OP", "op_of_tomorrow")
+    path, reason = _library._load()
+    assert path is None and reason.endswith("is older than this package: it has no op_of_tomorrow; run make build")
