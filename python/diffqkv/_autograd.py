@@ -21,15 +21,14 @@ Backward = Callable[[dict[str, Any], Sequence[Tensor], Sequence[Tensor | None]],
 def _differentiable(op: Op, backward: Backward) -> None:
     """Also under torch.func: a Function of a single level is what the transforms of torch.func call level by level."""
 
-    def below(keyset: torch._C.DispatchKeySet, values: Sequence[Any]) -> Any:
-        args, kwargs = op.split(values)
+    def below(keyset: torch._C.DispatchKeySet, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return op.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
     class Function(_SingleLevelFunction):
         @staticmethod
         def forward(ctx, keyset, *values):
-            result = below(keyset, values)
+            result = below(keyset, *op.split(values))
             outputs = result if isinstance(result, tuple) else (result,)
             ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in values), *outputs)
             ctx.constants = [None if isinstance(x, Tensor) else x for x in values]
@@ -52,12 +51,12 @@ def _differentiable(op: Op, backward: Backward) -> None:
 
     Function.__name__ = f"{op.name}_autograd"
 
-    def kernel(keyset: torch._C.DispatchKeySet, *values: Any) -> Any:
-        tracked = torch.is_grad_enabled() and torch._C._any_requires_grad(*values)
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        tracked = torch.is_grad_enabled() and torch._C._any_requires_grad(*args, *kwargs.values())
         if not tracked and forward_ad._current_level < 0:
-            return below(keyset, values)
+            return below(keyset, args, kwargs)
         with enable_single_level_autograd_function():
-            return Function.apply(keyset, *values)
+            return Function.apply(keyset, *op.values(args, kwargs))
 
     _dispatch.register(op, "Autograd", kernel)
 
