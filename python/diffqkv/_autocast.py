@@ -51,8 +51,8 @@ def outside_autocast(function: Callable) -> Callable:
 
 
 def _register(op: _dispatch.Op, device: str, key: str) -> None:
-    def kernel(keyset: torch._C.DispatchKeySet, *values: Any) -> tuple[Tensor, Tensor]:
-        inputs = dict(zip(op.names, values, strict=True))
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        inputs = dict(zip(op.names, op.values(args, kwargs), strict=True))
         names = ("q", "k", "v", "sinks")
         inputs.update(zip(names, _cast_inputs(device, *(inputs[name] for name in names)), strict=True))
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):

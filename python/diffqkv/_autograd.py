@@ -21,15 +21,14 @@ Backward = Callable[[dict[str, Any], Sequence[Tensor], Sequence[Tensor | None]],
 def _differentiable(op: Op, backward: Backward) -> None:
     """Also under torch.func: a Function of a single level is what the transforms of torch.func call level by level."""
 
-    def below(keyset: torch._C.DispatchKeySet, values: Sequence[Any]) -> Any:
-        args, kwargs = op.split(values)
+    def below(keyset: torch._C.DispatchKeySet, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return op.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
     class Function(_SingleLevelFunction):
         @staticmethod
         def forward(ctx, keyset, *values):
-            result = below(keyset, values)
+            result = below(keyset, *op.split(values))
             outputs = result if isinstance(result, tuple) else (result,)
             ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in values), *outputs)
             ctx.constants = [None if isinstance(x, Tensor) else x for x in values]
@@ -40,7 +39,8 @@ def _differentiable(op: Op, backward: Backward) -> None:
         def backward(ctx, *grads):
             if all(grad is None for grad in grads):
                 return (None,) * (1 + len(op.names))
-            tensors, outputs = ctx.saved_tensors[: len(op.names)], ctx.saved_tensors[len(op.names) :]
+            saved = ctx.saved_tensors  # once: activation checkpointing computes them here
+            tensors, outputs = saved[: len(op.names)], saved[len(op.names) :]
             values = (c if t is None else t for c, t in zip(ctx.constants, tensors, strict=True))
             found = backward(dict(zip(op.names, values, strict=True)), outputs, grads)
             return None, *(found.get(name) for name in op.names)
@@ -51,12 +51,12 @@ def _differentiable(op: Op, backward: Backward) -> None:
 
     Function.__name__ = f"{op.name}_autograd"
 
-    def kernel(keyset: torch._C.DispatchKeySet, *values: Any) -> Any:
-        tracked = torch.is_grad_enabled() and torch._C._any_requires_grad(*values)
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        tracked = torch.is_grad_enabled() and torch._C._any_requires_grad(*args, *kwargs.values())
         if not tracked and forward_ad._current_level < 0:
-            return below(keyset, values)
+            return below(keyset, args, kwargs)
         with enable_single_level_autograd_function():
-            return Function.apply(keyset, *values)
+            return Function.apply(keyset, *op.values(args, kwargs))
 
     _dispatch.register(op, "Autograd", kernel)
 

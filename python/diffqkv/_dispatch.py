@@ -24,7 +24,7 @@ class Op(NamedTuple):
         return self.overload._opname
 
     def values(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-        """What a kernel gets, with the defaults that the dispatcher left out."""
+        """Of what a kernel gets, with the defaults that the dispatcher left out."""
         arguments = self.overload._schema.arguments
         named = dict(zip(self.names, args, strict=False)) | kwargs
         return [named.get(argument.name, argument.default_value) for argument in arguments]
@@ -45,7 +45,5 @@ def op(name: str) -> Op:
 
 
 def register(op: Op, key: str, kernel: Callable) -> None:
-    """kernel(keyset, *values) runs at a dispatch key."""
-    LIBRARY.impl(
-        op.name, lambda keyset, *args, **kwargs: kernel(keyset, *op.values(args, kwargs)), key, with_keyset=True
-    )
+    """kernel(keyset, *args, **kwargs) runs at a dispatch key."""
+    LIBRARY.impl(op.name, kernel, key, with_keyset=True)

@@ -47,8 +47,9 @@ def _register(op: Op, batch: Callable) -> None:
         results = batch(op, info.batch_size, in_dims, values)
         return results, (0,) * len(results)
 
-    def kernel(keyset: torch._C.DispatchKeySet, *values: Any) -> tuple[Tensor, ...]:
-        return custom_function_call_vmap_helper(retrieve_current_functorch_interpreter(), rule, op, *values)
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        interpreter = retrieve_current_functorch_interpreter()
+        return custom_function_call_vmap_helper(interpreter, rule, op, *op.values(args, kwargs))
 
     _dispatch.register(op, "FuncTorchBatched", kernel)
 
