@@ -227,19 +227,20 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *options: Any, **named: Any
     _options(q, n_q, batch, *options, **named)
 
 
-def _cu_seqlens(name: str, x: Tensor, total: int, longest: int, rows: str) -> None:
-    """longest: the max_seqlen argument that belongs to x; rows: the tensor that x divides, of `total` rows."""
+def _cu_seqlens(which: str, x: Tensor, total: int, longest: int) -> None:
+    """cu_seqlens_q or cu_seqlens_k, for a tensor of `total` rows; longest: the max_seqlen that belongs to it."""
     if not readable(x):
         return
+    name, lengths = f"cu_seqlens_{which}", x.diff()
     if x[0] != 0:
         raise wrong(name, f"{int(x[0])} first", "0")
-    lengths = x.diff()
     if (lengths < 0).any():
         raise wrong(name, f"an entry of length {int(lengths.min())}", "values that never decrease")
     if x[-1] != total:
-        raise wrong(name, f"{int(x[-1])} last", f"{total}, the tokens of {rows}")
+        raise wrong(name, f"{int(x[-1])} last", f"{total}, the tokens of {which}")
     if (lengths > longest).any():
-        raise wrong(name, f"an entry of length {int(lengths.max())}", f"at most max_seqlen_{rows} = {longest}")
+        want = f"at least {int(lengths.max())}, the longest sequence of {name}"
+        raise wrong(f"max_seqlen_{which}", longest, want)
 
 
 def flash_attention_varlen(
@@ -269,8 +270,8 @@ def flash_attention_varlen(
     for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if value < 0:
             raise wrong(name, value, "an integer >= 0")
-    _cu_seqlens("cu_seqlens_q", cu_seqlens_q, total_q, max_seqlen_q, "q")
-    _cu_seqlens("cu_seqlens_k", cu_seqlens_k, total_k, max_seqlen_k, "k")
+    _cu_seqlens("q", cu_seqlens_q, total_q, max_seqlen_q)
+    _cu_seqlens("k", cu_seqlens_k, total_k, max_seqlen_k)
     _options(q, n_q, cu_seqlens_q.shape[0] - 1, *options, **named)
 
 

@@ -15,7 +15,7 @@ def _fold(x: Any, dim: int | None, size: int) -> Any:
     if not isinstance(x, Tensor):
         return x
     x = (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.dim() == 4 and x.stride(-1) == 1 else x.contiguous()
 
 
 def _register(name: str) -> None:

@@ -45,24 +45,24 @@ _DISPATCHER = re.compile(r"Expected a value of type '(.+?)' for argument '(\w+)'
 
 def _translated(op: Callable, error: RuntimeError, args: tuple, kwargs: dict[str, Any]) -> Exception | None:
     """The exception that a failed op call should have been; None if the error is not about an argument."""
-    text = str(error)
-    if ours := _OURS.search(text):
-        return (TypeError if ours[2].startswith("dtype ") else ValueError)(ours[1])
+    text, named = str(error), {}
     if _FUNC in text:
         return NotImplementedError(f"{op._opname}: torch.func.grad (vjp, jacrev) is not built; use torch.autograd.grad")
-    if dispatcher := _DISPATCHER.search(text):
-        want, name, got = dispatcher.groups()
-        return wrong(name, got, f"a {want}", TypeError)
     if isinstance(op, torch._ops.OpOverload):
         named = dict(zip((a.name for a in op._schema.arguments), args, strict=False)) | kwargs
         for argument in op._schema.arguments:
             if str(argument.type) == "Tensor" and named[argument.name] is None:
                 return wrong(argument.name, "None", "a Tensor", TypeError)
-        tensors = {name: x for name, x in named.items() if isinstance(x, Tensor)}
-        first, device = next((name, x.device) for name, x in tensors.items())
-        for name, x in tensors.items():
-            if x.device != device:
-                return wrong(name, f"device {x.device}", f"{device}, where {first} is")
+    if ours := _OURS.search(text):
+        return (TypeError if ours[2].startswith("dtype ") else ValueError)(ours[1])
+    if dispatcher := _DISPATCHER.search(text):
+        want, name, got = dispatcher.groups()
+        return wrong(name, got, f"a {want}", TypeError)
+    tensors = {name: x for name, x in named.items() if isinstance(x, Tensor)}
+    first, device = next(((name, x.device) for name, x in tensors.items()), (None, None))
+    for name, x in tensors.items():
+        if x.device != device:
+            return wrong(name, f"device {x.device}", f"{device}, where {first} is")
     return None
 
 

@@ -203,8 +203,8 @@ VARLEN = [
     ({"cu_seqlens_q": lambda x: x.to("meta")}, ValueError, "cu_seqlens_q"),
     ({"cu_seqlens_q": None}, TypeError, "cu_seqlens_q"),
     ({"cu_seqlens_k": [0, 9, 9]}, TypeError, "cu_seqlens_k"),
-    ({"max_seqlen_q": 3}, ValueError, "cu_seqlens_q"),
-    ({"max_seqlen_k": 8}, ValueError, "cu_seqlens_k"),
+    ({"max_seqlen_q": 3}, ValueError, "max_seqlen_q"),
+    ({"max_seqlen_k": 8}, ValueError, "max_seqlen_k"),
     ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q"),
     ({"max_seqlen_k": -1}, ValueError, "max_seqlen_k"),
     ({"max_seqlen_q": 4.0}, TypeError, "max_seqlen_q"),
@@ -455,7 +455,7 @@ DIRECT = [
         )
     ),
     ("flash_attention_varlen", varlen_arguments, {"max_seqlen_q": -1}, "max_seqlen_q"),
-    ("flash_attention_varlen", varlen_arguments, {"max_seqlen_q": 3}, "cu_seqlens_q"),
+    ("flash_attention_varlen", varlen_arguments, {"max_seqlen_q": 3}, "max_seqlen_q"),
     ("flash_attention_varlen", varlen_arguments, {"cu_seqlens_k": int32(0, 5, 10)}, "cu_seqlens_k"),
 ]
 
