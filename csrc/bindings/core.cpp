@@ -37,7 +37,12 @@ py::dict plan(int64_t n_q, int64_t n_k, int64_t n_v, int64_t d_k, int64_t d_v, i
   check_positive("s_k", s_k, 0);
   check_positive("batch", batch, 0);
   check_positive("threads", threads, 1);
-  const AttentionPlan p = plan_attention(heads, batch, s_q, s_k, d_k, d_v, dtype_named(dtype), causal, threads);
+  AttentionParams params;
+  params.heads = heads;
+  params.batch = batch, params.s_q = s_q, params.s_k = s_k, params.d_k = d_k, params.d_v = d_v;
+  params.q.dtype = dtype_named(dtype);
+  params.window_right = causal ? 0 : -1;
+  const AttentionPlan p = plan_attention(params, s_k, threads);
   const bool split = p.kernel == AttentionKernel::split;
   py::dict result;
   result["kernel"] = split ? "split" : "block";

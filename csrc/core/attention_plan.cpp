@@ -20,22 +20,38 @@ constexpr int64_t kLanes = 16;       // of the widest vector: reads and writes o
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 
+// The sum of clamp(first + i, 0, most) over i in [0, count).
+double clamped_ramp(double first, double count, double most) {
+  const double rises = std::clamp(-first, 0.0, count), flat = std::clamp(most - first, rises, count);
+  return (flat - rises) * (first + 0.5 * (rises + flat - 1.0)) + (count - flat) * most;
+}
+// (query, key) pairs that a window lets through, of a head.
+double visible_pairs(const AttentionParams& p, double keys) {
+  const double queries = double(p.s_q), position = keys - queries;
+  const double ends =
+      p.window_right < 0 ? queries * keys : clamped_ramp(position + double(p.window_right) + 1.0, queries, keys);
+  const double begins = p.window_left < 0 ? 0.0 : clamped_ramp(position - double(p.window_left), queries, keys);
+  return std::max(0.0, ends - begins);
+}
+double bytes_of(const AttentionParams& p, int64_t keys) {
+  const HeadGroups& heads = p.heads;
+  return double(dtype_size(p.q.dtype)) * p.batch *
+         (double(keys) * (heads.n_k * p.d_k + heads.n_v * p.d_v) + double(p.s_q) * heads.n_q * (p.d_k + p.d_v));
+}
+
 // What both kernels share.
-AttentionPlan common_plan(const HeadGroups& heads, int64_t batch, int64_t s_q, int64_t max_keys, int64_t d_k,
-                          int64_t d_v, DType dtype, bool causal) {
+AttentionPlan common_plan(const AttentionParams& p, int64_t max_keys) {
   AttentionPlan plan;
-  plan.groups = heads.groups();
-  plan.rows = heads.q_per_group() * s_q;
-  const double pairs = double(s_q) * double(max_keys) - (causal && s_q <= max_keys ? 0.5 * s_q * (s_q - 1.0) : 0.0);
-  plan.flops = 2.0 * batch * heads.n_q * pairs * double(d_k + d_v);
-  plan.bytes = double(dtype_size(dtype)) * batch *
-               (double(max_keys) * (heads.n_k * d_k + heads.n_v * d_v) + double(s_q) * heads.n_q * (d_k + d_v));
+  plan.groups = p.heads.groups();
+  plan.rows = p.heads.q_per_group() * p.s_q;
+  plan.flops = 2.0 * p.batch * p.heads.n_q * visible_pairs(p, double(max_keys)) * double(p.d_k + p.d_v);
+  plan.bytes = bytes_of(p, max_keys);
   return plan;
 }
 
-void set_threads(AttentionPlan& plan, int64_t threads) {
-  const int64_t useful = static_cast<int64_t>(plan.flops / kFlopsPerThread);
-  plan.threads = std::clamp<int64_t>(std::min(useful, plan.items), 1, std::max<int64_t>(1, threads));
+int64_t useful_threads(double flops, int64_t items, int64_t threads) {
+  const int64_t useful = static_cast<int64_t>(flops / kFlopsPerThread);
+  return std::clamp<int64_t>(std::min(useful, items), 1, std::max<int64_t>(1, threads));
 }
 
 // q and accumulator of a query row, fp32 at most.
@@ -43,17 +59,25 @@ int64_t row_bytes(int64_t d_k, int64_t d_v) { return 4 * (d_k + ceil_div(d_v, 16
 // A packed panel and the rows it is packed from.
 int64_t panel_bytes(int64_t d_k) { return 2 * aligned(4 * kPanelTokens * d_k); }
 constexpr int64_t kAlignmentSlack = 4096;
+constexpr int64_t kBackwardBytes = 448 * 1024;
 
-AttentionPlan plan_split(const HeadGroups& heads, int64_t batch, int64_t s_q, int64_t max_keys, int64_t d_k,
-                         int64_t d_v, DType dtype, bool causal, int64_t threads) {
-  AttentionPlan plan = common_plan(heads, batch, s_q, max_keys, d_k, d_v, dtype, causal);
+// Panels, rows and gradients of the keys; per query its rows, its gradient and the tiles of P and dS.
+int64_t backward_scratch(const AttentionBackwardPlan& plan, int64_t d_k, int64_t d_v) {
+  const int64_t keys = 4 * plan.block_k * (3 * d_k + 2 * d_v + 2 * kLanes) + 2 * panel_bytes(std::max(d_k, d_v));
+  const int64_t queries = 4 * plan.block_q * (3 * d_k + 2 * d_v + 5 * kLanes);
+  const int64_t tiles = 4 * (2 * kScoreRows + 3 * plan.block_q) * kBackwardStride;
+  return aligned(keys) + aligned(queries) + aligned(tiles) + kAlignmentSlack;
+}
+
+AttentionPlan plan_split(const AttentionParams& p, int64_t max_keys, int64_t threads) {
+  AttentionPlan plan = common_plan(p, max_keys);
   plan.kernel = AttentionKernel::split;
   plan.splits = std::max<int64_t>(1, ceil_div(max_keys, kSplitTokens));
-  plan.items = batch * plan.groups * plan.splits;
-  if (plan.splits > 1) plan.partial_floats = plan.items * plan.rows * (d_v + kPartialHeader);
+  plan.items = p.batch * plan.groups * plan.splits;
+  if (plan.splits > 1) plan.partial_floats = plan.items * plan.rows * (p.d_v + kPartialHeader);
   plan.scratch_bytes =
-      aligned(plan.rows * (row_bytes(d_k, d_v) + kSplitTokens * 6 + 16)) + panel_bytes(d_k) + kAlignmentSlack;
-  set_threads(plan, threads);
+      aligned(plan.rows * (row_bytes(p.d_k, p.d_v) + kSplitTokens * 6 + 16)) + panel_bytes(p.d_k) + kAlignmentSlack;
+  plan.threads = useful_threads(plan.flops, plan.items, threads);
   return plan;
 }
 
@@ -62,7 +86,7 @@ AttentionPlan plan_split(const HeadGroups& heads, int64_t batch, int64_t s_q, in
 SelectivePlan plan_selective(const SelectiveVParams& params, int64_t max_keys, int64_t threads) {
   const AttentionParams& p = params.attention;
   SelectivePlan plan;
-  plan.dense = plan_split(p.heads, p.batch, p.s_q, max_keys, p.d_k, p.d_v, p.q.dtype, p.causal, threads);
+  plan.dense = plan_split(p, max_keys, threads);
   const int64_t groups = p.batch * plan.dense.groups, rows = plan.dense.rows;
   // As few chunks as keep the threads busy: each leaves candidates behind, and none shorter than the others' overhead.
   plan.chunk_splits = std::max(ceil_div(plan.dense.splits * groups, 4 * std::max<int64_t>(1, threads)), kChunkSplits);
@@ -87,29 +111,63 @@ SelectivePlan plan_selective(const SelectiveVParams& params, int64_t max_keys, i
   return plan;
 }
 
-AttentionPlan plan_attention(const HeadGroups& heads, int64_t batch, int64_t s_q, int64_t max_keys, int64_t d_k,
-                             int64_t d_v, DType dtype, bool causal, int64_t threads) {
-  if (s_q <= kMaxSplitQueries && heads.q_per_group() * s_q <= kMaxSplitRows)
-    return plan_split(heads, batch, s_q, max_keys, d_k, d_v, dtype, causal, threads);
+AttentionPlan plan_attention(const AttentionParams& p, int64_t max_keys, int64_t threads) {
+  const int64_t group_heads = p.heads.q_per_group();
+  // A packed sequence takes the same kernel whatever lies beside it.
+  const bool few_rows = p.cu_seqlens_q == nullptr && p.s_q <= kMaxSplitQueries && group_heads * p.s_q <= kMaxSplitRows;
+  if (p.q.dtype != DType::f64 && few_rows && p.dropout.threshold == 0) return plan_split(p, max_keys, threads);
 
-  AttentionPlan plan = common_plan(heads, batch, s_q, max_keys, d_k, d_v, dtype, causal);
+  AttentionPlan plan = common_plan(p, max_keys);
+  if (p.q.dtype == DType::f64) {
+    plan.kernel = AttentionKernel::plain;
+    plan.items = p.batch * p.heads.n_q;
+    plan.scratch_bytes = 8 * max_keys;
+    plan.threads = useful_threads(plan.flops, plan.items, threads);
+    return plan;
+  }
   plan.kernel = AttentionKernel::block;
-  const int64_t group_heads = heads.q_per_group();
-  plan.block_q = std::min(kMaxBlockQ, ceil_div(s_q, 12) * 12);
+  plan.block_q = std::clamp<int64_t>(ceil_div(p.s_q, 12) * 12, 12, kMaxBlockQ);
   plan.heads_per_item = std::min<int64_t>(group_heads, 8);
-  while (plan.heads_per_item > 1 && plan.heads_per_item * plan.block_q * row_bytes(d_k, d_v) > kBlockBytes)
+  while (plan.heads_per_item > 1 && plan.heads_per_item * plan.block_q * row_bytes(p.d_k, p.d_v) > kBlockBytes)
     --plan.heads_per_item;
   const auto items = [&] {
-    return batch * plan.groups * ceil_div(group_heads, plan.heads_per_item) * ceil_div(s_q, plan.block_q);
+    return p.batch * plan.groups * ceil_div(group_heads, plan.heads_per_item) * ceil_div(p.s_q, plan.block_q);
   };
   // Enough items to keep every thread busy to the end: first fewer heads, then fewer queries.
   while (plan.heads_per_item > 1 && items() < 4 * threads) plan.heads_per_item = ceil_div(plan.heads_per_item, 2);
   while (plan.block_q > 24 && items() < 4 * threads) plan.block_q -= 12;
   plan.head_chunks = ceil_div(group_heads, plan.heads_per_item);
   plan.items = items();
-  plan.scratch_bytes = aligned(plan.heads_per_item * plan.block_q * (row_bytes(d_k, d_v) + 16)) + panel_bytes(d_k) +
-                       aligned(kKeyTile * row_bytes(d_k, d_v)) + aligned(kScoreRows * kKeyTile * 6) + kAlignmentSlack;
-  set_threads(plan, threads);
+  plan.scratch_bytes = aligned(plan.heads_per_item * plan.block_q * (row_bytes(p.d_k, p.d_v) + 16)) +
+                       panel_bytes(p.d_k) + aligned(kKeyTile * row_bytes(p.d_k, p.d_v)) +
+                       aligned(kScoreRows * kKeyTile * 6) + kAlignmentSlack;
+  plan.threads = useful_threads(plan.flops, plan.items, threads);
+  return plan;
+}
+
+AttentionBackwardPlan plan_attention_backward(const AttentionParams& p, int64_t threads) {
+  AttentionBackwardPlan plan;
+  plan.groups = p.heads.groups();
+  // Panels of K and V, rows of K, and the gradients of both stay in the L2 cache; smaller blocks pay more to walk the
+  // queries.
+  plan.block_k = kMaxBackwardKeys;
+  while (plan.block_k > 2 * kPanelTokens && 4 * plan.block_k * (3 * p.d_k + 2 * p.d_v) > kBackwardBytes)
+    plan.block_k /= 2;
+  plan.key_blocks = ceil_div(p.s_k, plan.block_k);
+  plan.block_q = kBackwardQueries;
+  plan.query_blocks = ceil_div(p.s_q, plan.block_q);
+  const double pairs = visible_pairs(p, double(p.s_k));
+  plan.flops = 2.0 * p.batch * p.heads.n_q * pairs * double(3 * p.d_k + 2 * p.d_v);
+  plan.bytes = 2.5 * bytes_of(p, p.s_k);
+  if (p.q.dtype == DType::f64) {
+    plan.items = p.batch * plan.groups;
+  } else {
+    plan.items = p.batch * plan.groups * plan.key_blocks;
+    plan.scratch_bytes = backward_scratch(plan, p.d_k, p.d_v);
+    const int64_t queries = p.cu_seqlens_q ? p.cu_seqlens_q[p.batch] : p.batch * p.s_q;
+    if (p.q.dtype != DType::f32) plan.dq_floats = queries * p.heads.n_q * p.d_k;
+  }
+  plan.threads = useful_threads(plan.flops, plan.items, threads);
   return plan;
 }
 

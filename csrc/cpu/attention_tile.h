@@ -6,10 +6,9 @@
 // CPU has a bf16 dot product and the data is bf16, two neighbouring dimensions per word (W = d_k / 2). kDot names the
 // second form. A row of q is broadcast word by word against a panel.
 #pragma once
+#include "cpu/dropout.h"
 #include "cpu/simd.h"
 #include "diffqkv/attention_plan.h"
-#include "diffqkv/layout.h"
-#include "diffqkv/params.h"
 
 namespace diffqkv {
 namespace {
@@ -21,6 +20,7 @@ constexpr int kQkRows = 12, kPvRows = 6, kPvVectors = 4;  // 24 accumulators of 
 #else
 constexpr int kQkRows = 6, kPvRows = 6, kPvVectors = 2;  // 12 of 16
 #endif
+constexpr int64_t kRandomBits = kKeyTile + kDraws * kKeysPerDraw;  // room for those of a row's tile
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 DIFFQKV_INLINE int64_t padded_dim(int64_t d) { return round_up(d, 16); }
@@ -35,33 +35,6 @@ struct Scratch {  // hands out 64-byte aligned pieces of a thread's workspace
     return piece;
   }
 };
-
-// ---- where the keys are ---------------------------------------------------------------------------------------------
-
-// The tokens [token, result) lie in one page.
-DIFFQKV_INLINE int64_t page_end(const Paging& paging, int64_t token, int64_t end) {
-  if (paging.block_table == nullptr) return end;
-  return min_of(end, (token / paging.page_size + 1) * paging.page_size);
-}
-template <class T>
-DIFFQKV_INLINE T* head_at(const KvView& view, int64_t page, int64_t head, int64_t heads_per_group) {
-  return (T*)view.data + page * view.stride_page + head / heads_per_group * view.stride_group +
-         head % heads_per_group * view.stride_head;
-}
-
-struct KeyRange {
-  int64_t lo, hi;
-};
-DIFFQKV_INLINE KeyRange keys_of_entry(const AttentionParams& p, int64_t b) {
-  const int64_t lo = p.kv_start ? max_of(0, p.kv_start[b]) : 0;
-  const int64_t hi = p.kv_end ? min_of(p.s_k, p.kv_end[b]) : p.s_k;
-  return {lo, max_of(lo, hi)};
-}
-DIFFQKV_INLINE KeyRange keys_of_query(const AttentionParams& p, int64_t b, KeyRange entry, int64_t query) {
-  if (!p.causal) return entry;
-  const int64_t length = p.length ? p.length[b] : p.s_k;
-  return {entry.lo, max_of(entry.lo, min_of(entry.hi, query + length - p.s_q + 1))};
-}
 
 // ---- packing --------------------------------------------------------------------------------------------------------
 
@@ -115,19 +88,47 @@ inline void transpose_panel(const word* const* rows, int64_t W, word* dst) {
     for (int i = 0; i < 32; ++i) dst[w * 32 + i] = rows[i][w];
 }
 
-// The compute panel of the keys [t0, t0 + 32) of a K head, t0 a multiple of 32: the cache's own memory where it has
-// that form already, else a copy in `panel`. Keys outside `valid` are never read from rows; their columns hold
-// anything. `rows` is room for 32 fp32 rows.
+// The words (even[x], odd[x]) of two bf16 rows.
+DIFFQKV_INLINE void pair_rows(const uint16_t* even, const uint16_t* odd, int64_t d, word* words) {
+  for (int64_t x = 0; x < d; ++x) words[x] = word(even[x]) | word(odd[x]) << 16;
+}
+
+// A K or V head of a batch entry.
+struct KvHead {
+  const KvView& view;
+  const Paging& paging;
+  int64_t b, head, heads_per_group, dim;
+
+  template <class T>
+  T* at(KvSlot slot, int64_t offset) const {
+    return head_at<T>(view, slot.page, head, heads_per_group) + offset;
+  }
+  const void* row(int64_t token) const {
+    const KvSlot slot = kv_page(paging, b, token);
+    const int64_t offset = slot.token * view.stride_token;
+    return view.dtype == DType::f32 ? (const void*)at<const float>(slot, offset) : at<const uint16_t>(slot, offset);
+  }
+};
+DIFFQKV_INLINE KvHead k_head_of(const AttentionParams& p, int64_t b, int64_t head) {
+  return {p.k, p.paging, b, head, p.heads.k_per_group(), p.d_k};
+}
+DIFFQKV_INLINE KvHead v_head_of(const AttentionParams& p, int64_t b, int64_t head) {
+  return {p.v, p.paging, b, head, p.heads.v_per_group(), p.d_v};
+}
+
+// The compute panel of the keys [t0, t0 + 32) of a head, t0 a multiple of 32: the cache's own memory where it has that
+// form already, else a copy in `panel`. Keys outside `valid` are never read from rows; their columns hold anything.
+// `rows` is room for 32 fp32 rows.
 template <bool kDot>
-inline const word* key_panel(const AttentionParams& p, int64_t b, int64_t k_head, int64_t t0, KeyRange valid,
-                             word* panel, float* rows) {
-  const int64_t d = p.d_k, per_group = p.heads.k_per_group();
-  if (p.k.layout == KLayout::panels) {
-    const KvSlot slot = kv_page(p.paging, b, t0);
-    const int64_t offset = slot.token / kPanelTokens * p.k.stride_panel;
-    if (p.k.dtype == DType::f32) return head_at<const word>(p.k, slot.page, k_head, per_group) + offset;
-    const uint16_t* src = head_at<const uint16_t>(p.k, slot.page, k_head, per_group) + offset;
-    if (p.k.dtype == DType::bf16) {
+inline const word* key_panel(const KvHead& keys, int64_t t0, KeyRange valid, word* panel, float* rows) {
+  const int64_t d = keys.dim;
+  const DType dtype = keys.view.dtype;
+  if (keys.view.layout == KLayout::panels) {
+    const KvSlot slot = kv_page(keys.paging, keys.b, t0);
+    const int64_t offset = slot.token / kPanelTokens * keys.view.stride_panel;
+    if (dtype == DType::f32) return keys.at<const word>(slot, offset);
+    const uint16_t* src = keys.at<const uint16_t>(slot, offset);
+    if (dtype == DType::bf16) {
       if (kDot) return (const word*)src;
       const word* pairs = (const word*)src;
       for (int64_t w = 0; w < d / 2; ++w)
@@ -146,26 +147,32 @@ inline const word* key_panel(const AttentionParams& p, int64_t b, int64_t k_head
     const int64_t t = t0 + i;
     row[i] = kZeroRow;
     if (t < valid.lo || t >= valid.hi) continue;
-    const KvSlot slot = kv_page(p.paging, b, t);
-    if (p.k.dtype == DType::f32) {
-      row[i] = head_at<const word>(p.k, slot.page, k_head, per_group) + slot.token * p.k.stride_token;
-      continue;
-    }
-    const uint16_t* src = head_at<const uint16_t>(p.k, slot.page, k_head, per_group) + slot.token * p.k.stride_token;
+    row[i] = (const word*)keys.row(t);
+    if (dtype == DType::f32) continue;
     float* copy = rows + i * d;
     if (kDot)
-      __builtin_memcpy(copy, src, d * 2);
+      __builtin_memcpy(copy, row[i], d * 2);
     else
-      row_to_float(src, p.k.dtype, d, copy);
+      row_to_float(row[i], dtype, d, copy);
     row[i] = (const word*)copy;
   }
   transpose_panel(row, kDot ? d / 2 : d, panel);
   return panel;
 }
 
-DIFFQKV_INLINE const void* query_row(const AttentionParams& p, int64_t b, int64_t q_head, int64_t query) {
-  const int64_t at = b * p.q.stride_batch + q_head * p.q.stride_head + query * p.q.stride_token;
-  return (const char*)p.q.data + at * (p.q.dtype == DType::f32 ? 4 : 2);
+DIFFQKV_INLINE const void* row_at(const TokenView& view, const Entry& entry, int64_t head, int64_t query) {
+  return (const char*)view.data + row_of(view, entry, head, query) * (view.dtype == DType::f32 ? 4 : 2);
+}
+
+// Rows [t0, t0 + n) of a head as fp32 rows, or with kDot as pairs of rows; rows outside `valid` become zeros.
+template <bool kDot>
+void pack_rows(const KvHead& head, int64_t t0, int64_t n, KeyRange valid, word* dst, int64_t stride) {
+  const auto row = [&](int64_t t) { return t < valid.lo || t >= valid.hi ? kZeroRow : head.row(t); };
+  for (int64_t t = t0; t < t0 + n; t += kDot ? 2 : 1, dst += stride)
+    if (kDot)
+      pair_rows((const uint16_t*)row(t), (const uint16_t*)row(t + 1), head.dim, dst);
+    else
+      row_to_float(row(t), head.view.dtype, head.dim, (float*)dst);
 }
 
 // A query row as words, [W]; `negate` turns the smallest score into the largest.
@@ -195,7 +202,10 @@ DIFFQKV_INLINE word word_at(const word* p) {  // 16-bit rows may start anywhere
   return x;
 }
 
-template <bool kDot, int64_t kTile, int MR>
+constexpr int64_t kSumWords = 64;  // sums of sums round less
+
+// s[r][0..32) = q[r] . k, or with kAdd += it, for MR query rows.
+template <bool kDot, bool kAdd, int64_t kTile, int MR>
 inline void score_block(const word* q, int64_t stride_q, const word* panel, int64_t W, float* s) {
   for (int64_t col = 0; col < kPanelTokens; col += 2 * VL) {
     vf acc0[MR], acc1[MR];
@@ -214,17 +224,32 @@ inline void score_block(const word* q, int64_t stride_q, const word* panel, int6
     }
     DIFFQKV_UNROLL
     for (int i = 0; i < MR; ++i) {
-      vstore(s + i * kTile + col, acc0[i]);
-      vstore(s + i * kTile + col + VL, acc1[i]);
+      float* to = s + i * kTile + col;
+      vstore(to, kAdd ? vadd(vload(to), acc0[i]) : acc0[i]);
+      vstore(to + VL, kAdd ? vadd(vload(to + VL), acc1[i]) : acc1[i]);
     }
   }
 }
-// s[r][0..32) = q[r] . k for `rows` query rows.
-template <bool kDot, int64_t kTile, int MR = kQkRows>
-inline void score_rows(int64_t rows, const word* q, int64_t stride_q, const word* panel, int64_t W, float* s) {
+template <bool kDot, bool kAdd, int64_t kTile, int MR = kQkRows>
+inline void score_part(int64_t rows, const word* q, int64_t stride_q, const word* panel, int64_t W, float* s) {
   for (; rows >= MR; rows -= MR, q += MR * stride_q, s += MR * kTile)
-    score_block<kDot, kTile, MR>(q, stride_q, panel, W, s);
-  if constexpr (MR > 1) score_rows<kDot, kTile, MR - 1>(rows, q, stride_q, panel, W, s);
+    score_block<kDot, kAdd, kTile, MR>(q, stride_q, panel, W, s);
+  if constexpr (MR > 1) score_part<kDot, kAdd, kTile, MR - 1>(rows, q, stride_q, panel, W, s);
+}
+// s[r][0..32) = q[r] . k for `rows` query rows.
+template <bool kDot, int64_t kTile>
+DIFFQKV_INLINE void score_rows(int64_t rows, const word* q, int64_t stride_q, const word* panel, int64_t W, float* s) {
+  score_part<kDot, false, kTile>(rows, q, stride_q, panel, min_of(W, kSumWords), s);
+  for (int64_t w = kSumWords; w < W; w += kSumWords)
+    score_part<kDot, true, kTile>(rows, q + w, stride_q, panel + w * kPanelTokens, min_of(W - w, kSumWords), s);
+}
+
+// What a score becomes before it is scaled for the exponential; see exp2_scale.
+DIFFQKV_INLINE void cap_scores(const AttentionParams& p, int64_t rows, float* s, int64_t stride, int64_t begin,
+                               int64_t end) {
+  const vf scale = vset(float(__builtin_fabs(p.softmax_scale) / p.softcap)), cap = vset(float(p.softcap));
+  for (int64_t r = 0; r < rows; ++r, s += stride)
+    for (int64_t j = begin / VL * VL; j < end; j += VL) vstore(s + j, vmul(vtanh(vmul(vload(s + j), scale)), cap));
 }
 
 // ---- softmax --------------------------------------------------------------------------------------------------------
@@ -358,57 +383,68 @@ DIFFQKV_INLINE void scale_row(float* o, int64_t n, float factor) {
 
 // ---- probabilities times V ------------------------------------------------------------------------------------------
 
-// Words of two bf16 rows, column by column: what the dot product takes as its second operand.
-struct Pairs {
+// What mac takes as its second operand: columns of fp32, or words of two bf16 rows.
+struct Words {
   using T = word;
   static DIFFQKV_INLINE vf load(const T* p) { return vload((const float*)p); }
   static DIFFQKV_INLINE vf load_first(const T* p, int n) { return vload_first((const float*)p, n); }
 };
 
-// o[i][0..columns) += sum over n steps of p[i][t] * v[t]; a step is one key, with kDot two.
-template <bool kDot, int64_t kTile, class E, int MR, int NV>
+// Where the factor of row i and step t lies: p[i * kRow + t * kStep]. Rows of probabilities, a step being a key (with
+// kDot two, that is a word), or the same rows read as columns.
+template <int64_t kRow_, int64_t kStep_>
+struct Walk {
+  static constexpr int64_t kRow = kRow_, kStep = kStep_;
+};
+template <bool kDot, int64_t kTile>
+using Rows = Walk<kDot ? kTile / 2 : kTile, 1>;
+
+// o[i][0..columns) += sum over n steps of p[i][t] * v[t], added up on its own first: sums of sums round less.
+template <bool kDot, class W, class E, int MR, int NV>
 inline void accumulate_block(const word* p, const typename E::T* v, int64_t stride_v, int64_t n, float* o,
                              int64_t stride_o, int columns) {
-  constexpr int64_t stride_p = kDot ? kTile / 2 : kTile;
   vf acc[MR][NV];
   DIFFQKV_UNROLL
   for (int i = 0; i < MR; ++i) {
     DIFFQKV_UNROLL
-    for (int x = 0; x < NV; ++x) acc[i][x] = vload(o + i * stride_o + x * VL);
+    for (int x = 0; x < NV; ++x) acc[i][x] = vset(0.0f);
   }
-  for (int64_t t = 0; t < n; ++t, ++p, v += stride_v) {
+  for (int64_t t = 0; t < n; ++t, p += W::kStep, v += stride_v) {
     vf b[NV];
     DIFFQKV_UNROLL
     for (int x = 0; x < NV; ++x) b[x] = NV == 1 ? E::load_first(v, columns) : E::load(v + x * VL);
     DIFFQKV_UNROLL
     for (int i = 0; i < MR; ++i) {
       DIFFQKV_UNROLL
-      for (int x = 0; x < NV; ++x) acc[i][x] = mac<kDot>(p[i * stride_p], b[x], acc[i][x]);
+      for (int x = 0; x < NV; ++x) acc[i][x] = mac<kDot>(p[i * W::kRow], b[x], acc[i][x]);
     }
   }
   DIFFQKV_UNROLL
   for (int i = 0; i < MR; ++i) {
     DIFFQKV_UNROLL
-    for (int x = 0; x < NV; ++x) vstore(o + i * stride_o + x * VL, acc[i][x]);
+    for (int x = 0; x < NV; ++x) {
+      float* sum = o + i * stride_o + x * VL;
+      vstore(sum, vadd(vload(sum), acc[i][x]));
+    }
   }
 }
-template <bool kDot, int64_t kTile, class E, int MR>
+template <bool kDot, class W, class E, int MR>
 inline void accumulate_columns(const word* p, const typename E::T* v, int64_t stride_v, int64_t n, int64_t d, float* o,
                                int64_t stride_o) {
   int64_t c = 0;
   for (; c + kPvVectors * VL <= d; c += kPvVectors * VL)
-    accumulate_block<kDot, kTile, E, MR, kPvVectors>(p, v + c, stride_v, n, o + c, stride_o, VL);
+    accumulate_block<kDot, W, E, MR, kPvVectors>(p, v + c, stride_v, n, o + c, stride_o, VL);
   if constexpr (kPvVectors > 2)
     for (; c + 2 * VL <= d; c += 2 * VL)
-      accumulate_block<kDot, kTile, E, MR, 2>(p, v + c, stride_v, n, o + c, stride_o, VL);
+      accumulate_block<kDot, W, E, MR, 2>(p, v + c, stride_v, n, o + c, stride_o, VL);
   for (; c < d; c += VL)
-    accumulate_block<kDot, kTile, E, MR, 1>(p, v + c, stride_v, n, o + c, stride_o, int(min_of(VL, d - c)));
+    accumulate_block<kDot, W, E, MR, 1>(p, v + c, stride_v, n, o + c, stride_o, int(min_of(VL, d - c)));
 }
-template <bool kDot, int64_t kTile, class E, int MR = kPvRows>
+template <bool kDot, class W, class E, int MR = kPvRows>
 inline void accumulate_rows(int64_t rows, const word* p, const typename E::T* v, int64_t stride_v, int64_t n, int64_t d,
                             float* o, int64_t stride_o) {
-  if (rows == MR) return accumulate_columns<kDot, kTile, E, MR>(p, v, stride_v, n, d, o, stride_o);
-  if constexpr (MR > 1) accumulate_rows<kDot, kTile, E, MR - 1>(rows, p, v, stride_v, n, d, o, stride_o);
+  if (rows == MR) return accumulate_columns<kDot, W, E, MR>(p, v, stride_v, n, d, o, stride_o);
+  if constexpr (MR > 1) accumulate_rows<kDot, W, E, MR - 1>(rows, p, v, stride_v, n, d, o, stride_o);
 }
 
 #if defined(__AVX512BF16__)
@@ -500,24 +536,40 @@ DIFFQKV_INLINE void store_scaled(const float* o, int64_t d, float scale, typenam
   for (; x < d; ++x) out[x] = E::put(o[x] * scale);
 }
 
-inline void store_row(const AttentionParams& p, int64_t b, int64_t q_head, int64_t query, const float* o,
-                      RowState state, float c) {
-  const float scale = state.norm == 0.0f ? 0.0f : 1.0f / state.norm;
-  const int64_t at = b * p.out.stride_batch + q_head * p.out.stride_head + query * p.out.stride_token;
-  if (p.out.dtype == DType::f32)
-    store_scaled<F32>(o, p.d_v, scale, (float*)p.out.data + at);
-  else if (p.out.dtype == DType::bf16)
-    store_scaled<BF16>(o, p.d_v, scale, (uint16_t*)p.out.data + at);
+inline void store_row(const TokenView& view, int64_t at, int64_t d, const float* row, float scale) {
+  if (view.dtype == DType::f32)
+    store_scaled<F32>(row, d, scale, (float*)view.data + at);
+  else if (view.dtype == DType::bf16)
+    store_scaled<BF16>(row, d, scale, (uint16_t*)view.data + at);
   else
-    store_scaled<F16>(o, p.d_v, scale, (uint16_t*)p.out.data + at);
-  p.lse[(b * p.heads.n_q + q_head) * p.s_q + query] =
-      state.sum == 0.0f ? -kInf : (state.max * c + __builtin_log2f(state.sum)) * kLn2;
+    store_scaled<F16>(row, d, scale, (uint16_t*)view.data + at);
 }
 
-// The softmax runs on |softmax_scale|; a negative scale is folded into q, so that the maximum is the right end. 0
-// becomes a number that makes nothing of any score, but not a NaN of the -inf in masked columns.
+inline void store_result(const AttentionParams& p, const Entry& entry, int64_t q_head, int64_t query, const float* o,
+                         RowState state, float c) {
+  float lse2 = state.sum == 0.0f ? -kInf : state.max * c + __builtin_log2f(state.sum);
+  if (p.sinks != nullptr) {
+    const float sink = ((const float*)p.sinks)[q_head] * kLog2e;
+    if (state.sum == 0.0f) {
+      lse2 = sink;
+    } else if (sink > -kInf) {
+      const float above = sink - state.max * c;
+      const bool all = above > 126.0f;  // what the row has found itself, at least 1, is nothing beside that
+      const float weight = exp2_of(all ? 126.0f : above);
+      lse2 = all ? sink : state.max * c + __builtin_log2f(state.sum + weight);
+      state.norm += weight;
+    }
+  }
+  const float keep_scale = float(p.dropout.keep_scale());
+  store_row(p.out, row_of(p.out, entry, q_head, query), p.d_v, o, state.norm == 0.0f ? 0.0f : keep_scale / state.norm);
+  ((float*)p.lse)[lse_of(p, entry, q_head, query)] = lse2 * kLn2;
+}
+
+// Scores times this are exponents of 2. The softmax runs on |softmax_scale|; a negative scale is folded into q, so that
+// the maximum is the right end. Capped scores are scaled already. 0 becomes a number that makes nothing of any score,
+// but not a NaN of the -inf in masked columns.
 DIFFQKV_INLINE float exp2_scale(const AttentionParams& p) {
-  const float c = __builtin_fabsf(p.softmax_scale) * kLog2e;
+  const float c = p.softcap > 0 ? kLog2e : float(__builtin_fabs(p.softmax_scale)) * kLog2e;
   return c < 1e-37f ? 1e-37f : c;
 }
 

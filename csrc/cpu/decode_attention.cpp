@@ -14,7 +14,8 @@ struct Values {
   using T = typename E::T;
   static void accumulate(int64_t rows, const float* s, const uint16_t*, int64_t column, const T* v, int64_t stride_v,
                          int64_t n, int64_t d, float* o, int64_t stride_o) {
-    accumulate_rows<false, kSplitTokens, E>(rows, (const word*)(s + column), v, stride_v, n, d, o, stride_o);
+    accumulate_rows<false, Rows<false, kSplitTokens>, E>(rows, (const word*)(s + column), v, stride_v, n, d, o,
+                                                         stride_o);
   }
   static void finish(float*, int64_t) {}
 };
@@ -49,7 +50,7 @@ void attention_split(const AttentionParams& p, const AttentionPlan& plan, int64_
   const int64_t split = item % plan.splits, batch_group = item / plan.splits;
   const GroupSplit<kDot> part(p, batch_group / plan.groups, batch_group % plan.groups,
                               {split * kSplitTokens, (split + 1) * kSplitTokens}, scratch);
-  const int64_t rows = part.rows, rows_v = p.heads.q_per_v() * p.s_q, stride_o = padded_dim(p.d_v);
+  const int64_t rows = part.rows, rows_v = p.heads.q_per_v() * part.entry.s_q, stride_o = padded_dim(p.d_v);
   float *o = scratch.take<float>(rows * stride_o), *s = part.s;
   uint16_t* s16 = V::kDot ? scratch.take<uint16_t>(rows * kSplitTokens) : nullptr;
   for (int64_t x = 0; x < rows * stride_o; ++x) o[x] = 0.0f;
@@ -70,7 +71,8 @@ void attention_split(const AttentionParams& p, const AttentionPlan& plan, int64_
   for (int64_t v = 0; v < p.heads.v_per_group(); ++v)
     for (int64_t t = keys.lo; t < keys.hi;) {
       const int64_t end = page_end(p.paging, t, keys.hi);
-      const auto* values = (const typename V::T*)p.v.data + kv_row(p.v, part.group, v, kv_page(p.paging, part.b, t));
+      const auto* values =
+          (const typename V::T*)p.v.data + kv_row(p.v, part.group, v, kv_page(p.paging, part.entry.b, t));
       for (int64_t r = v * rows_v; r < (v + 1) * rows_v; r += kPvRows)
         V::accumulate(min_of(kPvRows, (v + 1) * rows_v - r), s + r * kSplitTokens,
                       V::kDot ? s16 + r * kSplitTokens : nullptr, t - t0, values, p.v.stride_token, end - t, p.d_v,
@@ -80,7 +82,7 @@ void attention_split(const AttentionParams& p, const AttentionPlan& plan, int64_
   for (int64_t r = 0; r < rows; ++r) {
     V::finish(o + r * stride_o, p.d_v);
     if (partials == nullptr) {
-      store_row(p, part.b, part.q_head(r), part.query(r), o + r * stride_o, part.state[r], c);
+      store_result(p, part.entry, part.q_head(r), part.query(r), o + r * stride_o, part.state[r], c);
       continue;
     }
     float* partial = partials + (item * rows + r) * (p.d_v + kPartialHeader);
@@ -100,6 +102,7 @@ void attention_split(const AttentionParams& p, const AttentionPlan& plan, int64_
   switch (p.v.dtype) {
     case DType::f32: return diffqkv::attention_split<false, Values<F32>>(p, plan, item, scratch, partials);
     case DType::f16: return diffqkv::attention_split<false, Values<F16>>(p, plan, item, scratch, partials);
+    case DType::f64: return;  // attention_f64 does it
     case DType::bf16:
 #if defined(__AVX512BF16__)
       if (p.d_v % kPairColumns == 0)
@@ -113,6 +116,7 @@ void attention_split(const AttentionParams& p, const AttentionPlan& plan, int64_
 
 void attention_merge(const AttentionParams& p, const AttentionPlan& plan, int64_t batch_group, int64_t row,
                      const float* partials) {
+  const Entry entry = entry_of(p, batch_group / plan.groups);
   const float c = exp2_scale(p);
   RowState state = kEmptyRow;
   float o[kMaxHeadDim];
@@ -124,8 +128,8 @@ void attention_merge(const AttentionParams& p, const AttentionPlan& plan, int64_
     const auto [old, now] = merge(state, {partial[0], partial[1], partial[2]}, c);
     for (int64_t x = 0; x < p.d_v; ++x) o[x] = o[x] * old + partial[kPartialHeader + x] * now;
   }
-  const int64_t b = batch_group / plan.groups, h0 = batch_group % plan.groups * p.heads.q_per_group();
-  store_row(p, b, h0 + row / p.s_q, row % p.s_q, o, state, c);
+  const int64_t h0 = batch_group % plan.groups * p.heads.q_per_group();
+  store_result(p, entry, h0 + row / entry.s_q, row % entry.s_q, o, state, c);
 }
 
 }  // namespace DIFFQKV_ISA

@@ -6,28 +6,6 @@
 namespace diffqkv {
 namespace {
 
-// V rows [t0, t0 + n) of a head as fp32 rows, or with kDot as pairs of rows; keys outside `valid` become zeros.
-template <bool kDot>
-void pack_values(const AttentionParams& p, int64_t b, int64_t v_head, int64_t t0, int64_t n, KeyRange valid, word* dst,
-                 int64_t stride) {
-  const int64_t per_group = p.heads.v_per_group();
-  const auto row = [&](int64_t t) -> const void* {
-    if (t < valid.lo || t >= valid.hi) return kZeroRow;
-    const KvSlot slot = kv_page(p.paging, b, t);
-    const int64_t offset = slot.token * p.v.stride_token;
-    return p.v.dtype == DType::f32 ? (const void*)(head_at<const float>(p.v, slot.page, v_head, per_group) + offset)
-                                   : head_at<const uint16_t>(p.v, slot.page, v_head, per_group) + offset;
-  };
-  if (kDot) {
-    for (int64_t t = 0; t < n; t += 2, dst += stride) {
-      const uint16_t *even = (const uint16_t*)row(t0 + t), *odd = (const uint16_t*)row(t0 + t + 1);
-      for (int64_t x = 0; x < p.d_v; ++x) dst[x] = word(even[x]) | word(odd[x]) << 16;
-    }
-  } else {
-    for (int64_t t = 0; t < n; ++t, dst += stride) row_to_float(row(t0 + t), p.v.dtype, p.d_v, (float*)dst);
-  }
-}
-
 struct BlockRows {  // the rows of one q head in an item
   const word* q;
   float* o;
@@ -39,8 +17,11 @@ void attention_block(const AttentionParams& p, const AttentionPlan& plan, int64_
   // Blocks of late queries see most keys: they come first, so that the last items to finish are short.
   const int64_t per_block = p.batch * plan.groups * plan.head_chunks;
   const int64_t blocks = (p.s_q + plan.block_q - 1) / plan.block_q;
-  const int64_t i0 = (blocks - 1 - item / per_block) * plan.block_q, rows = min_of(plan.block_q, p.s_q - i0);
+  const int64_t i0 = (blocks - 1 - item / per_block) * plan.block_q;
   const int64_t rest = item % per_block, b = rest / (plan.groups * plan.head_chunks);
+  const Entry entry = entry_of(p, b);
+  const int64_t rows = min_of(plan.block_q, entry.s_q - i0);
+  if (rows <= 0) return;  // of packed sequences, not the longest
   const int64_t group = rest / plan.head_chunks % plan.groups, chunk = rest % plan.head_chunks;
   const int64_t group_end = (group + 1) * p.heads.q_per_group();
   const int64_t h0 = group * p.heads.q_per_group() + chunk * plan.heads_per_item;
@@ -56,22 +37,21 @@ void attention_block(const AttentionParams& p, const AttentionPlan& plan, int64_
   word* v_tile = scratch.take<word>(kKeyTile * stride_o);
   float* s = scratch.take<float>(kQkRows * kKeyTile);
   uint16_t* s16 = scratch.take<uint16_t>(kQkRows * kKeyTile);
+  uint16_t* bits = scratch.take<uint16_t>(kRandomBits);
 
-  const KeyRange entry = keys_of_entry(p, b);
   // Rows that lie in memory as the dot products read them are not copied.
   const bool q_direct = p.softmax_scale >= 0 && (kDot ? p.q.stride_token % 2 == 0 : p.q.dtype == DType::f32);
   const int64_t stride_q = q_direct ? p.q.stride_token / (kDot ? 2 : 1) : W;
   if (!q_direct)
     for (int64_t h = h0; h < h1; ++h)
       for (int64_t r = 0; r < rows; ++r)
-        copy_query<kDot>(query_row(p, b, h, i0 + r), p.q.dtype, p.d_k, p.softmax_scale < 0,
+        copy_query<kDot>(row_at(p.q, entry, h, i0 + r), p.q.dtype, p.d_k, p.softmax_scale < 0,
                          q + ((h - h0) * rows + r) * W);
   for (int64_t x = 0; x < heads * rows * stride_o; ++x) o[x] = 0.0f;
   for (int64_t r = 0; r < heads * rows; ++r) state[r] = kEmptyRow;
 
   const float c = exp2_scale(p);
-  // Later queries see more keys, so the last row's range is that of the block.
-  const KeyRange block = keys_of_query(p, b, entry, i0 + rows - 1);
+  const KeyRange block = {keys_of_query(p, entry, i0).lo, keys_of_query(p, entry, i0 + rows - 1).hi};
   const bool v_direct = p.v.dtype == DType::f32 && p.v.stride_token == p.d_v && p.d_v % VL == 0;
 
   for (int64_t t0 = block.lo / kKeyTile * kKeyTile; t0 < block.hi; t0 += kKeyTile) {
@@ -85,57 +65,62 @@ void attention_block(const AttentionParams& p, const AttentionPlan& plan, int64_
       if (p.heads.k_head(h) != k_packed) {
         k_packed = p.heads.k_head(h);
         for (int64_t x = first_panel; x < end_panel; ++x)
-          panels[x] =
-              key_panel<kDot>(p, b, k_packed, t0 + x * kPanelTokens, tile, k_tile + x * kPanelTokens * W, row_copies);
+          panels[x] = key_panel<kDot>(k_head_of(p, b, k_packed), t0 + x * kPanelTokens, tile,
+                                      k_tile + x * kPanelTokens * W, row_copies);
       }
       if (p.heads.v_head(h) != v_packed) {
         v_packed = p.heads.v_head(h);
-        const KvSlot slot = kv_page(p.paging, b, tile.lo);
+        const KvHead values = v_head_of(p, b, v_packed);
         if (!kDot && v_direct && page_end(p.paging, tile.lo, tile.hi) == tile.hi) {
-          v = head_at<const word>(p.v, slot.page, v_packed, p.heads.v_per_group()) +
-              (slot.token - (tile.lo - t0)) * p.d_v;
+          v = (const word*)values.row(tile.lo) - (tile.lo - t0) * p.d_v;
           stride_v = p.d_v;
         } else {
           const int64_t from = (tile.lo - t0) / 2 * 2, to = round_up(tile.hi - t0, 2);
-          pack_values<kDot>(p, b, v_packed, t0 + from, to - from, tile, v_tile + (kDot ? from / 2 : from) * stride_o,
-                            stride_o);
+          pack_rows<kDot>(values, t0 + from, to - from, tile, v_tile + (kDot ? from / 2 : from) * stride_o, stride_o);
           v = v_tile;
           stride_v = stride_o;
         }
       }
-      const word* q_head = q_direct ? (const word*)query_row(p, b, h, i0) : q + (h - h0) * rows * W;
+      const word* q_head = q_direct ? (const word*)row_at(p.q, entry, h, i0) : q + (h - h0) * rows * W;
       const BlockRows head = {q_head, o + (h - h0) * rows * stride_o, state + (h - h0) * rows};
 
       const auto row_keys = [&](int64_t r) {  // columns of this tile that row r sees
-        const KeyRange keys = keys_of_query(p, b, entry, i0 + r);
-        const int64_t lo = max_of(tile.lo, keys.lo) - t0;
-        return KeyRange{lo, max_of(lo, min_of(tile.hi, keys.hi) - t0)};
+        const KeyRange keys = keys_of_query(p, entry, i0 + r);
+        const int64_t hi = max_of(tile.lo, min_of(tile.hi, keys.hi));
+        return KeyRange{min_of(hi, max_of(tile.lo, keys.lo)) - t0, hi - t0};
       };
       // A block of rows goes through all steps before the next: its scores stay in the L1 cache.
       for (int64_t r0 = 0; r0 < rows; r0 += kQkRows) {
-        const int64_t count = min_of(kQkRows, rows - r0), end = row_keys(r0 + count - 1).hi;
-        for (int64_t x = first_panel; x * kPanelTokens < end; ++x)
+        const int64_t count = min_of(kQkRows, rows - r0);
+        const KeyRange seen = {row_keys(r0).lo, row_keys(r0 + count - 1).hi};
+        for (int64_t x = seen.lo / kPanelTokens; x * kPanelTokens < seen.hi; ++x)
           score_rows<kDot, kKeyTile>(count, head.q + r0 * stride_q, stride_q, panels[x], W, s + x * kPanelTokens);
+        if (p.softcap > 0) cap_scores(p, count, s, kKeyTile, seen.lo, seen.hi);
         for (int64_t r = r0; r < r0 + count; r += kPvRows) {
           const int64_t few = min_of(kPvRows, r0 + count - r);
-          KeyRange keys = row_keys(r + few - 1);
-          if (keys.lo == keys.hi) continue;
+          KeyRange keys = {row_keys(r).lo, row_keys(r + few - 1).hi};
+          if (keys.lo >= keys.hi) continue;
           if (kDot) keys = {keys.lo / 2 * 2, round_up(keys.hi, 2)};
           float* probabilities = s + (r - r0) * kKeyTile;
           uint16_t* rounded = s16 + (r - r0) * kKeyTile;
           float factor[16];
           softmax_rows<kDot, kKeyTile>(
               few, probabilities, rounded, [&](int64_t x) { return row_keys(r + x); }, keys, c, head.state + r, factor);
+          if (p.dropout.threshold > 0)
+            for (int64_t x = 0; x < few; ++x) {
+              draw_bits(p.dropout, b * p.heads.n_q + h, i0 + r + x, t0 + keys.lo, t0 + keys.hi, bits);
+              const uint16_t* first = bits + keys.lo % kKeysPerDraw;
+              for (int64_t j = keys.lo; j < keys.hi; ++j)
+                if (first[j - keys.lo] < p.dropout.threshold)
+                  kDot ? (void)(rounded[x * kKeyTile + j] = 0) : (void)(probabilities[x * kKeyTile + j] = 0.0f);
+            }
           for (int64_t x = 0; x < few; ++x)
             if (factor[x] != 1.0f) scale_row(head.o + (r + x) * stride_o, stride_o, factor[x]);
-          if constexpr (kDot)
-            accumulate_rows<true, kKeyTile, Pairs>(few, (const word*)(rounded + keys.lo), v + keys.lo / 2 * stride_v,
-                                                   stride_v, (keys.hi - keys.lo) / 2, p.d_v, head.o + r * stride_o,
-                                                   stride_o);
-          else
-            accumulate_rows<false, kKeyTile, F32>(few, (const word*)(probabilities + keys.lo),
-                                                  (const float*)v + keys.lo * stride_v, stride_v, keys.hi - keys.lo,
-                                                  p.d_v, head.o + r * stride_o, stride_o);
+          const word* p_words = kDot ? (const word*)(rounded + keys.lo) : (const word*)(probabilities + keys.lo);
+          constexpr int64_t kStepKeys = kDot ? 2 : 1;
+          accumulate_rows<kDot, Rows<kDot, kKeyTile>, Words>(few, p_words, v + keys.lo / kStepKeys * stride_v, stride_v,
+                                                             (keys.hi - keys.lo) / kStepKeys, p.d_v,
+                                                             head.o + r * stride_o, stride_o);
         }
       }
     }
@@ -143,7 +128,7 @@ void attention_block(const AttentionParams& p, const AttentionPlan& plan, int64_
   for (int64_t h = h0; h < h1; ++h)
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = (h - h0) * rows + r;
-      store_row(p, b, h, i0 + r, o + row * stride_o, state[row], c);
+      store_result(p, entry, h, i0 + r, o + row * stride_o, state[row], c);
     }
 }
 

@@ -19,6 +19,16 @@ struct SelectiveWorkspace {
   float* v_stats;             // [batch, n_v, d_v + 1], computed here unless the caller keeps them; or null
 };
 
+// Workspace of attention_backward, shared by its items.
+struct BackwardWorkspace {
+  float* delta;    // as lse: rowsum(dO * O) - dlse
+  double* dsinks;  // [batch, n_q]
+  float* dq;       // as dq: its sum so far, of 16-bit inputs
+  int32_t* ready;  // [batch, n_q, query blocks]: key blocks whose share is in dq
+  // Returns when *ready has become `count`.
+  void (*wait)(const int32_t* ready, int32_t count);
+};
+
 struct CpuKernels {
   const char* isa;
   void (*attention_block)(const AttentionParams&, const AttentionPlan&, int64_t item, void* scratch);
@@ -26,6 +36,10 @@ struct CpuKernels {
   // row: of the group
   void (*attention_merge)(const AttentionParams&, const AttentionPlan&, int64_t batch_group, int64_t row,
                           const float* partials);
+  void (*attention_backward_rows)(const AttentionBackwardParams&, const AttentionBackwardPlan&,
+                                  const BackwardWorkspace&, int64_t batch_q_head);
+  void (*attention_backward_block)(const AttentionBackwardParams&, const AttentionBackwardPlan&,
+                                   const BackwardWorkspace&, int64_t item, void* scratch);
   void (*selective_v_score)(const SelectiveVParams&, const SelectivePlan&, const SelectiveWorkspace&, int64_t item,
                             void* scratch);
   void (*selective_v_stats)(const SelectiveVParams&, const SelectiveWorkspace&, int64_t batch_v_head);

@@ -2,8 +2,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <thread>
 
 #include "core/cpu_isa.h"
+#include "cpu/attention_f64.h"
 #include "cpu/kernels.h"
 #include "diffqkv/cpu.h"
 #include "diffqkv/layout.h"
@@ -96,6 +98,9 @@ void attention(const AttentionParams& p, const AttentionPlan& plan, void* worksp
   Workspace work{static_cast<char*>(workspace)};
   char* scratch = static_cast<char*>(work.take(plan.threads * aligned(plan.scratch_bytes)));
   const auto scratch_of = [&](int64_t worker) { return scratch + worker * aligned(plan.scratch_bytes); };
+  if (plan.kernel == AttentionKernel::plain)
+    return for_items(plan.items, plan.threads, parallel,
+                     [&](int64_t i, int64_t w) { attention_f64(p, i, reinterpret_cast<double*>(scratch_of(w))); });
   if (plan.kernel == AttentionKernel::block) {
     for_items(plan.items, plan.threads, parallel,
               [&](int64_t i, int64_t w) { kernels.attention_block(p, plan, i, scratch_of(w)); });
@@ -108,6 +113,71 @@ void attention(const AttentionParams& p, const AttentionPlan& plan, void* worksp
   const int64_t useful = std::clamp<int64_t>(plan.partial_floats / kFloatsPerThread, 1, plan.threads);
   for_items(p.batch * plan.groups * plan.rows, useful, parallel,
             [&](int64_t i, int64_t) { kernels.attention_merge(p, plan, i / plan.rows, i % plan.rows, partials); });
+}
+
+namespace {
+
+// Queries of all sequences.
+int64_t total_queries(const AttentionParams& p) { return p.cu_seqlens_q ? p.cu_seqlens_q[p.batch] : p.batch * p.s_q; }
+
+struct BackwardPieces {
+  char* scratch;
+  BackwardWorkspace shared;
+  int64_t bytes;
+};
+BackwardPieces pieces_of(const AttentionBackwardParams& bp, const AttentionBackwardPlan& plan, char* base) {
+  const AttentionParams& p = bp.forward;
+  Workspace work{base};
+  BackwardPieces pieces;
+  pieces.scratch = static_cast<char*>(work.take(plan.threads * aligned(plan.scratch_bytes)));
+  pieces.shared.delta = static_cast<float*>(work.take(total_queries(p) * p.heads.n_q * 4));
+  pieces.shared.dsinks = static_cast<double*>(work.take(p.batch * p.heads.n_q * 8));
+  pieces.shared.dq = static_cast<float*>(work.take(plan.dq_floats * 4));
+  pieces.shared.ready = static_cast<int32_t*>(work.take(p.batch * p.heads.n_q * plan.query_blocks * 4));
+  pieces.bytes = work.used;
+  return pieces;
+}
+
+// The item waited for has been begun: items are handed out in order, and wait for earlier ones alone.
+void wait_until(const int32_t* ready, int32_t count) {
+  constexpr int kSpins = 1000;
+  for (int spins = 0; __atomic_load_n(ready, __ATOMIC_ACQUIRE) != count; ++spins)
+    if (spins >= kSpins) std::this_thread::yield();
+}
+
+}  // namespace
+
+int64_t attention_backward_workspace(const AttentionBackwardParams& params, const AttentionBackwardPlan& plan) {
+  return 64 + pieces_of(params, plan, nullptr).bytes;
+}
+
+void attention_backward(const AttentionBackwardParams& bp, const AttentionBackwardPlan& plan, void* workspace,
+                        Parallel parallel) {
+  const AttentionParams& p = bp.forward;
+  const CpuKernels& kernels = cpu_kernels();
+  BackwardPieces pieces = pieces_of(bp, plan, static_cast<char*>(workspace));
+  BackwardWorkspace& shared = pieces.shared;
+  const int64_t q_heads = p.batch * p.heads.n_q;
+  if (p.q.dtype == DType::f64) {
+    for_items(plan.items, plan.threads, parallel,
+              [&](int64_t i, int64_t) { attention_backward_f64(bp, i, shared.dsinks); });
+  } else {
+    shared.wait = wait_until;
+    std::fill_n(shared.ready, q_heads * plan.query_blocks, 0);
+    for_items(q_heads, plan.threads, parallel,
+              [&](int64_t i, int64_t) { kernels.attention_backward_rows(bp, plan, shared, i); });
+    for_items(plan.items, plan.threads, parallel, [&](int64_t i, int64_t w) {
+      kernels.attention_backward_block(bp, plan, shared, i, pieces.scratch + w * aligned(plan.scratch_bytes));
+    });
+  }
+  for (int64_t h = 0; bp.dsinks != nullptr && h < p.heads.n_q; ++h) {
+    double sum = 0.0;
+    for (int64_t b = 0; b < p.batch; ++b) sum += shared.dsinks[b * p.heads.n_q + h];
+    if (p.q.dtype == DType::f64)
+      static_cast<double*>(bp.dsinks)[h] = sum;
+    else
+      static_cast<float*>(bp.dsinks)[h] = static_cast<float>(sum);
+  }
 }
 
 namespace {

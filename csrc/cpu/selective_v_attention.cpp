@@ -73,7 +73,7 @@ void score(const SelectiveVParams& sp, const SelectivePlan& plan, const Selectiv
       if (best[r].count + kSplitTokens + VL > plan.candidate_room) keep_best(best[r], plan.candidates);
       nan[r] |= append_candidates(best[r], s, own.lo, own.hi, uint32_t(t0));
       if (plan.forced > 0) {
-        const Forced forced(sp, keys_of_query(p, b, part.entry, part.query(r)));
+        const Forced forced(sp, keys_of_query(p, part.entry, part.query(r)));
         for (int64_t j = own.lo; j < own.hi; ++j)
           if (forced.has(t0 + j)) work.forced[(row0 + r) * plan.forced + forced.place(t0 + j)] = s[j];
       }
@@ -97,7 +97,7 @@ void v_stats(const SelectiveVParams& sp, const SelectiveWorkspace& work, int64_t
   const int64_t b = batch_v_head / p.heads.n_v, head = batch_v_head % p.heads.n_v;
   float* stats = work.v_stats + batch_v_head * (p.d_v + 1);
   for (int64_t x = 0; x <= p.d_v; ++x) stats[x] = 0.0f;
-  const KeyRange keys = keys_of_entry(p, b);
+  const KeyRange keys = entry_of(p, b).keys;
   for (int64_t t = keys.lo; t < keys.hi; ++t) {
     const KvSlot slot = kv_page(p.paging, b, t);
     const auto* head_rows = head_at<const typename E::T>(p.v, slot.page, head, p.heads.v_per_group());
@@ -120,7 +120,8 @@ struct SelectedRow {
   const T** value;
 
   int64_t row, b, h, query, v_head, n, top_k, count;
-  KeyRange entry, keys;
+  Entry entry;
+  KeyRange keys;
   RowState state;
   float kept;
   const float* stats;  // of the V head, or null
@@ -141,14 +142,14 @@ struct SelectedRow {
     h = row / p.s_q % p.heads.n_q;
     b = row / p.s_q / p.heads.n_q;
     v_head = p.heads.v_head(h);
-    entry = keys_of_entry(p, b);
-    keys = keys_of_query(p, b, entry, query);
+    entry = entry_of(p, b);
+    keys = keys_of_query(p, entry, query);
     n = keys.hi - keys.lo;
     top_k = min_of(sp.top_k, n);
     int64_t* indices = sp.indices + row * sp.top_k;
     for (int64_t i = top_k; i < sp.top_k; ++i) indices[i] = -1;
     work.computed_densely[row] = 0;
-    if (sp.top_k >= entry.hi - entry.lo) {  // the dense kernel has written out and lse
+    if (sp.top_k >= entry.keys.hi - entry.keys.lo) {  // the dense kernel has written out and lse
       for (int64_t i = 0; i < top_k; ++i) indices[i] = keys.lo + i;
       dense_stats();
       return false;
@@ -195,11 +196,11 @@ struct SelectedRow {
     const float mass = kept_mass(), rest = unread_mass();
     if (state.sum > 0.0f && best.count < n) {  // false for NaN
       if (sp.tail == Tail::renorm) state.norm = kept;
-      const float factor = mass < 1.0f ? (1.0f - mass) * state.sum / float(entry.hi - entry.lo) : 0.0f;
+      const float factor = mass < 1.0f ? (1.0f - mass) * state.sum / float(entry.keys.hi - entry.keys.lo) : 0.0f;
       if (sp.tail == Tail::mean)
         for (int64_t i = 0; i < p.d_v; ++i) o[i] += factor * stats[i];
     }
-    store_row(p, b, h, query, o, state, exp2_scale(p));
+    store_result(p, entry, h, query, o, state, exp2_scale(p));
     sp.kept_mass[row] = mass;
     sp.rows_used[row] = int32_t(best.count);
     if (!sp.want_bound) {
@@ -282,7 +283,7 @@ struct SelectedRow {
     if (sp.tail != Tail::mean) return norm;
     float square = 0.0f;
     for (int64_t i = 0; i < p.d_v; ++i) square += stats[i] * stats[i];
-    return norm + __builtin_sqrtf(square) / float(entry.hi - entry.lo);
+    return norm + __builtin_sqrtf(square) / float(entry.keys.hi - entry.keys.lo);
   }
   // What error_bound cannot exceed.
   float guaranteed() const {

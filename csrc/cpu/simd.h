@@ -5,18 +5,13 @@
 #include <immintrin.h>
 #include <stdint.h>
 
-#include "diffqkv/params.h"
+#include "cpu/key_range.h"
 
-#define DIFFQKV_INLINE inline __attribute__((always_inline))
 // GCC leaves loops of more than 16 iterations rolled, and then keeps an accumulator array in memory.
 #define DIFFQKV_UNROLL _Pragma("GCC unroll 64")
 
 namespace diffqkv {
 namespace {
-
-DIFFQKV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-DIFFQKV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-DIFFQKV_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 DIFFQKV_INLINE float float_of_bits(uint32_t u) {
   float f;
@@ -110,6 +105,13 @@ DIFFQKV_INLINE vf vload_first_u16(const uint16_t* p, int n, bool half) {
   const __m256i h = _mm256_maskz_loadu_epi16((vmask)((1u << n) - 1), p);
   return half ? _mm512_cvtph_ps(h) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
+DIFFQKV_INLINE vf vselect_less(vf a, vf b, vf yes, vf no) {  // a < b ? yes : no
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+}
+DIFFQKV_INLINE vf vcopysign(vf size, vf sign) {
+  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_set1_epi32(int(0x80000000u)), _mm512_castps_si512(sign),
+                                                       _mm512_castps_si512(size), 0xca));
+}
 DIFFQKV_INLINE uint32_t vge_bits(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 DIFFQKV_INLINE uint32_t vgt_bits(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 DIFFQKV_INLINE uint32_t vnan_bits(vf a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
@@ -151,6 +153,13 @@ DIFFQKV_INLINE void vstore_bf16(uint16_t* p, vf v) {
   r = _mm256_blendv_epi8(r, quiet, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0xd8);
   _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+}
+DIFFQKV_INLINE vf vselect_less(vf a, vf b, vf yes, vf no) {
+  return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
+DIFFQKV_INLINE vf vcopysign(vf size, vf sign) {
+  const vf top = _mm256_set1_ps(-0.0f);
+  return _mm256_or_ps(_mm256_and_ps(top, sign), _mm256_andnot_ps(top, size));
 }
 DIFFQKV_INLINE uint32_t vge_bits(vf a, vf b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
 DIFFQKV_INLINE uint32_t vgt_bits(vf a, vf b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
@@ -195,6 +204,11 @@ DIFFQKV_INLINE void vstore_bf16(uint16_t* p, vf v) {
   float f[4];
   vstore(f, v);
   for (int i = 0; i < 4; ++i) p[i] = bf16_of_float(f[i]);
+}
+DIFFQKV_INLINE vf vselect_less(vf a, vf b, vf yes, vf no) { return _mm_blendv_ps(no, yes, _mm_cmplt_ps(a, b)); }
+DIFFQKV_INLINE vf vcopysign(vf size, vf sign) {
+  const vf top = _mm_set1_ps(-0.0f);
+  return _mm_or_ps(_mm_and_ps(top, sign), _mm_andnot_ps(top, size));
 }
 DIFFQKV_INLINE uint32_t vge_bits(vf a, vf b) { return _mm_movemask_ps(_mm_cmpge_ps(a, b)); }
 DIFFQKV_INLINE uint32_t vgt_bits(vf a, vf b) { return _mm_movemask_ps(_mm_cmpgt_ps(a, b)); }
@@ -246,6 +260,20 @@ DIFFQKV_INLINE float exp2_of(float y) {
   float f[VL];
   vstore(f, vexp2(vset(y)));
   return f[0];
+}
+
+// tanh with a relative error of about 2e-7: an odd polynomial near 0, where 1 - 2^y would cancel.
+DIFFQKV_INLINE vf vtanh(vf x) {
+  const vf size = vcopysign(x, vset(0.0f)), square = vmul(x, x);
+  vf p = vset(-0.006282379120149317f);
+  p = vfma(p, square, vset(0.02107768669453612f));
+  p = vfma(p, square, vset(-0.053853838913771435f));
+  p = vfma(p, square, vset(0.13332601482206535f));
+  p = vfma(p, square, vset(-0.33333318038641363f));
+  const vf small = vfma(vmul(p, square), x, x);
+  const vf e = vexp2(vmul(size, vset(-2.88539008177792681f)));  // e^(-2 |x|)
+  const vf large = vcopysign(vdiv(vsub(vset(1.0f), e), vadd(vset(1.0f), e)), x);
+  return vselect_less(size, vset(0.55f), small, large);
 }
 
 // sums[i] = the lanes of v[i] added up.

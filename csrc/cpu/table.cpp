@@ -12,6 +12,10 @@ namespace DIFFQKV_ISA {
 void attention_block(const AttentionParams&, const AttentionPlan&, int64_t, void*);
 void attention_split(const AttentionParams&, const AttentionPlan&, int64_t, void*, float*);
 void attention_merge(const AttentionParams&, const AttentionPlan&, int64_t, int64_t, const float*);
+void attention_backward_rows(const AttentionBackwardParams&, const AttentionBackwardPlan&, const BackwardWorkspace&,
+                             int64_t);
+void attention_backward_block(const AttentionBackwardParams&, const AttentionBackwardPlan&, const BackwardWorkspace&,
+                              int64_t, void*);
 void selective_v_score(const SelectiveVParams&, const SelectivePlan&, const SelectiveWorkspace&, int64_t, void*);
 void selective_v_stats(const SelectiveVParams&, const SelectiveWorkspace&, int64_t);
 void selective_v_gather(const SelectiveVParams&, const SelectivePlan&, const SelectiveWorkspace&, int64_t, void*);
@@ -24,10 +28,20 @@ void probe_read(const void*, int64_t, float*);
 }  // namespace DIFFQKV_ISA
 
 extern const CpuKernels DIFFQKV_JOIN(kernels_, DIFFQKV_ISA) = {
-    DIFFQKV_STRING(DIFFQKV_ISA),     DIFFQKV_ISA::attention_block,   DIFFQKV_ISA::attention_split,
-    DIFFQKV_ISA::attention_merge,    DIFFQKV_ISA::selective_v_score, DIFFQKV_ISA::selective_v_stats,
-    DIFFQKV_ISA::selective_v_gather, DIFFQKV_ISA::kv_cache_update,   DIFFQKV_ISA::swiglu,
-    DIFFQKV_ISA::swiglu_backward,    DIFFQKV_ISA::probe_fma,         DIFFQKV_ISA::probe_dot,
+    DIFFQKV_STRING(DIFFQKV_ISA),
+    DIFFQKV_ISA::attention_block,
+    DIFFQKV_ISA::attention_split,
+    DIFFQKV_ISA::attention_merge,
+    DIFFQKV_ISA::attention_backward_rows,
+    DIFFQKV_ISA::attention_backward_block,
+    DIFFQKV_ISA::selective_v_score,
+    DIFFQKV_ISA::selective_v_stats,
+    DIFFQKV_ISA::selective_v_gather,
+    DIFFQKV_ISA::kv_cache_update,
+    DIFFQKV_ISA::swiglu,
+    DIFFQKV_ISA::swiglu_backward,
+    DIFFQKV_ISA::probe_fma,
+    DIFFQKV_ISA::probe_dot,
     DIFFQKV_ISA::probe_read,
 };
 

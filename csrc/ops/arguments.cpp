@@ -24,10 +24,18 @@ const char* name_of(ScalarType dtype) {
 void check_rank(const char* name, const Tensor& t, int64_t rank, const char* want) {
   DIFFQKV_CHECK(t.dim() == rank, name, ": got shape ", shape_of(t), ", want ", want);
 }
-void check_floating(const char* name, const Tensor& t) {
+namespace {
+bool is_floating(const Tensor& t) {
   const ScalarType type = t.scalar_type();
-  DIFFQKV_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, name,
-                ": got dtype ", name_of(type), ", want float32, float16 or bfloat16");
+  return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
+}
+}  // namespace
+void check_floating(const char* name, const Tensor& t) {
+  DIFFQKV_CHECK(is_floating(t), name, ": got dtype ", name_of(t.scalar_type()), ", want float32, float16 or bfloat16");
+}
+void check_differentiable(const char* name, const Tensor& t) {
+  DIFFQKV_CHECK(t.scalar_type() == ScalarType::Double || is_floating(t), name, ": got dtype ", name_of(t.scalar_type()),
+                ", want float32, float16, bfloat16 or float64");
 }
 void check_same_dtype(const char* name, const Tensor& t, const char* other_name, const Tensor& other) {
   DIFFQKV_CHECK(t.scalar_type() == other.scalar_type(), name, ": got dtype ", name_of(t.scalar_type()), ", want ",
@@ -38,10 +46,9 @@ void check_same_device(const char* name, const Tensor& t, const char* other_name
   DIFFQKV_CHECK(device.type() == wanted.type() && (t.is_cpu() || t.get_device_index() == other.get_device_index()),
                 name, ": got another device, want that of ", other_name);
 }
+bool last_stride_is_one(const Tensor& t) { return t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1; }
 void check_unit_last_stride(const char* name, const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  DIFFQKV_CHECK(t.stride(last) == 1 || t.size(last) <= 1, name, ": got stride ", t.stride(last),
-                " in the last dimension, want 1");
+  DIFFQKV_CHECK(last_stride_is_one(t), name, ": got stride ", t.stride(t.dim() - 1), " in the last dimension, want 1");
 }
 void check_size(const char* name, const Tensor& t, int64_t dim, int64_t want, const char* meaning) {
   DIFFQKV_CHECK(t.size(dim) == want, name, ": got ", t.size(dim), " in dimension ", dim, " of ", shape_of(t), ", want ",
@@ -65,6 +72,37 @@ void check_per_entry(const char* name, const Tensor& t, int64_t batch, const Ten
   check_same_device(name, t, "q", beside);
 }
 
+void check_sinks(const Tensor& sinks, const Tensor& q, int64_t n_q) {
+  DIFFQKV_CHECK(sinks.scalar_type() == ScalarType::Float || sinks.scalar_type() == q.scalar_type(), "sinks: got dtype ",
+                name_of(sinks.scalar_type()), ", want float32 or ", name_of(q.scalar_type()), ", that of q");
+  DIFFQKV_CHECK(sinks.dim() == 1 && sinks.size(0) == n_q, "sinks: got shape ", shape_of(sinks), ", want [n_q] = [", n_q,
+                "]");
+  DIFFQKV_CHECK(sinks.is_contiguous(), "sinks: got stride ", sinks.stride(0), ", want 1");
+  check_same_device("sinks", sinks, "q", q);
+}
+template <class T>
+std::vector<T> values_of(const Tensor& t) {
+  std::vector<T> values(t.numel());
+  for (int64_t i = 0; i < t.numel(); ++i) switch (t.scalar_type()) {
+      case ScalarType::Double: values[i] = T(static_cast<const double*>(t.data_ptr())[i]); break;
+      case ScalarType::Half: values[i] = T(static_cast<const torch::headeronly::Half*>(t.data_ptr())[i]); break;
+      case ScalarType::BFloat16: values[i] = T(static_cast<const torch::headeronly::BFloat16*>(t.data_ptr())[i]); break;
+      default: values[i] = T(static_cast<const float*>(t.data_ptr())[i]);
+    }
+  return values;
+}
+template std::vector<float> values_of(const Tensor&);
+template std::vector<double> values_of(const Tensor&);
+void store_value(Tensor& t, int64_t i, double value) {
+  const auto narrow = static_cast<float>(value);
+  switch (t.scalar_type()) {
+    case ScalarType::Double: static_cast<double*>(t.data_ptr())[i] = value; break;
+    case ScalarType::Half: static_cast<torch::headeronly::Half*>(t.data_ptr())[i] = narrow; break;
+    case ScalarType::BFloat16: static_cast<torch::headeronly::BFloat16*>(t.data_ptr())[i] = narrow; break;
+    default: static_cast<float*>(t.data_ptr())[i] = narrow;
+  }
+}
+
 void check_v_stats(const Tensor& t, int64_t batch, int64_t n_v, int64_t d_v, const char* other_name,
                    const Tensor& other) {
   DIFFQKV_CHECK(t.scalar_type() == ScalarType::Float, "v_stats: got dtype ", name_of(t.scalar_type()),
@@ -81,6 +119,7 @@ DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Half: return DType::f16;
     case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Double: return DType::f64;
     default: return DType::f32;
   }
 }

@@ -1,6 +1,8 @@
 // Checks of arguments and their translation into params, shared by the ops. Everything is checked here, before torch is
 // asked for memory and before anything is written.
 #pragma once
+#include <vector>
+
 #include "ops/torch_compat.h"
 
 namespace diffqkv {
@@ -10,7 +12,9 @@ const char* name_of(ScalarType dtype);
 
 // `want` names the dimensions, e.g. "[b, n_q, s_q, d_k]".
 void check_rank(const char* name, const Tensor& t, int64_t rank, const char* want);
-void check_floating(const char* name, const Tensor& t);  // fp32, fp16 or bf16
+void check_floating(const char* name, const Tensor& t);        // fp32, fp16 or bf16
+void check_differentiable(const char* name, const Tensor& t);  // or fp64
+bool last_stride_is_one(const Tensor& t);
 void check_same_dtype(const char* name, const Tensor& t, const char* other_name, const Tensor& other);
 void check_same_device(const char* name, const Tensor& t, const char* other_name, const Tensor& other);
 void check_unit_last_stride(const char* name, const Tensor& t);
@@ -19,6 +23,12 @@ void check_head_dim(const char* name, int64_t d);
 void check_heads(const HeadGroups& heads);
 // int32 [batch], contiguous.
 void check_per_entry(const char* name, const Tensor& t, int64_t batch, const Tensor& beside);
+// [n_q], contiguous, float32 or q's dtype.
+void check_sinks(const Tensor& sinks, const Tensor& q, int64_t n_q);
+// The elements of a contiguous tensor in host memory.
+template <class T>
+std::vector<T> values_of(const Tensor& t);
+void store_value(Tensor& t, int64_t i, double value);
 
 // float32 [batch, n_v, d_v + 1], contiguous.
 void check_v_stats(const Tensor& t, int64_t batch, int64_t n_v, int64_t d_v, const char* other_name,

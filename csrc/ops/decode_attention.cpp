@@ -47,22 +47,28 @@ CachedAttention cached_attention_cpu(const Tensor& q, const Tensor& k_cache, con
   p.k = cache.k;
   p.v = cache.v;
   p.out = token_view(call.out);
-  p.lse = static_cast<float*>(call.lse.data_ptr());
+  p.lse = call.lse.data_ptr();
   p.kv_start = starts;
   p.kv_end = lengths;
   p.length = lengths;
   p.paging = cache.paging;
-  p.softmax_scale = static_cast<float>(softmax_scale.value_or(1.0 / std::sqrt(double(p.d_k))));
-  p.causal = true;
+  p.softmax_scale = softmax_scale.value_or(1.0 / std::sqrt(double(p.d_k)));
+  p.window_right = 0;
   return call;
 }
 
 std::tuple<Tensor, Tensor> decode_attention_cpu(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                                 const Tensor& cache_seqlens, const std::optional<Tensor>& cache_start,
                                                 const std::optional<Tensor>& block_table,
-                                                std::optional<double> softmax_scale, int64_t k_layout) {
+                                                std::optional<double> softmax_scale, int64_t k_layout,
+                                                int64_t window_left, int64_t window_right, double softcap,
+                                                const std::optional<Tensor>& sinks) {
   CachedAttention call =
       cached_attention_cpu(q, k_cache, v_cache, cache_seqlens, cache_start, block_table, softmax_scale, k_layout);
+  const std::optional<Tensor> cache_end = cache_seqlens;
+  AttentionOptions options{
+      true, softmax_scale, window_left, window_right, softcap, sinks, cache_start, cache_end, 0.0, 0, 0, {}, {}};
+  options.apply(q, call.params);
   run_attention(call.params, call.max_keys, q);
   return {call.out, call.lse};
 }

@@ -1,18 +1,28 @@
 // The ops' C++ functions, one per schema and device; what each takes is said in schema.cpp.
 #pragma once
-#include "ops/torch_compat.h"
+#include "ops/attention_options.h"
 
 namespace diffqkv {
 
-std::tuple<Tensor, Tensor> flash_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
-                                               std::optional<double> softmax_scale,
-                                               const std::optional<Tensor>& kv_start,
-                                               const std::optional<Tensor>& kv_end);
+std::tuple<Tensor, Tensor> flash_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
+                                               DIFFQKV_OPTION_PARAMETERS);
+std::tuple<Tensor, Tensor> flash_attention_varlen_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                      DIFFQKV_PACKED_PARAMETERS, DIFFQKV_OPTION_PARAMETERS);
+std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward_cpu(const Tensor& dout,
+                                                                        const std::optional<Tensor>& dlse,
+                                                                        const Tensor& q, const Tensor& k,
+                                                                        const Tensor& v, const Tensor& out,
+                                                                        const Tensor& lse, DIFFQKV_OPTION_PARAMETERS);
+std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_varlen_backward_cpu(
+    const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& out, const Tensor& lse, DIFFQKV_PACKED_PARAMETERS, DIFFQKV_OPTION_PARAMETERS);
 
 std::tuple<Tensor, Tensor> decode_attention_cpu(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                                 const Tensor& cache_seqlens, const std::optional<Tensor>& cache_start,
                                                 const std::optional<Tensor>& block_table,
-                                                std::optional<double> softmax_scale, int64_t k_layout);
+                                                std::optional<double> softmax_scale, int64_t k_layout,
+                                                int64_t window_left, int64_t window_right, double softcap,
+                                                const std::optional<Tensor>& sinks);
 
 void kv_cache_update_cpu(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v, const Tensor& positions,
                          const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import _library, reference
+from . import _library, flash_attn_interface, reference
 
 if _library.loaded:
     from . import _autograd, _fake, _flops, _vmap  # noqa: F401 (they register themselves)
@@ -36,6 +36,7 @@ __all__ = [
     "explain",
     "flash_attention",
     "flash_attention_varlen",
+    "flash_attn_interface",
     "kv_cache_update",
     "reference",
     "selective_v_attention",

@@ -49,8 +49,8 @@ def _flash_attention_varlen(
 
 @register_flop_formula(torch.ops.diffqkv.flash_attention_varlen_backward, get_raw=True)
 def _flash_attention_varlen_backward(
-    dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False, *args,
-    out_val=None, **kwargs,
+    dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False,
+    *args, out_val=None, **kwargs,
 ) -> int:  # fmt: skip
     pairs = _pairs(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_k)
     return _backward_flops(1, q.shape[1], 1, pairs, q.shape[2], v.shape[2], causal)

@@ -71,8 +71,8 @@ struct Problem {
     p.lse = lse.data();
     p.kv_start = start.data(), p.kv_end = end.data();
     p.paging.page_size = c.s_k;
-    p.softmax_scale = 1.0f / std::sqrt(float(c.d_k));
-    p.causal = c.causal;
+    p.softmax_scale = 1.0 / std::sqrt(double(c.d_k));
+    p.window_right = c.causal ? 0 : -1;
     return p;
   }
 
@@ -109,7 +109,7 @@ struct Problem {
 };
 
 void run(const AttentionParams& p, int64_t threads) {
-  AttentionPlan plan = plan_attention(p.heads, p.batch, p.s_q, p.s_k, p.d_k, p.d_v, DType::f32, p.causal, threads);
+  AttentionPlan plan = plan_attention(p, p.s_k, threads);
   plan.threads = threads;  // also where the planner would not start a second one
   std::vector<char> workspace(cpu::attention_workspace(plan));
   cpu::attention(p, plan, workspace.data(), parallel_on_threads);
@@ -204,7 +204,7 @@ TEST_CASE("top_k below the length keeps the best rows; ties go to the lower inde
   p.lse = lse.data();
   p.paging.page_size = 5;
   p.softmax_scale = 1.0f;
-  p.causal = true;
+  p.window_right = 0;
   sp.top_k = 2;
   sp.want_bound = true;
   sp.kept_mass = kept.data(), sp.indices = indices.data(), sp.rows_used = used.data(), sp.error_bound = bound.data();

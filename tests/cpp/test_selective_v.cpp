@@ -54,7 +54,7 @@ struct Sequence {
     p.lse = lse.data();
     p.paging.page_size = keys;
     p.softmax_scale = 0.25f;
-    p.causal = true;
+    p.window_right = 0;
     params.top_k = top_k;
     params.want_bound = true;
     params.kept_mass = kept.data(), params.indices = indices.data();

@@ -1,52 +1,53 @@
 """The demo's parts, and the demo itself in a few steps: it learns, resumes exactly, and tells what is wrong."""
 
+import math
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
-import numpy as np
 import pytest
 import torch
 
 import diffqkv
+from diffqkv.data import PackedDataset, write_tokens
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "examples" / "python"))
 
 from demo import __main__ as demo_main  # noqa: E402
 from demo import corpus as demo_corpus  # noqa: E402
-from demo.corpus import CorpusError, Document, build_corpus, python_documentation, read_files  # noqa: E402
-from demo.packing import Windows, evaluation_windows  # noqa: E402
+from demo.__main__ import TOKENIZER, evaluation_batches  # noqa: E402
+from demo.corpus import CorpusError, build_corpus, python_documentation, read_files  # noqa: E402
 from demo.plot import plot_losses  # noqa: E402
-from demo.tokenizer import END_OF_TEXT, VOCAB_SIZE, byte_tokenizer, encode  # noqa: E402
 from demo.training import CheckpointError, History, Recipe, Trainer, bits_per_byte, unigram_entropy  # noqa: E402
-from transformers import AutoTokenizer  # noqa: E402
 
 RECIPE = Recipe(steps=6, batch_size=2, context=16, warmup_steps=2, evaluate_every=2, save_every=2)
 
 
-def documents(count=40, size=900) -> list[Document]:
-    return [
-        Document(f"{i}.txt", f"Text {i}: " + " ".join(f"word{i}{j}" for j in range(size // 7))) for i in range(count)
-    ]
+def documents(count=40, size=900) -> list[str]:
+    return [f"Text {i}: " + " ".join(f"word{i}{j}" for j in range(size // 7)) for i in range(count)]
 
 
 def trainer(folder: Path, recipe=RECIPE, identity="a corpus") -> Trainer:
-    tokens = encode([document.text for document in documents(3)])
-    held_out = evaluation_windows(tokens, recipe.context, 4)
+    folder.mkdir(exist_ok=True)
+    tokens = folder / "tokens.npy"
+    write_tokens(tokens, documents(3), TOKENIZER)
+    packing = {"context": recipe.context, "end_of_text": None}
+    held_out = evaluation_batches(PackedDataset(tokens, **packing), 4)
     torch.manual_seed(recipe.seed)
     model = diffqkv.SigmaForCausalLM(
         diffqkv.SigmaConfig(
-            vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
             num_key_heads=1, num_value_heads=2, q_aug_dim=32, initializer_range=0.1,
         )
     )  # fmt: skip
     return Trainer(
         model,
-        Windows(tokens, recipe.context, recipe.batch_size, recipe.seed),
+        PackedDataset(tokens, **packing, seed=recipe.seed, samples=recipe.steps * recipe.batch_size),
         recipe,
         evaluate=lambda: bits_per_byte(model, held_out),
         checkpoint=folder / "checkpoint.pt",
@@ -60,21 +61,19 @@ def parameters(of: Trainer) -> list[torch.Tensor]:
 
 class TestCorpus:
     def test_split_depends_on_content_alone(self):
-        texts = documents()
-        renamed = [Document(f"other/{d.name}", d.text) for d in texts]
-        one, other = build_corpus(texts), build_corpus(renamed[::-1])
+        texts = documents(300)
+        one, other = build_corpus(texts), build_corpus(texts[::-1])
         assert one == other
-        assert len(one.held_out) == 2 and len(one.train) == 38
+        assert 5 <= len(one.held_out) <= 30 and len(one.train) + len(one.held_out) == 300
 
     def test_another_text_has_another_hash(self):
         texts = documents()
-        changed = [*texts[:-1], Document(texts[-1].name, texts[-1].text + "!")]
+        changed = [*texts[:-1], texts[-1] + "!"]
         assert build_corpus(texts).sha256 != build_corpus(changed).sha256
 
     def test_a_paragraph_is_kept_once(self):
         shared = "A paragraph that many files have in common, such as a licence."
-        texts = [Document(d.name, f"{shared}\n\n{d.text}") for d in documents()]
-        corpus = build_corpus(texts)
+        corpus = build_corpus([f"{shared}\n\n{text}" for text in documents()])
         assert sum(text.count(shared) for text in corpus.train + corpus.held_out) == 1
 
     def test_the_end_of_few_files_is_held_out(self):
@@ -97,15 +96,16 @@ class TestCorpus:
             python_documentation()
 
     def test_too_little_text(self):
-        with pytest.raises(CorpusError, match="not enough text: got 5 bytes in 1 files, want at least 20,000"):
-            build_corpus([Document("a", "Hello")])
+        with pytest.raises(CorpusError, match="not enough text: got 5 bytes in 1 documents, 0 of them held out, want"):
+            build_corpus(["Hello"])
 
     def test_unusable_files(self, tmp_path):
         binary = tmp_path / "picture.png"
         binary.write_bytes(b"\x89PNG\xff")
+        (tmp_path / "empty").touch()
         for path, message in (
             (binary, "not UTF-8 text"),
-            (tmp_path, "cannot be read"),
+            (tmp_path / "empty", "empty file"),
             (tmp_path / "no", "cannot be read"),
         ):
             with pytest.raises(CorpusError, match=message) as caught:
@@ -113,62 +113,24 @@ class TestCorpus:
             assert str(path) in str(caught.value)
 
 
-class TestTokenizer:
-    TEXT = (
-        "".join(map(chr, [*range(0, 0xD800, 5), *range(0xE000, 0x110000, 499)])) + " <|endoftext|> <|pad|> <0x41>  a ,b"
-    )
-
-    def test_round_trip_after_saving(self, tmp_path):
-        byte_tokenizer(512).save_pretrained(tmp_path)
-        tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-        assert tokenizer.decode(tokenizer(self.TEXT).input_ids, skip_special_tokens=True) == self.TEXT
-        assert len(tokenizer) == VOCAB_SIZE and tokenizer.eos_token_id == END_OF_TEXT
-
-    def test_encode_is_the_tokenizer(self):
-        assert encode([self.TEXT]).tolist() == [*byte_tokenizer(512)(self.TEXT).input_ids, END_OF_TEXT]
-
-    def test_batches_are_padded_on_the_left(self):
-        batch = byte_tokenizer(512)(["ab", "c"], padding=True, return_tensors="pt")
-        assert batch.attention_mask.tolist() == [[1, 1], [0, 1]]
-
-
-class TestWindows:
-    def test_an_epoch_covers_the_stream_once(self):
-        windows = Windows(np.arange(1000, dtype=np.int16), context=10, batch_size=3, seed=1)
-        rows = torch.cat([windows.batch(step) for step in range(windows.per_epoch // 3)])
-        inputs = rows[:, :-1].flatten()
-        assert rows.shape == (99, 11) and len(inputs.unique()) == len(inputs)
-        assert torch.equal(rows[:, 1:], rows[:, :-1] + 1)
-
-    def test_a_batch_depends_on_the_step_alone(self):
-        stream = np.arange(1000, dtype=np.int16)
-        one, other = (Windows(stream, context=10, batch_size=4, seed=1) for _ in range(2))
-        late = one.batch(60)
-        for step in range(61):
-            last = other.batch(step)
-        assert torch.equal(late, last)
-        assert not torch.equal(late, Windows(stream, context=10, batch_size=4, seed=2).batch(60))
-
-    def test_evaluation_windows_are_spread(self):
-        windows = evaluation_windows(np.arange(1001, dtype=np.int16), context=10, limit=5)
-        assert windows.shape == (5, 11)
-        assert windows[0, 0] == 0 and windows[-1, -1] == 1000
-
-    def test_too_short(self):
-        with pytest.raises(ValueError, match="tokens: got 15, want"):
-            Windows(np.zeros(15, dtype=np.int16), context=10, batch_size=1, seed=0)
+def test_evaluation_windows_are_spread(tmp_path):
+    write_tokens(tmp_path / "tokens.npy", [bytes(range(100)).decode()], TOKENIZER)
+    dataset = PackedDataset(tmp_path / "tokens.npy", 10, end_of_text=None)
+    [batch] = evaluation_batches(dataset, limit=5)
+    assert batch["input_ids"][:, 0].tolist() == [0, 20, 40, 70, 90]
 
 
 def test_entropy_and_bits_count_bytes_alone():
-    windows = torch.tensor([[0, 1, 2, 1, 2, END_OF_TEXT]])
-    assert unigram_entropy(windows) == pytest.approx(1.0)
+    ids = torch.tensor([[7, 0, 1, 2, 1, 2, TOKENIZER.eos_token_id]])
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(7)[None]}
+    assert unigram_entropy([batch]) == pytest.approx(2 * 0.4 * math.log2(2.5) + 0.2 * math.log2(5))
 
-    class Uniform(torch.nn.Module):
-        def forward(self, input_ids, use_cache):
-            return type("Output", (), {"logits": torch.zeros(*input_ids.shape, 256 + 256)})
+    class NineBits(torch.nn.Module):
+        def forward(self, use_cache, **batch):
+            return SimpleNamespace(loss=torch.tensor(9 * math.log(2)))
 
-    # Five targets at nine bits each; four of them are bytes.
-    assert bits_per_byte(Uniform(), windows) == pytest.approx(45 / 4)
+    # Six targets at nine bits each; five of them are bytes.
+    assert bits_per_byte(NineBits(), [batch]) == pytest.approx(54 / 5)
 
 
 class TestTraining:
@@ -180,8 +142,6 @@ class TestTraining:
 
     def test_resumed_equals_uninterrupted(self, tmp_path):
         whole, begun = (trainer(tmp_path / name) for name in ("whole", "parts"))
-        for run in (whole, begun):
-            run.checkpoint.parent.mkdir()
         list(whole.run())
         for progress in begun.run():
             # Step 3 is lost: the last checkpoint is of step 2.
@@ -247,7 +207,7 @@ def run_demo(*args, **environment) -> subprocess.CompletedProcess:
 
 def test_demo_from_end_to_end(tmp_path):
     text, out = tmp_path / "text.txt", tmp_path / "out"
-    text.write_text("\n\n".join(document.text for document in documents()))
+    text.write_text("\n\n".join(documents()))
     result = run_demo(text, "--out", out, "--steps", 4)
     assert result.returncode == 0, result.stdout + result.stderr
     for part in (
@@ -256,6 +216,7 @@ def test_demo_from_end_to_end(tmp_path):
         "held-out bits per byte",
         "byte-unigram entropy",
         "tokens/s",
+        "A training step of this model",
         "GQA-16",
         "sample",
     ):
@@ -271,10 +232,11 @@ def test_demo_from_end_to_end(tmp_path):
 
 def test_restart_forgets_the_checkpoint_alone(tmp_path, monkeypatch):
     text, checkpoint, notes = (tmp_path / name for name in ("text.txt", "checkpoint.pt", "notes.txt"))
-    text.write_text("\n\n".join(document.text for document in documents()))
+    text.write_text("\n\n".join(documents()))
     for file in (checkpoint, notes):
         file.write_text("of another time")
     monkeypatch.setattr(demo_main, "decode_table", lambda: "")
+    monkeypatch.setattr(demo_main, "training_table", lambda dtype, batch_size: "")
     # It would silence the tests that follow.
     monkeypatch.setattr(demo_main.transformers_logging, "set_verbosity_error", lambda: None)
     monkeypatch.setattr(sys, "argv", ["demo", str(text), "--out", str(tmp_path), "--steps", "1"])
@@ -290,5 +252,5 @@ def test_demo_without_usable_text(tmp_path):
     assert result.returncode == 1
     assert (
         result.stderr
-        == f"demo: {tmp_path}/missing.txt: cannot be read (No such file or directory); name files of plain text\n"
+        == f"demo: {tmp_path}/missing.txt: cannot be read (No such file or directory); name files of text\n"
     )

@@ -1,6 +1,7 @@
 """The README's examples run as printed, one after another as a reader would type them."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,13 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-def test_python_blocks_run(capsys):
-    assert len(BLOCKS) == 4, "one example for each kind of user"
+def test_python_blocks_run(capsys, monkeypatch, tmp_path):
+    assert len(BLOCKS) == 6, "one example for each kind of user"
+    # The reader's own text.
+    (tmp_path / "corpus").mkdir()
+    for path in (ROOT / "python" / "diffqkv").glob("*.py"):
+        shutil.copy(path, tmp_path / "corpus" / f"{path.stem}.txt")
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
@@ -19,6 +25,7 @@ def test_python_blocks_run(capsys):
     assert "diffqkv::flash_attention" in printed
     assert "4 16 3072" in printed
     assert "tensor(True)" in printed
+    assert "torch.Size([1, 256, 32, 128])" in printed and "torch.Size([1, 1, 32, 128])" in printed
 
 
 def test_commands_exist():

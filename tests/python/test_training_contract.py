@@ -265,8 +265,7 @@ def test_vmap(library):
 
 
 @pytest.mark.parametrize("with_sinks", [False, True])
-def test_grad_and_vmap(library, with_sinks):
-    """Per-sample gradients, and gradients of a mapped function; those of the sinks included."""
+def test_gradients_of_a_mapped_function(library, with_sinks):
     q, k, v = mapped_qkv()
     sinks = torch.randn(8) if with_sinks else None
 
@@ -274,30 +273,24 @@ def test_grad_and_vmap(library, with_sinks):
         out, lse = library.flash_attention(q, k, v, causal=False, softcap=2.0, sinks=sinks)
         return out.square().sum() + lse.sin().sum()
 
-    wanted = (0, 1, 2, 3) if with_sinks else (0, 1, 2)
-
-    def plain(q, k, v):
-        leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, *([sinks] if with_sinks else []))]
-        return torch.autograd.grad(loss(*leaves, *([] if with_sinks else [None])), leaves)
-
-    assert_same(torch.func.grad(loss, wanted)(q[0], k[0], v[0], sinks), plain(q[0], k[0], v[0]))
-    per_sample = torch.vmap(torch.func.grad(loss, wanted), in_dims=(0, 0, 0, None))(q, k, v, sinks)
-    assert_same(per_sample, each(plain, q, k, v))
-
-    def total(q, k, v, sinks):
-        return torch.vmap(loss, in_dims=(0, 0, 0, None))(q, k, v, sinks).sum()
-
-    expected = list(each(plain, q, k, v))
-    expected[3:] = [x.sum(0) for x in expected[3:]]
-    assert_same(torch.func.grad(total, wanted)(q, k, v, sinks), tuple(expected))
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    assert_same(torch.autograd.grad(total(*leaves, sinks), leaves), tuple(expected[:3]))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, *([sinks] if with_sinks else []))]
+    given = leaves if with_sinks else [*leaves, None]
+    mapped = torch.vmap(loss, in_dims=(0, 0, 0, None))(*given).sum()
+    expected = sum(loss(*(x[i] for x in given[:3]), given[3]) for i in range(len(q)))
+    assert_same(torch.autograd.grad(mapped, leaves), torch.autograd.grad(expected, leaves))
 
 
-def test_jacobian(library):
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_mapped_gradients(library, with_sinks):
+    """A Jacobian of many backward passes at once."""
     q, k, v = qkv(1, (2, 1, 2), 2, 3, (8, 8), torch.float64)
-    expected = torch.func.jacrev(lambda q: reference.attention(q, k, v))(q)
-    assert_same(torch.func.jacrev(lambda q: library.flash_attention(q, k, v)[0])(q), expected)
+    sinks = (torch.randn(2, dtype=torch.float64),) if with_sinks else ()
+
+    def jacobian(attention):
+        return torch.autograd.functional.jacobian(attention, (q, k, v, *sinks), vectorize=True)
+
+    expected = jacobian(lambda q, k, v, *s: reference.attention(q, k, v, sinks=s[0] if s else None))
+    assert_same(jacobian(lambda q, k, v, *s: library.flash_attention(q, k, v, sinks=s[0] if s else None)[0]), expected)
 
 
 def test_vmap_refuses_what_has_no_rule(library):
@@ -327,7 +320,17 @@ def test_second_derivatives_are_refused(library):
             torch.autograd.grad(sum(x.square().sum() for x in gradients), inputs)
 
 
-def test_forward_mode_is_refused(library):
+def test_what_torch_func_has_no_rule_for_is_refused(library):
     q, k, v = qkv(1, HEADS, 5, 7, DIMS)
+
+    def attention(q):
+        return diffqkv.flash_attention(q, k, v)
+
+    for transform in (torch.func.grad, torch.func.jacrev):
+        with pytest.raises(NotImplementedError, match="flash_attention: torch.func.* is not built"):
+            transform(lambda q: attention(q).sum())(q)
     with pytest.raises(NotImplementedError, match="flash_attention: forward-mode differentiation is not built"):
-        torch.func.jvp(lambda q: library.flash_attention(q, k, v)[0], (q,), (q,))
+        torch.func.jvp(attention, (q,), (q,))
+    packed, rest = packed_qkv()
+    with pytest.raises(NotImplementedError, match="flash_attention_varlen: forward-mode differentiation is not built"):
+        torch.func.jvp(lambda v: diffqkv.flash_attention_varlen(*packed[:2], v, *rest), (packed[2],), (packed[2],))

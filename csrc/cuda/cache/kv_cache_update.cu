@@ -118,6 +118,7 @@ int cuda_kv_cache_update(const CacheUpdateParams& p, void* stream) {
     case DType::f32: return launch<F32>(p, plan, s);
     case DType::f16: return launch<F16>(p, plan, s);
     case DType::bf16: return launch<BF16>(p, plan, s);
+    case DType::f64: break;
   }
   return cudaErrorInvalidValue;
 }

@@ -20,6 +20,7 @@ inline constexpr int64_t kPartialHeader = 3;
 enum class AttentionKernel : int32_t {
   block = 0,  // item = block of queries x some heads of a group, walking all its keys: prefill
   split = 1,  // item = all query rows of a KV group x a range of keys, merged afterwards: decode
+  plain = 2,  // item = q head, a row of scores at a time: float64
 };
 
 struct AttentionPlan {
@@ -59,9 +60,28 @@ inline constexpr int64_t kMaxAdded = 4;
 DIFFQKV_API SelectivePlan plan_selective(const SelectiveVParams& params, int64_t max_keys, int64_t threads);
 
 // max_keys: the longest sequence of the call. threads: those of the caller's pool.
-DIFFQKV_API AttentionPlan plan_attention(const HeadGroups& heads, int64_t batch, int64_t s_q, int64_t max_keys,
-                                         int64_t d_k, int64_t d_v, DType dtype, bool causal, int64_t threads);
+DIFFQKV_API AttentionPlan plan_attention(const AttentionParams& params, int64_t max_keys, int64_t threads);
 
-constexpr int64_t dtype_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+// The backward pass: item = block of keys x KV group. It walks the queries that see its keys, head by head, keeps the
+// gradients of its K and V rows to itself, and adds to those of the queries in the order of the key blocks.
+struct AttentionBackwardPlan {
+  int64_t groups = 0;
+  int64_t block_k = 0, key_blocks = 0;    // keys of an item; items per group
+  int64_t block_q = 0, query_blocks = 0;  // queries that an item takes at a time
+  int64_t items = 0;
+  int64_t threads = 1;        // worth starting
+  int64_t scratch_bytes = 0;  // per thread
+  int64_t dq_floats = 0;      // 16-bit inputs: dq while it is summed up
+  double flops = 0, bytes = 0;
+};
+// A multiple of the rows that share their scores. Part of the numerics, like the keys of a block.
+inline constexpr int64_t kBackwardQueries = 96;
+inline constexpr int64_t kMaxBackwardKeys = 256;
+// From a row of a tile of scores to the next: no power of two, or the rows of a column would share their cache lines.
+inline constexpr int64_t kBackwardStride = kMaxBackwardKeys + 16;
+
+DIFFQKV_API AttentionBackwardPlan plan_attention_backward(const AttentionParams& params, int64_t threads);
+
+constexpr int64_t dtype_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 }  // namespace diffqkv

@@ -17,6 +17,11 @@ DIFFQKV_API int64_t selective_v_workspace(const SelectiveVParams& params, const 
 // plan: plan_attention(...) of the same shape, with max_keys >= the longest kv_end.
 DIFFQKV_API void attention(const AttentionParams& params, const AttentionPlan& plan, void* workspace,
                            Parallel parallel);
+DIFFQKV_API int64_t attention_backward_workspace(const AttentionBackwardParams& params,
+                                                 const AttentionBackwardPlan& plan);
+// plan: plan_attention_backward(...) of params.forward.
+DIFFQKV_API void attention_backward(const AttentionBackwardParams& params, const AttentionBackwardPlan& plan,
+                                    void* workspace, Parallel parallel);
 // plan: plan_selective(...) of the same params.
 DIFFQKV_API void selective_v_attention(const SelectiveVParams& params, const SelectivePlan& plan, void* workspace,
                                        Parallel parallel);

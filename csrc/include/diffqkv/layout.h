@@ -28,6 +28,7 @@ struct KvSlot {
 
 // The place of a token below the cache's capacity; -1 where the block table's entry is negative.
 DIFFQKV_LAYOUT KvSlot kv_page(const Paging& paging, int64_t entry, int64_t token) {
+  if (paging.first_token != nullptr) return {0, paging.first_token[entry] + token};
   if (paging.block_table == nullptr) return {entry, token};
   const int64_t block = token / paging.page_size;
   const int64_t page = paging.block_table[entry * paging.stride + block];

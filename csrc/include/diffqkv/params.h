@@ -9,7 +9,7 @@
 
 namespace diffqkv {
 
-enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2 };
+enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2, f64 = 3 };
 
 // How K lies in a cache. Panels are the CPU's fast layout: 32 tokens side by side for each dimension, so that a score
 // needs no horizontal sum; bf16 keeps two neighbouring dimensions in one 32-bit word, as a bf16 dot product wants them.
@@ -39,15 +39,27 @@ struct KvView {
   KLayout layout = KLayout::rows;
 };
 
-// Where the tokens of batch entry b lie: in page b, or in pages block_table[b][token / page_size].
+// Where the tokens of batch entry b lie: in page b, in pages block_table[b][token / page_size], or, where sequences are
+// packed one behind the other, from token first_token[b] on of page 0.
 struct Paging {
   const int32_t* block_table = nullptr;  // [batch, max_blocks] or null
   int64_t stride = 0;                    // of a block table row
   int64_t page_size = 0;                 // tokens a page; of a contiguous cache: its capacity
+  const int32_t* first_token = nullptr;  // [batch] or null
 };
 
-// flash_attention and decode_attention. Query i of entry b sees the keys j with
-// kv_start[b] <= j < kv_end[b] and, if causal, j <= i + length[b] - s_q (bottom-right aligned).
+// Which probabilities are dropped: a function of the position alone, the same on every device (dropout.h).
+struct Dropout {
+  uint32_t threshold = 0;  // an element is kept if its 16 random bits reach this; 0: no dropout
+  uint32_t offset = 0;
+  uint64_t seed = 0;
+
+  DIFFQKV_HOST_DEVICE constexpr double keep_scale() const { return 65536.0 / (65536.0 - threshold); }
+};
+
+// flash_attention and decode_attention. Query i of entry b stands at position i + length[b] - s_q (aligned at the
+// bottom right) and sees the keys j with kv_start[b] <= j < kv_end[b] and position - window_left <= j <= position +
+// window_right; a causal window has no right side.
 struct AttentionParams {
   HeadGroups heads;
   int64_t batch = 0, s_q = 0, s_k = 0, d_k = 0, d_v = 0;  // s_k: capacity, an upper bound of every length
@@ -55,13 +67,29 @@ struct AttentionParams {
   KvView k;                                               // n_k heads of d_k
   KvView v;                                               // n_v heads of d_v, rows
   TokenView out;                                          // [batch, n_q, s_q, d_v]
-  float* lse = nullptr;                                   // [batch, n_q, s_q] contiguous, natural log
+  void* lse = nullptr;                                    // [batch, n_q, s_q] contiguous, natural log; f32, f64 for f64
   const int32_t* kv_start = nullptr;                      // [batch] or null: 0
   const int32_t* kv_end = nullptr;                        // [batch] or null: s_k
   const int32_t* length = nullptr;                        // [batch] or null: s_k
+  // Packed sequences: [batch + 1] or null. Then s_q and s_k are the longest, q and out [n_q, total, dim] by a batch
+  // stride of 0, and lse is [n_q, total].
+  const int32_t *cu_seqlens_q = nullptr, *cu_seqlens_k = nullptr;
   Paging paging;
-  float softmax_scale = 1.0f;
-  bool causal = false;
+  double softmax_scale = 1.0;
+  double softcap = 0.0;                         // x -> softcap * tanh(x / softcap) on scaled scores; 0: none
+  const void* sinks = nullptr;                  // [n_q] logits without a value, f32 or f64 as lse, or null
+  int64_t window_left = -1, window_right = -1;  // tokens; -1: unlimited
+  Dropout dropout;
+};
+
+// The gradients of flash_attention. `forward` holds its inputs, out and lse.
+struct AttentionBackwardParams {
+  AttentionParams forward;
+  TokenView dout;              // as out
+  const void* dlse = nullptr;  // as lse, or null: 0
+  TokenView dq;                // as q; contiguous
+  TokenView dk, dv;            // [batch, n_k, s_k, d_k], [batch, n_v, s_k, d_v] or packed; contiguous
+  void* dsinks = nullptr;      // [n_q], as sinks
 };
 
 // selective_v_attention: decode_attention whose V rows are the top_k best of each query row.

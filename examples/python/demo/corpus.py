@@ -7,25 +7,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffqkv.data import is_held_out, read_texts
+
 # Folders of the standard library without documentation of their own.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-# One file in twenty is held out, chosen by the hash of its content; of fewer files, the last twentieth of each.
+# One document in twenty is held out; of so few that chance might hold out none, the last twentieth of each.
 HELD_OUT = 20
+FEW_DOCUMENTS = 200
 # A paragraph at least this long is kept only once, so that no held-out text is also trained on.
 UNIQUE_PARAGRAPH_BYTES = 32
 MINIMUM_BYTES = 20_000
+MINIMUM_HELD_OUT_BYTES = 500
 
 
 class CorpusError(Exception):
     """No usable text. The message is one sentence for the user."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """The text of one file, or of one topic of Python's help."""
-
-    name: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -42,57 +38,55 @@ class Corpus:
         return tuple(sum(len(text.encode()) for text in part) for part in (self.train, self.held_out))
 
 
-def build_corpus(documents: Iterable[Document]) -> Corpus:
+def build_corpus(documents: Iterable[str]) -> Corpus:
     """Removes duplicates and splits.
 
-    The split depends on nothing but the content of each file; `sha256` is over all documents after the removal.
+    The result depends on the content of the documents alone, not on their order; `sha256` is over all of them after the
+    removal.
 
     Raises:
-        CorpusError: fewer than MINIMUM_BYTES of text, or nothing left to hold out.
+        CorpusError: fewer than MINIMUM_BYTES of text, or than MINIMUM_HELD_OUT_BYTES held out.
     """
-    documents = sorted(documents, key=lambda document: document.name)
-    by_hash = sorted(documents, key=lambda document: hashlib.sha256(document.text.encode()).digest())
-    held_out_names = {document.name for document in by_hash[: len(documents) // HELD_OUT]}
+    documents = sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest())
     digest, seen = hashlib.sha256(), set()
     train, held_out = [], []
     for document in documents:
-        text = _without_repeats(document.text, seen)
+        text = _without_repeats(document, seen)
         if not text:
             continue
         digest.update(text.encode() + b"\0")
-        if len(documents) < HELD_OUT:
+        if len(documents) < FEW_DOCUMENTS:
             first, last = _cut(text)
             train.append(first)
             held_out.append(last)
         else:
-            (held_out if document.name in held_out_names else train).append(text)
+            (held_out if is_held_out(document, 1 / HELD_OUT) else train).append(text)
     corpus = Corpus([t for t in train if t], [t for t in held_out if t], digest.hexdigest())
-    if sum(corpus.sizes) < MINIMUM_BYTES or not corpus.held_out:
+    total, kept_back = sum(corpus.sizes), corpus.sizes[1]
+    if total < MINIMUM_BYTES or kept_back < MINIMUM_HELD_OUT_BYTES:
         raise CorpusError(
-            f"not enough text: got {sum(corpus.sizes):,} bytes in {len(documents)} files, want at least "
-            f'{MINIMUM_BYTES:,}; name more text files, for example make demo TEXT="a.txt b.txt"'
+            f"not enough text: got {total:,} bytes in {len(documents)} documents, {kept_back:,} of them held out, want "
+            f"at least {MINIMUM_BYTES:,} and {MINIMUM_HELD_OUT_BYTES}; "
+            'name more text files, for example make demo TEXT="a.txt b.txt"'
         )
     return corpus
 
 
-def read_files(paths: Iterable[Path]) -> list[Document]:
-    """The named text files.
+def read_files(paths: Iterable[Path]) -> list[str]:
+    """The documents of the named files and folders.
 
     Raises:
-        CorpusError: naming the file that cannot be read as UTF-8 text.
+        CorpusError: naming the file that cannot be read.
     """
-    documents = []
-    for path in paths:
-        try:
-            documents.append(Document(str(path), path.read_text(encoding="utf-8")))
-        except UnicodeDecodeError as error:
-            raise CorpusError(f"{path}: not UTF-8 text (byte {error.start}); convert it or leave it out") from None
-        except OSError as error:
-            raise CorpusError(f"{path}: cannot be read ({error.strerror}); name files of plain text") from None
-    return documents
+    try:
+        return list(read_texts(*paths))
+    except ValueError as error:
+        raise CorpusError(f"{error}; convert it or leave it out") from None
+    except OSError as error:
+        raise CorpusError(f"{error.filename}: cannot be read ({error.strerror}); name files of text") from None
 
 
-def python_documentation() -> list[Document]:
+def python_documentation() -> list[str]:
     """The topics of Python's `help()` and the docstrings of the standard library's source files: English, not code.
 
     Raises:
@@ -107,20 +101,18 @@ def python_documentation() -> list[Document]:
     return documents
 
 
-def _help_topics() -> Iterator[Document]:
+def _help_topics() -> Iterator[str]:
     try:
         from pydoc_data.topics import topics
     except ImportError:
         return
-    for name, text in topics.items():
-        yield Document(f"pydoc_data/topics/{name}", text)
+    yield from topics.values()
 
 
-def _docstrings(library: Path) -> Iterator[Document]:
+def _docstrings(library: Path) -> Iterator[str]:
     """One document per source file: its docstrings in the order of the file."""
     for path in library.rglob("*.py"):
-        name = path.relative_to(library)
-        if SKIPPED_FOLDERS.intersection(name.parts[:-1]):
+        if SKIPPED_FOLDERS.intersection(path.relative_to(library).parts[:-1]):
             continue
         try:
             tree = ast.parse(path.read_bytes())
@@ -132,13 +124,13 @@ def _docstrings(library: Path) -> Iterator[Document]:
         texts = [text for node in nodes if (text := ast.get_docstring(node))]
         if texts:
             # Docstrings may hold lone surrogates, which no UTF-8 text has.
-            yield Document(name.as_posix(), "\n\n".join(texts).encode(errors="replace").decode())
+            yield "\n\n".join(texts).encode(errors="replace").decode()
 
 
 def _without_repeats(text: str, seen: set[bytes]) -> str:
     """Text without the paragraphs in `seen`, to which it adds its own."""
     kept = []
-    for paragraph in text.replace("\r\n", "\n").split("\n\n"):
+    for paragraph in text.split("\n\n"):
         words = " ".join(paragraph.split()).encode()
         if not words:
             continue

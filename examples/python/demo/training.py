@@ -3,15 +3,15 @@
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch.utils.data import default_collate
 
-from .packing import Windows
+from diffqkv.data import PackedDataset
 
 
 class CheckpointError(Exception):
@@ -65,6 +65,7 @@ class Trainer:
     """Trains `model` on `windows`; `run()` yields a Progress per step.
 
     Args:
+        windows: `recipe.batch_size` of them per step, in their order.
         evaluate: bits per byte of the model on held-out text.
         checkpoint: the file that is written every `recipe.save_every` steps, at an interruption and at the end, and
             read when it exists.
@@ -77,7 +78,7 @@ class Trainer:
     def __init__(
         self,
         model: torch.nn.Module,
-        windows: Windows,
+        windows: PackedDataset,
         recipe: Recipe,
         *,
         evaluate: Callable[[], float],
@@ -114,8 +115,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate_at(self.step)
         self.model.train()
+        first = self.step * self.recipe.batch_size
+        batch = default_collate([self.windows[i] for i in range(first, first + self.recipe.batch_size)])
         with autocast(self.recipe.dtype):
-            loss = next_token_loss(self.model, self.windows.batch(self.step)).mean()
+            loss = self.model(**batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.gradient_clip)
         self.optimizer.step()
@@ -165,37 +168,38 @@ class Trainer:
         self.step, self.history = step, history
 
 
-def next_token_loss(model: torch.nn.Module, windows: torch.Tensor) -> torch.Tensor:
-    """Nats of every target: windows `[b, context + 1]` -> `[b, context]` fp32."""
-    logits = model(input_ids=windows[:, :-1], use_cache=False).logits
-    return F.cross_entropy(logits.float().transpose(1, 2), windows[:, 1:], reduction="none")
-
-
 def bits_per_byte(
     model: torch.nn.Module,
-    windows: torch.Tensor,
+    batches: Iterable[dict[str, torch.Tensor]],
     dtype: str = "float32",
     first_special: int = 256,
-    batch_size: int = 16,
 ) -> float:
-    """Bits that the model needs for the text of windows `[n, context + 1]`, per byte of it.
+    """Bits that the model needs for the text of the batches, per byte of it.
 
     Ends of text cost bits and are no bytes.
     """
     model.eval()
-    nats = 0.0
+    nats, count = 0.0, 0
     with torch.no_grad(), autocast(dtype):
-        for batch in windows.split(batch_size):
-            nats += next_token_loss(model, batch).sum().item()
-    return nats / math.log(2) / (windows[:, 1:] < first_special).sum().item()
+        for batch in batches:
+            targets = _targets(batch)
+            nats += model(**batch, use_cache=False).loss.item() * len(targets)
+            count += (targets < first_special).sum().item()
+    return nats / math.log(2) / count
 
 
-def unigram_entropy(windows: torch.Tensor, first_special: int = 256) -> float:
+def unigram_entropy(batches: Iterable[dict[str, torch.Tensor]], first_special: int = 256) -> float:
     """Entropy in bits per byte of the same text by the frequencies of its bytes alone."""
-    targets = windows[:, 1:]
+    targets = torch.cat([_targets(batch) for batch in batches])
     counts = torch.bincount(targets[targets < first_special]).double()
     p = counts[counts > 0] / counts.sum()
     return -(p * p.log2()).sum().item()
+
+
+def _targets(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The tokens that a batch asks for, int64 `[targets]`."""
+    labels = batch["labels"][:, 1:]
+    return labels[labels >= 0]
 
 
 def fast_dtype() -> str:

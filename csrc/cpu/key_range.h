@@ -1,0 +1,62 @@
+// Which keys a query sees, and where queries and keys lie. Plain arithmetic, shared by all attention kernels.
+#pragma once
+#include "diffqkv/layout.h"
+#include "diffqkv/params.h"
+
+#define DIFFQKV_INLINE inline __attribute__((always_inline))
+
+namespace diffqkv {
+namespace {
+
+DIFFQKV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+DIFFQKV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+DIFFQKV_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+struct KeyRange {
+  int64_t lo, hi;
+};
+
+// A batch entry: one sequence of queries over one of keys.
+struct Entry {
+  int64_t b;
+  int64_t s_q, first_query;  // queries, and where they begin among packed ones
+  int64_t position;          // of query 0 among the keys
+  KeyRange keys;             // that exist
+};
+DIFFQKV_INLINE Entry entry_of(const AttentionParams& p, int64_t b) {
+  const int32_t *cu_q = p.cu_seqlens_q, *cu_k = p.cu_seqlens_k;
+  const int64_t s_q = cu_q ? cu_q[b + 1] - cu_q[b] : p.s_q, s_k = cu_k ? cu_k[b + 1] - cu_k[b] : p.s_k;
+  const int64_t lo = p.kv_start ? max_of(0, p.kv_start[b]) : 0;
+  const int64_t hi = p.kv_end ? min_of(s_k, p.kv_end[b]) : s_k;
+  return {b, s_q, cu_q ? cu_q[b] : 0, (p.length ? p.length[b] : s_k) - s_q, {lo, max_of(lo, hi)}};
+}
+// Neither end moves backwards from a query to the next.
+DIFFQKV_INLINE KeyRange keys_of_query(const AttentionParams& p, const Entry& entry, int64_t query) {
+  const int64_t position = entry.position + query;
+  KeyRange keys = entry.keys;
+  if (p.window_left >= 0) keys.lo = min_of(keys.hi, max_of(keys.lo, position - p.window_left));
+  if (p.window_right >= 0) keys.hi = max_of(keys.lo, min_of(keys.hi, position + p.window_right + 1));
+  return keys;
+}
+
+// The tokens [token, result) lie in one page.
+DIFFQKV_INLINE int64_t page_end(const Paging& paging, int64_t token, int64_t end) {
+  if (paging.block_table == nullptr) return end;
+  return min_of(end, (token / paging.page_size + 1) * paging.page_size);
+}
+template <class T>
+DIFFQKV_INLINE T* head_at(const KvView& view, int64_t page, int64_t head, int64_t heads_per_group) {
+  return (T*)view.data + page * view.stride_page + head / heads_per_group * view.stride_group +
+         head % heads_per_group * view.stride_head;
+}
+// Element offset of a token of a head in q, out or their gradients.
+DIFFQKV_INLINE int64_t row_of(const TokenView& view, const Entry& entry, int64_t head, int64_t query) {
+  return entry.b * view.stride_batch + head * view.stride_head + (entry.first_query + query) * view.stride_token;
+}
+DIFFQKV_INLINE int64_t lse_of(const AttentionParams& p, const Entry& entry, int64_t head, int64_t query) {
+  if (p.cu_seqlens_q != nullptr) return head * p.cu_seqlens_q[p.batch] + entry.first_query + query;
+  return (entry.b * p.heads.n_q + head) * p.s_q + query;
+}
+
+}  // namespace
+}  // namespace diffqkv

@@ -1,0 +1,52 @@
+#include "ops/attention_options.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "ops/arguments.h"
+
+namespace diffqkv {
+
+void AttentionOptions::apply(const Tensor& q, AttentionParams& p) {
+  DIFFQKV_CHECK(window_left >= -1, "window_left: got ", window_left, ", want -1 (unlimited) or more");
+  DIFFQKV_CHECK(window_right >= -1, "window_right: got ", window_right, ", want -1 (unlimited) or more");
+  DIFFQKV_CHECK(softcap >= 0 && std::isfinite(softcap), "softcap: got ", softcap, ", want 0 (none) or more");
+  DIFFQKV_CHECK(dropout_p >= 0 && dropout_p < 1, "dropout_p: got ", dropout_p, ", want a number in [0, 1)");
+  DIFFQKV_CHECK(offset >= 0 && offset <= int64_t(UINT32_MAX), "offset: got ", offset, ", want 0 to 2**32 - 1");
+  if (kv_start) check_per_entry("kv_start", *kv_start, p.batch, q);
+  if (kv_end) check_per_entry("kv_end", *kv_end, p.batch, q);
+  if (sinks) {
+    check_sinks(*sinks, q, p.heads.n_q);
+    if (q.scalar_type() == ScalarType::Double) {
+      sinks64 = values_of<double>(*sinks);
+      p.sinks = sinks64.data();
+    } else {
+      sinks32 = values_of<float>(*sinks);
+      p.sinks = sinks32.data();
+    }
+  }
+  p.kv_start = kv_start ? static_cast<const int32_t*>(kv_start->data_ptr()) : nullptr;
+  p.kv_end = kv_end ? static_cast<const int32_t*>(kv_end->data_ptr()) : nullptr;
+  p.softmax_scale = softmax_scale.value_or(1.0 / std::sqrt(double(p.d_k)));
+  p.softcap = softcap;
+  p.window_left = window_left;
+  p.window_right = causal ? 0 : window_right;
+  p.dropout.threshold = uint32_t(std::min(65535.0, std::floor(dropout_p * 65536.0 + 0.5)));
+  p.dropout.seed = uint64_t(seed);
+  p.dropout.offset = uint32_t(offset);
+}
+
+Tensor AttentionOptions::new_dsinks(const Tensor& q, AttentionBackwardParams& bp) {
+  if (!sinks) return torch::stable::new_empty(q, {0}, ScalarType::Float);
+  const bool wide = q.scalar_type() == ScalarType::Double;
+  bp.dsinks = wide ? static_cast<void*>(sinks64.data()) : sinks32.data();
+  bp.forward.sinks = bp.dsinks;
+  return torch::stable::new_empty(*sinks, sinks->sizes());
+}
+
+void AttentionOptions::store_dsinks(Tensor& dsinks) const {
+  for (int64_t h = 0; sinks && h < dsinks.numel(); ++h)
+    store_value(dsinks, h, sinks64.empty() ? double(sinks32[h]) : sinks64[h]);
+}
+
+}  // namespace diffqkv

@@ -1,0 +1,41 @@
+// The options that the attention ops share, as their schemas list them.
+#pragma once
+#include <vector>
+
+#include "ops/torch_compat.h"
+
+namespace diffqkv {
+
+#define DIFFQKV_OPTION_PARAMETERS                                                                                  \
+  bool causal, std::optional<double> softmax_scale, int64_t window_left, int64_t window_right, double softcap,     \
+      const std::optional<Tensor>&sinks, const std::optional<Tensor>&kv_start, const std::optional<Tensor>&kv_end, \
+      double dropout_p, int64_t seed, int64_t offset
+#define DIFFQKV_OPTION_ARGUMENTS                                                                                     \
+  AttentionOptions {                                                                                                 \
+    causal, softmax_scale, window_left, window_right, softcap, sinks, kv_start, kv_end, dropout_p, seed, offset, {}, \
+    {}                                                                                                               \
+  }
+#define DIFFQKV_PACKED_PARAMETERS \
+  const Tensor &cu_seqlens_q, const Tensor &cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k
+#define DIFFQKV_PACKED_ARGUMENTS {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k}
+
+struct AttentionOptions {
+  bool causal;
+  std::optional<double> softmax_scale;
+  int64_t window_left, window_right;
+  double softcap;
+  const std::optional<Tensor>&sinks, &kv_start, &kv_end;
+  double dropout_p;
+  int64_t seed, offset;
+  // Sinks as the kernels take them, and their gradients: float32, beside float64 data float64.
+  std::vector<float> sinks32;
+  std::vector<double> sinks64;
+
+  // Checks all of them, and fills params whose shapes are known. q: of the call.
+  void apply(const Tensor& q, AttentionParams& params);
+  // The gradient of the sinks, still to be stored by store_dsinks; of no elements without sinks.
+  Tensor new_dsinks(const Tensor& q, AttentionBackwardParams& params);
+  void store_dsinks(Tensor& dsinks) const;
+};
+
+}  // namespace diffqkv

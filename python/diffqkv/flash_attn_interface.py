@@ -1,0 +1,515 @@
+"""The functions of FlashAttention 2.x and FlexHeadFA, over the ops of this package: only the import line changes.
+
+Names, order of parameters, defaults, layouts and results are those of flash_attn 2.6.3 to 2.8.4
+(github.com/Dao-AILab/flash-attention) and flex_head_fa 0.1.2 (github.com/xiayuqing0622/flex_head_fa). Notation of the
+shapes as in `ops`, with tokens before heads: q `[b, s_q, n_q, d_k]`, k `[b, s_k, n_k, d_k]`, v `[b, s_k, n_v, d_v]`.
+
+Options that all functions share:
+    softmax_scale: factor of the scores; d_k ** -0.5 by default.
+    causal: query i sees the keys j <= i + s_k - s_q (aligned at the bottom right).
+    window_size: (left, right): query i sees the keys from i + s_k - s_q - left to i + s_k - s_q + right; a negative
+        number is no limit.
+    softcap: c > 0 replaces a scaled score x by c * tanh(x / c).
+    alibi_slopes: None; anything else is a NotImplementedError.
+
+What differs from FlashAttention:
+    - n_k and n_v may differ (as in FlexHeadFA) and so may d_k and d_v, in every function that takes K and V apart.
+    - float32 works besides bfloat16 and float16, and float64 except in `flash_attn_with_kvcache`; so does the CPU.
+    - Head dimensions are multiples of 8 from 8 to 256. Others, which FlashAttention pads, are a ValueError.
+    - A query that sees no key has a softmax_lse of -inf; there it is +inf. The output is 0 in both.
+    - Results never depend on the run: deterministic and num_splits are taken and change nothing.
+    - dropout_p goes together with softcap.
+
+A wrong argument is a ValueError, or a TypeError if its type or dtype is wrong: `argument: got ..., want ...`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks, ops, reference
+from ._checks import wrong
+
+
+def _not_built(argument: str, got: object, want: str) -> NotImplementedError:
+    return NotImplementedError(f"{argument}: got {got}, want {want}; more is not built")
+
+
+def _sizes(name: str, x: Tensor, layout: str, known: dict[str, int]) -> None:
+    """Checks x against a layout like "b s_q n_q d_k": a size known by its name must agree, a new one becomes known."""
+    if not isinstance(x, Tensor):
+        raise wrong(name, type(x).__name__, "a Tensor", TypeError)
+    sizes = layout.split()
+    if x.dim() != len(sizes) or any(known.get(size, n) != n for size, n in zip(sizes, x.shape, strict=True)):
+        want = ", ".join(f"{size} = {known[size]}" if size in known else size for size in sizes)
+        raise wrong(name, f"shape {list(x.shape)}", f"[{want}]")
+    known.update(zip(sizes, x.shape, strict=True))
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _tokens_first(out: Tensor) -> Tensor:
+    """`[b, heads, s, d]` -> `[b, s, heads, d]`, contiguous as in FlashAttention: callers merge the heads by `view`."""
+    return out.transpose(1, 2).contiguous()
+
+
+def _scores(
+    alibi_slopes: None, softmax_scale: float | None, window_size: tuple[int, int], softcap: float
+) -> dict[str, Any]:
+    """The options of the scores, with the names that they have in `ops` and `reference`."""
+    if alibi_slopes is not None:
+        raise _not_built("alibi_slopes", type(alibi_slopes).__name__, "None")
+    if len(window_size) != 2:
+        raise wrong("window_size", window_size, "(left, right)")
+    left, right = (-1 if n < 0 else n for n in window_size)
+    return {"softmax_scale": softmax_scale, "window": (left, right), "softcap": softcap if softcap > 0 else 0.0}
+
+
+def _seed(dropout_p: float, wanted: bool) -> int | None:
+    """The seed that `ops` would draw, if there is dropout and it is wanted here too."""
+    return int(torch.randint(2**63 - 1, (), device="cpu")) if wanted and dropout_p > 0 else None
+
+
+def _s_dmask(q: Tensor, k: Tensor, kept: Tensor, **scores: Any) -> Tensor:
+    """The softmax of q and k, `[b, heads, s, d_k]`: `[b, n_q, s_q, s_k]`, negative where it is not kept."""
+    b, s_k = k.shape[0], k.shape[2]
+    identity = torch.eye(s_k, dtype=q.dtype, device=q.device).expand(b, 1, s_k, s_k)
+    weights = reference.attention(q.detach(), k.detach(), identity, **scores).to(q.dtype)
+    return torch.where(kept, weights, -weights)
+
+
+# ---- batches of equal lengths ----------------------------------------------------------------------------------------
+
+
+def flash_attn_func(
+    q,
+    k,
+    v,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+):
+    """Attention; differentiable.
+
+    Args:
+        q: `[b, s_q, n_q, d_k]`.
+        k: `[b, s_k, n_k, d_k]`.
+        v: `[b, s_k, n_v, d_v]`.
+        dropout_p: the probability that a softmax weight is dropped; the seed comes from torch's generator.
+        return_attn_probs: also return softmax_lse and S_dmask.
+        softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic: as above.
+
+    Returns:
+        out `[b, s_q, n_q, d_v]`, contiguous; with return_attn_probs also softmax_lse `[b, n_q, s_q]`, float32, and
+        S_dmask: with dropout the softmax `[b, n_q, s_q, s_k]`, negative where it was dropped, from plain torch in
+        quadratic memory and without a gradient; otherwise an empty tensor.
+    """
+    scores = _scores(alibi_slopes, softmax_scale, window_size, softcap) | {"causal": causal}
+    sizes: dict[str, int] = {}
+    _sizes("q", q, "b s_q n_q d_k", sizes)
+    _sizes("k", k, "b s_k n_k d_k", sizes)
+    _sizes("v", v, "b s_k n_v d_v", sizes)
+    q, k, v = (_unit_stride(x).transpose(1, 2) for x in (q, k, v))
+    seed = _seed(dropout_p, return_attn_probs)
+    result = ops.flash_attention(
+        q, k, v, dropout_p=dropout_p, seed=seed, deterministic=deterministic, return_lse=return_attn_probs, **scores
+    )
+    if not return_attn_probs:
+        return _tokens_first(result)
+    out, lse = result
+    s_dmask = q.new_empty(0)
+    if seed is not None:
+        kept = reference.dropout_mask(*lse.shape, k.shape[2], dropout_p, seed, device=q.device)
+        s_dmask = _s_dmask(q, k, kept, **scores)
+    return _tokens_first(out), lse, s_dmask
+
+
+def flash_attn_kvpacked_func(
+    q,
+    kv,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+):
+    """`flash_attn_func` of q `[b, s_q, n_q, d]` and kv `[b, s_k, 2, n, d]`: as many K as V heads, of one dimension."""
+    _sizes("kv", kv, "b s_k kv n d", {"kv": 2})
+    k, v = kv.unbind(2)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )
+
+
+def flash_attn_qkvpacked_func(
+    qkv,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+):
+    """`flash_attn_func` of qkv `[b, s, 3, n, d]`: equally many heads of one dimension."""
+    _sizes("qkv", qkv, "b s qkv n d", {"qkv": 3})
+    q, k, v = qkv.unbind(2)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )
+
+
+# ---- packed sequences ------------------------------------------------------------------------------------------------
+
+
+def flash_attn_varlen_func(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+    block_table=None,
+):
+    """Attention within each of b packed sequences; differentiable.
+
+    Args:
+        q: `[total_q, n_q, d_k]`.
+        k: `[total_k, n_k, d_k]`.
+        v: `[total_k, n_v, d_v]`.
+        cu_seqlens_q, cu_seqlens_k: int32 `[b + 1]`: sequence i has the rows from cu_seqlens[i] to cu_seqlens[i + 1].
+        max_seqlen_q, max_seqlen_k: ints, at least the longest sequence.
+        dropout_p: the probability that a softmax weight is dropped; the seed comes from torch's generator.
+        return_attn_probs: also return softmax_lse and S_dmask.
+        block_table: None; `flash_attn_with_kvcache` reads pages.
+        softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic: as above.
+
+    Returns:
+        out `[total_q, n_q, d_v]`; with return_attn_probs also softmax_lse `[n_q, total_q]`, float32, and S_dmask as in
+        `flash_attn_func`, `[b, n_q, max_seqlen_q, max_seqlen_k]`, zero behind the ends of a sequence.
+
+    Raises:
+        NotImplementedError: alibi_slopes or block_table.
+    """
+    scores = _scores(alibi_slopes, softmax_scale, window_size, softcap) | {"causal": causal}
+    if block_table is not None:
+        raise _not_built("block_table", type(block_table).__name__, "None")
+    sizes: dict[str, int] = {}
+    _sizes("q", q, "total_q n_q d_k", sizes)
+    _sizes("k", k, "total_k n_k d_k", sizes)
+    _sizes("v", v, "total_k n_v d_v", sizes)
+    q, k, v = (_unit_stride(x) for x in (q, k, v))
+    seed = _seed(dropout_p, return_attn_probs)
+    result = ops.flash_attention_varlen(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=dropout_p,
+        seed=seed,
+        deterministic=deterministic,
+        return_lse=return_attn_probs,
+        **scores,
+    )
+    if not return_attn_probs:
+        return result
+    s_dmask = q.new_empty(0)
+    if seed is not None:
+        b, n_q = len(cu_seqlens_q) - 1, q.shape[1]
+        kept = reference.dropout_mask(b, n_q, max_seqlen_q, max_seqlen_k, dropout_p, seed, device=q.device)
+        s_dmask = q.new_zeros(kept.shape)
+        q_parts, k_parts = q.split(cu_seqlens_q.diff().tolist()), k.split(cu_seqlens_k.diff().tolist())
+        for entry, (q_part, k_part) in enumerate(zip(q_parts, k_parts, strict=True)):
+            block = (slice(entry, entry + 1), slice(None), slice(len(q_part)), slice(len(k_part)))
+            q_part, k_part = q_part.transpose(0, 1)[None], k_part.transpose(0, 1)[None]
+            s_dmask[block] = _s_dmask(q_part, k_part, kept[block], **scores)
+    return *result, s_dmask
+
+
+def flash_attn_varlen_kvpacked_func(
+    q,
+    kv,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+):
+    """`flash_attn_varlen_func` of q `[total_q, n_q, d]` and kv `[total_k, 2, n, d]`."""
+    _sizes("kv", kv, "total_k kv n d", {"kv": 2})
+    k, v = kv.unbind(1)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
+        softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv,
+    cu_seqlens,
+    max_seqlen,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+):
+    """`flash_attn_varlen_func` of qkv `[total, 3, n, d]`; cu_seqlens and max_seqlen are those of queries and keys."""
+    _sizes("qkv", qkv, "total qkv n d", {"qkv": 3})
+    q, k, v = qkv.unbind(1)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size,
+        softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------------
+
+
+def _int32(name: str, x: Tensor, like: Tensor, batch: int, most: int) -> None:
+    _checks._per_entry(name, x, like, batch)
+    _checks._values(name, x, 0, most, f"0 to {most}")
+
+
+def _angles(name: str, table: Tensor, q: Tensor, slots: Tensor, capacity: int, sizes: dict[str, int]) -> Tensor:
+    """The rows of rotary_cos or rotary_sin for slots `[b, n]`."""
+    _sizes(name, table, "positions d_rot/2", sizes)
+    _checks._tensor(name, table, q, (q.dtype, torch.float32), (2,), "")
+    needed = max(capacity, int(slots.max()) + 1) if slots.numel() and _checks.readable(slots) else capacity
+    if table.shape[0] < needed:
+        raise wrong(name, f"{table.shape[0]} positions", f"at least {needed}")
+    if 2 * table.shape[1] > q.shape[3]:
+        raise wrong(name, f"d_rot / 2 = {table.shape[1]}", f"at most d_k / 2 = {q.shape[3] // 2}")
+    # Where the slots cannot be looked at, one that is outside must not be an illegal memory access.
+    return table[slots.clamp(0, table.shape[0] - 1)]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """RoPE of x `[b, s, heads, d]`; cos, sin `[b, s or 1, d_rot / 2]`, one for each pair of dimensions."""
+    pairs = cos.shape[-1]
+    turned, rest = x[..., : 2 * pairs].float(), x[..., 2 * pairs :]
+    first, second = turned.unflatten(-1, (pairs, 2)).unbind(-1) if interleaved else turned.chunk(2, dim=-1)
+    cos, sin = cos.float()[:, :, None], sin.float()[:, :, None]
+    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1 if interleaved else -2)
+    return torch.cat([turned.flatten(-2).to(x.dtype), rest], dim=-1)
+
+
+def _ranges(s_q: int, start: Tensor | None, lengths: Tensor, window: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The slots [first, end) that each query sees, int32 `[b * s_q]`; query i stands at lengths - s_q + i."""
+    query = lengths[:, None] - s_q + torch.arange(s_q, dtype=torch.int32, device=lengths.device)
+    first = (torch.zeros_like(lengths) if start is None else start)[:, None].expand_as(query)
+    end = lengths[:, None].expand_as(query)
+    if window[0] >= 0:
+        first = torch.maximum(first, query - window[0])
+    if window[1] >= 0:
+        end = torch.minimum(end, query + window[1] + 1).clamp_min(0)
+    return first.flatten(), end.flatten()
+
+
+def _blocks(
+    block_table: Tensor | None, cache_batch_idx: Tensor | None, q: Tensor, sizes: dict[str, int]
+) -> tuple[Tensor | None, int]:
+    """The block table of `ops`, None if the batch is the cache's, and the number of slots that an entry has."""
+    entries, slots = sizes["entries"], sizes["slots"]
+    if block_table is not None:
+        if cache_batch_idx is not None:
+            raise wrong("cache_batch_idx", "a tensor", "None, as block_table is given")
+        _sizes("block_table", block_table, "b max_blocks", sizes)
+        return block_table, slots * sizes["max_blocks"]
+    if cache_batch_idx is not None:
+        _int32("cache_batch_idx", cache_batch_idx, q, q.shape[0], entries - 1)
+        return cache_batch_idx[:, None], slots  # each entry of the cache is a block
+    if entries < q.shape[0]:
+        raise wrong("k_cache", f"{entries} entries", f"at least the batch size, {q.shape[0]}")
+    return None, slots
+
+
+def _attend(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    start: Tensor | None,
+    table: Tensor | None,
+    causal: bool,
+    window: tuple[int, int],
+    return_lse: bool,
+    **scores: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of q `[b, s_q, n_q, d_k]` with a cache of `ops`: out `[b, s_q, n_q, d_v]` and lse `[b, n_q, s_q]`."""
+    b, s_q, n_q, d_k = q.shape
+    left, right = window
+    by_query = False
+    if causal or right == 0 or s_q <= 1:
+        q, window = q.transpose(1, 2), (left, -1)
+    elif left < 0 and right < 0:
+        # The queries of an entry see the same keys: as more heads of one query they share a pass over the cache.
+        q = q.transpose(1, 2).reshape(b, n_q * s_q, 1, d_k)
+    else:
+        # Each query sees a range of its own: each becomes an entry, and all read the blocks of theirs.
+        by_query = True
+        q, window = q.reshape(b * s_q, n_q, 1, d_k), (-1, -1)
+        if table is None:
+            table = torch.arange(b, dtype=torch.int32, device=q.device)[:, None]
+        table = table.repeat_interleave(s_q, dim=0)
+        start, lengths = _ranges(s_q, start, lengths, (left, right))
+    result = ops.decode_attention(
+        q,
+        k_cache,
+        v_cache,
+        lengths,
+        cache_start=start,
+        block_table=table,
+        window=window,
+        return_lse=return_lse,
+        **scores,
+    )
+    out, *lse = result if return_lse else (result,)
+    if by_query:
+        out = out.view(b, s_q, n_q, out.shape[-1])
+        lse = [x.view(b, s_q, n_q).transpose(1, 2).contiguous() for x in lse]
+    else:
+        out = _tokens_first(out.view(b, n_q, s_q, out.shape[-1]))
+        lse = [x.view(b, n_q, s_q) for x in lse]
+    return (out, *lse) if return_lse else out
+
+
+def flash_attn_with_kvcache(
+    q,
+    k_cache,
+    v_cache,
+    k=None,
+    v=None,
+    rotary_cos=None,
+    rotary_sin=None,
+    cache_seqlens=None,
+    cache_batch_idx=None,
+    cache_leftpad=None,
+    block_table=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    rotary_interleaved=True,
+    alibi_slopes=None,
+    num_splits=0,
+    return_softmax_lse=False,
+):
+    """Writes new tokens into a cache, in place, and attends to all that it holds. For inference only.
+
+    Args:
+        q: `[b, s_q, n_q, d_k]`. For causal and window_size the queries are the last s_q of the tokens.
+        k_cache: `[entries, s, n_k, d_k]`, at least b entries; with block_table `[blocks, block_size, n_k, d_k]`, of any
+            block size.
+        v_cache: `[entries, s, n_v, d_v]` or `[blocks, block_size, n_v, d_v]`.
+        k, v: `[b, s_new, n_k, d_k]` and `[b, s_new, n_v, d_v]`, written behind the cache_seqlens tokens that are there.
+        rotary_cos, rotary_sin: `[positions, d_rot / 2]`, with k and v only; as many positions as the cache has slots.
+            k is rotated for its slot on the way into the cache. q is rotated for the slots from cache_seqlens on, one
+            after the other if there is causality or a window, otherwise all for the first of them.
+        cache_seqlens: int, or int32 `[b]`: the tokens in the cache, before k and v are added; all slots by default.
+        cache_batch_idx: int32 `[b]`: the entry of the cache of each entry of q, not with block_table; entries that are
+            written must be distinct.
+        cache_leftpad: int32 `[b]`: the first slot that counts.
+        block_table: int32 `[b, max_blocks]`: the blocks of each entry.
+        rotary_interleaved: rotate dimension 2 c with 2 c + 1, instead of c with c + d_rot / 2.
+        softmax_scale, causal, window_size, softcap, alibi_slopes, num_splits: as above.
+        return_softmax_lse: also return softmax_lse.
+
+    Returns:
+        out `[b, s_q, n_q, d_v]`, contiguous; with return_softmax_lse also softmax_lse `[b, n_q, s_q]`, float32.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong, or requires a gradient in grad mode; nothing has been written. The
+            contents of integer tensors are checked on the CPU.
+        NotImplementedError: alibi_slopes.
+    """
+    scores = _scores(alibi_slopes, softmax_scale, window_size, softcap)
+    if torch.is_grad_enabled():
+        ops._refuse_gradients(
+            "flash_attn_with_kvcache",
+            q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
+        )  # fmt: skip
+
+    sizes: dict[str, int] = {}
+    _sizes("q", q, "b s_q n_q d_k", sizes)
+    _sizes("k_cache", k_cache, "entries slots n_k d_k", sizes)
+    _sizes("v_cache", v_cache, "entries slots n_v d_v", sizes)
+    q, b, s_q = _unit_stride(q), sizes["b"], sizes["s_q"]
+    _checks._float_tensor("q", q, k_cache, (4,), "")
+    _checks._heads("k_cache", sizes["n_k"], sizes["n_q"])
+    _checks._heads("v_cache", sizes["n_v"], sizes["n_q"])
+    block_table, capacity = _blocks(block_table, cache_batch_idx, q, sizes)
+    groups = _checks.gcd(sizes["n_k"], sizes["n_v"])
+    k_cache, v_cache = (reference.group(x.transpose(1, 2), groups) for x in (k_cache, v_cache))
+    if block_table is None:
+        k_cache, v_cache = k_cache[:b], v_cache[:b]
+
+    if (k is None) != (v is None):
+        missing, given = ("k", "v") if k is None else ("v", "k")
+        raise wrong(missing, None, f"a tensor, as {given} is given")
+    if k is not None:
+        _sizes("k", k, "b s_new n_k d_k", sizes)
+        _sizes("v", v, "b s_new n_v d_v", sizes)
+        if cache_seqlens is None:
+            raise wrong("cache_seqlens", None, "the number of tokens before k")
+    s_new = sizes.get("s_new", 0)
+    if cache_seqlens is None or isinstance(cache_seqlens, int):
+        length = capacity if cache_seqlens is None else cache_seqlens
+        cache_seqlens = torch.full((b,), length, dtype=torch.int32, device=q.device)
+    _int32("cache_seqlens", cache_seqlens, q, b, capacity - s_new)
+    if cache_leftpad is not None:
+        _int32("cache_leftpad", cache_leftpad, q, b, capacity)
+
+    if rotary_cos is not None or rotary_sin is not None:
+        if k is None:
+            raise wrong("k", None, "a tensor, as rotary_cos or rotary_sin is given")
+        in_turn = s_q if causal or scores["window"] != (-1, -1) else 1
+        slots = cache_seqlens[:, None] + torch.arange(max(in_turn, s_new), device=q.device)
+        cos = _angles("rotary_cos", rotary_cos, q, slots, capacity, sizes)
+        sin = _angles("rotary_sin", rotary_sin, q, slots, capacity, sizes)
+        q = _rotate(q, cos[:, :in_turn], sin[:, :in_turn], rotary_interleaved)
+        k = _rotate(k, cos[:, :s_new], sin[:, :s_new], rotary_interleaved)
+    if k is not None:
+        slots = cache_seqlens[:, None] + torch.arange(s_new, device=q.device)
+        k, v = (_unit_stride(x).transpose(1, 2) for x in (k, v))
+        ops.kv_cache_update(k_cache, v_cache, k, v, slots, block_table=block_table)
+    return _attend(
+        q, k_cache, v_cache, cache_seqlens + s_new, cache_leftpad, block_table, causal, return_lse=return_softmax_lse,
+        **scores,
+    )  # fmt: skip
