@@ -391,15 +391,17 @@ struct Words {
 };
 
 // Where the factor of row i and step t lies: p[i * kRow + t * kStep]. Rows of probabilities, a step being a key (with
-// kDot two, that is a word), or the same rows read as columns.
-template <int64_t kRow_, int64_t kStep_>
+// kDot two, that is a word), or the same rows read as columns. kChained: step by step onto what is there, so that it
+// does not matter where a sum is interrupted; else added up on its own first, for sums of sums round less.
+template <int64_t kRow_, int64_t kStep_, bool kChained_ = false>
 struct Walk {
   static constexpr int64_t kRow = kRow_, kStep = kStep_;
+  static constexpr bool kChained = kChained_;
 };
-template <bool kDot, int64_t kTile>
-using Rows = Walk<kDot ? kTile / 2 : kTile, 1>;
+template <bool kDot, int64_t kTile, bool kChained = false>
+using Rows = Walk<kDot ? kTile / 2 : kTile, 1, kChained>;
 
-// o[i][0..columns) += sum over n steps of p[i][t] * v[t], added up on its own first: sums of sums round less.
+// o[i][0..columns) += sum over n steps of p[i][t] * v[t].
 template <bool kDot, class W, class E, int MR, int NV>
 inline void accumulate_block(const word* p, const typename E::T* v, int64_t stride_v, int64_t n, float* o,
                              int64_t stride_o, int columns) {
@@ -407,7 +409,7 @@ inline void accumulate_block(const word* p, const typename E::T* v, int64_t stri
   DIFFQKV_UNROLL
   for (int i = 0; i < MR; ++i) {
     DIFFQKV_UNROLL
-    for (int x = 0; x < NV; ++x) acc[i][x] = vset(0.0f);
+    for (int x = 0; x < NV; ++x) acc[i][x] = W::kChained ? vload(o + i * stride_o + x * VL) : vset(0.0f);
   }
   for (int64_t t = 0; t < n; ++t, p += W::kStep, v += stride_v) {
     vf b[NV];
@@ -424,7 +426,7 @@ inline void accumulate_block(const word* p, const typename E::T* v, int64_t stri
     DIFFQKV_UNROLL
     for (int x = 0; x < NV; ++x) {
       float* sum = o + i * stride_o + x * VL;
-      vstore(sum, vadd(vload(sum), acc[i][x]));
+      vstore(sum, W::kChained ? acc[i][x] : vadd(vload(sum), acc[i][x]));
     }
   }
 }
