@@ -3,7 +3,9 @@
 from importlib import import_module
 from types import ModuleType
 
-CASES = ("prefill", "decode", "cache_update", "selective_v", "call_overhead", "model_decode")
+CASES = (
+    "prefill", "decode", "cache_update", "selective_v", "training", "call_overhead", "model_decode", "model_training",
+)  # fmt: skip
 
 
 def case(name: str) -> ModuleType:

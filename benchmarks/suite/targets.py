@@ -13,7 +13,8 @@ from .limits import DOT
 
 OF_LIMIT = "of limit"
 SDPA_REPEATED, SDPA_TWIN, MATMUL = "SDPA, K repeated", "SDPA, GQA-16", "torch matmul"
-OWN_DENSE = "own dense"
+OWN_DENSE, OWN_MHA = "own dense", "own MHA"
+SDPA_MODEL = "through SDPA"
 LLAMA = "Llama, GQA-16"
 OVER_TWIN = "Sigma / own GQA-16"  # our time over that of the same kernel on the twin
 
@@ -71,6 +72,10 @@ TARGETS = (
     Target("decode", SDPA_REPEATED, "≥", 4, 15),
     Target("decode", SDPA_TWIN, "≥", 2, 10),
     Target("selective_v", OWN_DENSE, "≥", 2, 1.4, range(8192, 1 << 40)),
+    Target("training", OF_LIMIT, "≥", 0.60, None, range(1024, 1 << 40)),
+    Target("training", SDPA_REPEATED, "≥", 1.3, 6, range(1024, 2048)),
+    Target("training", SDPA_REPEATED, "≥", 1.15, 6, _LONG),
+    Target("training", OWN_MHA, "≥", 1, 1, range(1024, 1 << 40)),
     Target("call_overhead", SDPA_TWIN, "≥", 0.5, 0.5),
 )
 

@@ -204,38 +204,44 @@ DIFFQKV_INLINE word word_at(const word* p) {  // 16-bit rows may start anywhere
 
 constexpr int64_t kSumWords = 64;  // sums of sums round less
 
-template <bool kDot, int64_t kTile, int MR>
+// s[r][0..32) = q[r] . k, or with kAdd += it, for MR query rows.
+template <bool kDot, bool kAdd, int64_t kTile, int MR>
 inline void score_block(const word* q, int64_t stride_q, const word* panel, int64_t W, float* s) {
-  for (int64_t col = 0; col < kPanelTokens; col += 2 * VL)
-    for (int64_t w0 = 0; w0 < W; w0 += kSumWords) {
-      vf acc0[MR], acc1[MR];
-      DIFFQKV_UNROLL
-      for (int i = 0; i < MR; ++i) acc0[i] = acc1[i] = vset(0.0f);
-      const word *k = panel + w0 * kPanelTokens + col, *a = q + w0, *end = q + min_of(W, w0 + kSumWords);
-      for (; a < end; k += kPanelTokens, ++a) {
-        const vf k0 = vload((const float*)k), k1 = vload((const float*)k + VL);
-        DIFFQKV_UNROLL
-        for (int i = 0; i < MR; ++i) {
-          // Every fourth row has a pointer of its own: one each would need more registers than there are.
-          const word x = word_at(a + i / 4 * 4 * stride_q + i % 4 * stride_q);
-          acc0[i] = mac<kDot>(x, k0, acc0[i]);
-          acc1[i] = mac<kDot>(x, k1, acc1[i]);
-        }
-      }
+  for (int64_t col = 0; col < kPanelTokens; col += 2 * VL) {
+    vf acc0[MR], acc1[MR];
+    DIFFQKV_UNROLL
+    for (int i = 0; i < MR; ++i) acc0[i] = acc1[i] = vset(0.0f);
+    const word *k = panel + col, *a = q;
+    for (int64_t w = 0; w < W; ++w, k += kPanelTokens, ++a) {
+      const vf k0 = vload((const float*)k), k1 = vload((const float*)k + VL);
       DIFFQKV_UNROLL
       for (int i = 0; i < MR; ++i) {
-        float* sum = s + i * kTile + col;
-        vstore(sum, w0 == 0 ? acc0[i] : vadd(vload(sum), acc0[i]));
-        vstore(sum + VL, w0 == 0 ? acc1[i] : vadd(vload(sum + VL), acc1[i]));
+        // Every fourth row has a pointer of its own: one each would need more registers than there are.
+        const word x = word_at(a + i / 4 * 4 * stride_q + i % 4 * stride_q);
+        acc0[i] = mac<kDot>(x, k0, acc0[i]);
+        acc1[i] = mac<kDot>(x, k1, acc1[i]);
       }
     }
+    DIFFQKV_UNROLL
+    for (int i = 0; i < MR; ++i) {
+      float* to = s + i * kTile + col;
+      vstore(to, kAdd ? vadd(vload(to), acc0[i]) : acc0[i]);
+      vstore(to + VL, kAdd ? vadd(vload(to + VL), acc1[i]) : acc1[i]);
+    }
+  }
+}
+template <bool kDot, bool kAdd, int64_t kTile, int MR = kQkRows>
+inline void score_part(int64_t rows, const word* q, int64_t stride_q, const word* panel, int64_t W, float* s) {
+  for (; rows >= MR; rows -= MR, q += MR * stride_q, s += MR * kTile)
+    score_block<kDot, kAdd, kTile, MR>(q, stride_q, panel, W, s);
+  if constexpr (MR > 1) score_part<kDot, kAdd, kTile, MR - 1>(rows, q, stride_q, panel, W, s);
 }
 // s[r][0..32) = q[r] . k for `rows` query rows.
-template <bool kDot, int64_t kTile, int MR = kQkRows>
-inline void score_rows(int64_t rows, const word* q, int64_t stride_q, const word* panel, int64_t W, float* s) {
-  for (; rows >= MR; rows -= MR, q += MR * stride_q, s += MR * kTile)
-    score_block<kDot, kTile, MR>(q, stride_q, panel, W, s);
-  if constexpr (MR > 1) score_rows<kDot, kTile, MR - 1>(rows, q, stride_q, panel, W, s);
+template <bool kDot, int64_t kTile>
+DIFFQKV_INLINE void score_rows(int64_t rows, const word* q, int64_t stride_q, const word* panel, int64_t W, float* s) {
+  score_part<kDot, false, kTile>(rows, q, stride_q, panel, min_of(W, kSumWords), s);
+  for (int64_t w = kSumWords; w < W; w += kSumWords)
+    score_part<kDot, true, kTile>(rows, q + w, stride_q, panel + w * kPanelTokens, min_of(W - w, kSumWords), s);
 }
 
 // What a score becomes before it is scaled for the exponential; see exp2_scale.
@@ -385,15 +391,17 @@ struct Words {
 };
 
 // Where the factor of row i and step t lies: p[i * kRow + t * kStep]. Rows of probabilities, a step being a key (with
-// kDot two, that is a word), or the same rows read as columns.
-template <int64_t kRow_, int64_t kStep_>
+// kDot two, that is a word), or the same rows read as columns. kChained: step by step onto what is there, so that it
+// does not matter where a sum is interrupted; else added up on its own first, for sums of sums round less.
+template <int64_t kRow_, int64_t kStep_, bool kChained_ = false>
 struct Walk {
   static constexpr int64_t kRow = kRow_, kStep = kStep_;
+  static constexpr bool kChained = kChained_;
 };
-template <bool kDot, int64_t kTile>
-using Rows = Walk<kDot ? kTile / 2 : kTile, 1>;
+template <bool kDot, int64_t kTile, bool kChained = false>
+using Rows = Walk<kDot ? kTile / 2 : kTile, 1, kChained>;
 
-// o[i][0..columns) += sum over n steps of p[i][t] * v[t], added up on its own first: sums of sums round less.
+// o[i][0..columns) += sum over n steps of p[i][t] * v[t].
 template <bool kDot, class W, class E, int MR, int NV>
 inline void accumulate_block(const word* p, const typename E::T* v, int64_t stride_v, int64_t n, float* o,
                              int64_t stride_o, int columns) {
@@ -401,7 +409,7 @@ inline void accumulate_block(const word* p, const typename E::T* v, int64_t stri
   DIFFQKV_UNROLL
   for (int i = 0; i < MR; ++i) {
     DIFFQKV_UNROLL
-    for (int x = 0; x < NV; ++x) acc[i][x] = vset(0.0f);
+    for (int x = 0; x < NV; ++x) acc[i][x] = W::kChained ? vload(o + i * stride_o + x * VL) : vset(0.0f);
   }
   for (int64_t t = 0; t < n; ++t, p += W::kStep, v += stride_v) {
     vf b[NV];
@@ -418,7 +426,7 @@ inline void accumulate_block(const word* p, const typename E::T* v, int64_t stri
     DIFFQKV_UNROLL
     for (int x = 0; x < NV; ++x) {
       float* sum = o + i * stride_o + x * VL;
-      vstore(sum, vadd(vload(sum), acc[i][x]));
+      vstore(sum, W::kChained ? acc[i][x] : vadd(vload(sum), acc[i][x]));
     }
   }
 }

@@ -14,8 +14,8 @@ struct Values {
   using T = typename E::T;
   static void accumulate(int64_t rows, const float* s, const uint16_t*, int64_t column, const T* v, int64_t stride_v,
                          int64_t n, int64_t d, float* o, int64_t stride_o) {
-    accumulate_rows<false, Rows<false, kSplitTokens>, E>(rows, (const word*)(s + column), v, stride_v, n, d, o,
-                                                         stride_o);
+    accumulate_rows<false, Rows<false, kSplitTokens, true>, E>(rows, (const word*)(s + column), v, stride_v, n, d, o,
+                                                               stride_o);
   }
   static void finish(float*, int64_t) {}
 };

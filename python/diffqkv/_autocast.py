@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _dispatch, _library
+from . import _library
 
 _OPS = ("flash_attention", "flash_attention_varlen")
+_CAST = ("q", "k", "v", "sinks")
 _KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
@@ -50,18 +51,22 @@ def outside_autocast(function: Callable) -> Callable:
 # ---- the compiled ops ------------------------------------------------------------------------------------------------
 
 
-def _register(op: _dispatch.Op, device: str, key: str) -> None:
-    def kernel(keyset: torch._C.DispatchKeySet, *values: Any) -> tuple[Tensor, Tensor]:
-        inputs = dict(zip(op.names, values, strict=True))
-        names = ("q", "k", "v", "sinks")
-        inputs.update(zip(names, _cast_inputs(device, *(inputs[name] for name in names)), strict=True))
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-            return op(*inputs.values())
+def _register(name: str, device: str, key: str) -> None:
+    op = getattr(torch.ops.diffqkv, name).default
+    names = [argument.name for argument in op._schema.arguments]
 
-    _dispatch.register(op, key, kernel)
+    def kernel(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        inputs = dict(zip(names, args, strict=False)) | options  # the dispatcher leaves defaults out
+        inputs.update(zip(_CAST, _cast_inputs(device, *(inputs.get(x) for x in _CAST)), strict=True))
+        with torch.autocast(device, enabled=False):
+            return op(**inputs)
+
+    _LIBRARY.impl(name, kernel, key)
 
 
 if _library.loaded:
+    # torch.library.register_autocast knows one dtype, whatever autocast's is.
+    _LIBRARY = torch.library.Library("diffqkv", "IMPL")
     for _name in _OPS:
         for _device, _key in _KEYS.items():
-            _register(_dispatch.op(_name), _device, _key)
+            _register(_name, _device, _key)

@@ -2,99 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
-
-from . import _dispatch
-from ._dispatch import Op
-
-# backward(inputs, outputs, gradients of the outputs, None where there is none) -> gradients by the inputs' names
-Backward = Callable[[dict[str, Any], Sequence[Tensor], Sequence[Tensor | None]], dict[str, Tensor]]
 
 
-def _differentiable(op: Op, backward: Backward) -> None:
-    """Also under torch.func: a Function of a single level is what the transforms of torch.func call level by level."""
+def _register_attention(name: str) -> None:
+    differentiate = getattr(torch.ops.diffqkv, f"{name}_backward").default
+    names = [argument.name for argument in getattr(torch.ops.diffqkv, name).default._schema.arguments]
+    sinks_at = names.index("sinks")
 
-    def below(keyset: torch._C.DispatchKeySet, values: Sequence[Any]) -> Any:
-        args, kwargs = op.split(values)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), *output)
+        ctx.constants = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.set_materialize_grads(False)
 
-    class Function(_SingleLevelFunction):
-        @staticmethod
-        def forward(ctx, keyset, *values):
-            result = below(keyset, values)
-            outputs = result if isinstance(result, tuple) else (result,)
-            ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in values), *outputs)
-            ctx.constants = [None if isinstance(x, Tensor) else x for x in values]
-            ctx.set_materialize_grads(False)
-            return result
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, out, lse = ctx.saved_tensors  # once: activation checkpointing computes them here
+        q, k, v, *rest = (c if x is None else x for x, c in zip(tensors, ctx.constants, strict=True))
+        if dout is None:
+            dout = torch.zeros_like(out)
+        dq, dk, dv, dsinks = differentiate(dout, dlse, q, k, v, out, lse, *rest)
+        gradients: list[Tensor | None] = [dq, dk, dv] + [None] * len(rest)
+        gradients[sinks_at] = None if rest[sinks_at - 3] is None else dsinks
+        return tuple(gradients)
 
-        @staticmethod
-        def backward(ctx, *grads):
-            if all(grad is None for grad in grads):
-                return (None,) * (1 + len(op.names))
-            tensors, outputs = ctx.saved_tensors[: len(op.names)], ctx.saved_tensors[len(op.names) :]
-            values = (c if t is None else t for c, t in zip(ctx.constants, tensors, strict=True))
-            found = backward(dict(zip(op.names, values, strict=True)), outputs, grads)
-            return None, *(found.get(name) for name in op.names)
-
-        @staticmethod
-        def jvp(ctx, *tangents):
-            raise NotImplementedError(f"{op.name}: forward-mode differentiation is not built")
-
-    Function.__name__ = f"{op.name}_autograd"
-
-    def kernel(keyset: torch._C.DispatchKeySet, *values: Any) -> Any:
-        tracked = torch.is_grad_enabled() and torch._C._any_requires_grad(*values)
-        if not tracked and forward_ad._current_level < 0:
-            return below(keyset, values)
-        with enable_single_level_autograd_function():
-            return Function.apply(keyset, *values)
-
-    _dispatch.register(op, "Autograd", kernel)
+    torch.library.register_autograd(f"diffqkv::{name}", backward, setup_context=setup_context)
 
 
-def _once(op: Op) -> Backward:
-    def refuse(*_: Any) -> dict[str, Tensor]:
-        raise NotImplementedError(f"{op.name}: the gradient of a gradient is not built")
-
-    return refuse
+def _swiglu_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
 
 
-def _attention_backward(op: Op) -> Backward:
-    """op: flash_attention_backward or flash_attention_varlen_backward."""
-
-    def backward(inputs, outputs, grads):
-        (out, lse), (dout, dlse) = outputs, grads
-        dout = torch.zeros_like(out) if dout is None else dout
-        known = inputs | {"dout": dout, "dlse": dlse, "out": out, "lse": lse}
-        gradients = dict(zip(("q", "k", "v", "sinks"), op(*(known[name] for name in op.names)), strict=True))
-        if inputs["sinks"] is None:
-            del gradients["sinks"]
-        return gradients
-
-    return backward
+def _swiglu_backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.diffqkv.swiglu_backward.default(dout, *ctx.saved_tensors)
 
 
-def _swiglu_backward(op: Op) -> Backward:
-    def backward(inputs, outputs, grads):
-        return dict(zip(("gate", "up"), op(grads[0], inputs["gate"], inputs["up"]), strict=True))
+def _refuse_second(name: str) -> None:
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(f"{name}: the gradient of a gradient is not built")
 
-    return backward
+    torch.library.register_autograd(f"diffqkv::{name}", refuse)
 
 
-for _name, _formula in (
-    ("flash_attention", _attention_backward),
-    ("flash_attention_varlen", _attention_backward),
-    ("swiglu", _swiglu_backward),
-):
-    _backward_op = _dispatch.op(f"{_name}_backward")
-    _differentiable(_dispatch.op(_name), _formula(_backward_op))
-    _differentiable(_backward_op, _once(_backward_op))
+_register_attention("flash_attention")
+_register_attention("flash_attention_varlen")
+torch.library.register_autograd("diffqkv::swiglu", _swiglu_backward, setup_context=_swiglu_setup)
+for _name in ("flash_attention_backward", "flash_attention_varlen_backward", "swiglu_backward"):
+    _refuse_second(_name)

@@ -178,7 +178,6 @@ def _options(
     q: Tensor,
     n_q: int,
     batch: int,
-    *,
     causal: bool = False,
     softmax_scale: float | None = None,
     window_left: int = -1,
@@ -217,7 +216,7 @@ def _training_tensors(q: Tensor, k: Tensor, v: Tensor, rank: int, shape_q: str, 
     _head_dim("v", v.shape[-1])
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, *options: Any, **named: Any) -> None:
     _training_tensors(q, k, v, 4, "[b, n_q, s_q, d_k]", "[b, n_k, s_k, d_k]", "[b, n_v, s_k, d_v]")
     batch, n_q, _, d_k = q.shape
     n_k, s_k, n_v, d_v = k.shape[1], k.shape[2], v.shape[1], v.shape[3]
@@ -225,22 +224,23 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
     _shape("v", v, (batch, n_v, s_k, d_v), "[b, n_v, s_k, d_v]")
     _heads("k", n_k, n_q)
     _heads("v", n_v, n_q)
-    _options(q, n_q, batch, **options)
+    _options(q, n_q, batch, *options, **named)
 
 
-def _cu_seqlens(name: str, x: Tensor, total: int, longest: int, rows: str) -> None:
-    """longest: the max_seqlen argument that belongs to x; rows: the tensor that x divides, of `total` rows."""
+def _cu_seqlens(which: str, x: Tensor, total: int, longest: int) -> None:
+    """cu_seqlens_q or cu_seqlens_k, for a tensor of `total` rows; longest: the max_seqlen that belongs to it."""
     if not readable(x):
         return
+    name, lengths = f"cu_seqlens_{which}", x.diff()
     if x[0] != 0:
         raise wrong(name, f"{int(x[0])} first", "0")
-    lengths = x.diff()
     if (lengths < 0).any():
         raise wrong(name, f"an entry of length {int(lengths.min())}", "values that never decrease")
     if x[-1] != total:
-        raise wrong(name, f"{int(x[-1])} last", f"{total}, the tokens of {rows}")
+        raise wrong(name, f"{int(x[-1])} last", f"{total}, the tokens of {which}")
     if (lengths > longest).any():
-        raise wrong(name, f"an entry of length {int(lengths.max())}", f"at most max_seqlen_{rows} = {longest}")
+        want = f"at least {int(lengths.max())}, the longest sequence of {name}"
+        raise wrong(f"max_seqlen_{which}", longest, want)
 
 
 def flash_attention_varlen(
@@ -251,7 +251,8 @@ def flash_attention_varlen(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    **options: Any,
+    *options: Any,
+    **named: Any,
 ) -> None:
     _training_tensors(q, k, v, 3, "[total_q, n_q, d_k]", "[total_k, n_k, d_k]", "[total_k, n_v, d_v]")
     (total_q, n_q, d_k), (total_k, n_k, _), (_, n_v, d_v) = q.shape, k.shape, v.shape
@@ -269,9 +270,9 @@ def flash_attention_varlen(
     for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if value < 0:
             raise wrong(name, value, "an integer >= 0")
-    _cu_seqlens("cu_seqlens_q", cu_seqlens_q, total_q, max_seqlen_q, "q")
-    _cu_seqlens("cu_seqlens_k", cu_seqlens_k, total_k, max_seqlen_k, "k")
-    _options(q, n_q, cu_seqlens_q.shape[0] - 1, **options)
+    _cu_seqlens("q", cu_seqlens_q, total_q, max_seqlen_q)
+    _cu_seqlens("k", cu_seqlens_k, total_k, max_seqlen_k)
+    _options(q, n_q, cu_seqlens_q.shape[0] - 1, *options, **named)
 
 
 def gradients(q: Tensor, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, shape: tuple, lse_shape: tuple):

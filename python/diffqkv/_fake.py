@@ -22,32 +22,37 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> 
     return *(x.new_empty(x.shape) for x in (q, k, v)), dsinks
 
 
+def _sinks(causal=False, softmax_scale=None, window_left=-1, window_right=-1, softcap=0.0, sinks=None, *rest, **named):
+    """The one among the options of attention, in the order of the schemas."""
+    return sinks
+
+
 @torch.library.register_fake("diffqkv::flash_attention")
-def _(q, k, v, **options):
-    _checks.flash_attention(q, k, v, **options)
+def _(q, k, v, *options, **named):
+    _checks.flash_attention(q, k, v, *options, **named)
     return _out_and_lse(q, v.shape[3])
 
 
 @torch.library.register_fake("diffqkv::flash_attention_backward")
-def _(dout, dlse, q, k, v, out, lse, **options):
-    _checks.flash_attention(q, k, v, **options)
+def _(dout, dlse, q, k, v, out, lse, *options, **named):
+    _checks.flash_attention(q, k, v, *options, **named)
     _checks.gradients(q, dout, dlse, out, lse, (*q.shape[:3], v.shape[3]), tuple(q.shape[:3]))
-    return _gradients(q, k, v, options.get("sinks"))
+    return _gradients(q, k, v, _sinks(*options, **named))
 
 
 @torch.library.register_fake("diffqkv::flash_attention_varlen")
-def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
-    _checks.flash_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
+def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *options, **named):
+    _checks.flash_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *options, **named)
     total, n_q, _ = q.shape
     return q.new_empty((total, n_q, v.shape[2])), q.new_empty((n_q, total), dtype=_lse_dtype(q))
 
 
 @torch.library.register_fake("diffqkv::flash_attention_varlen_backward")
-def _(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
-    _checks.flash_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
+def _(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *options, **named):
+    _checks.flash_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *options, **named)
     total, n_q, _ = q.shape
     _checks.gradients(q, dout, dlse, out, lse, (total, n_q, v.shape[2]), (n_q, total))
-    return _gradients(q, k, v, options.get("sinks"))
+    return _gradients(q, k, v, _sinks(*options, **named))
 
 
 @torch.library.register_fake("diffqkv::decode_attention")

@@ -21,13 +21,13 @@ def _backward_flops(b: int, n_q: int, s_q: int, s_k: int, d_k: int, d_v: int, ca
 
 
 @register_flop_formula(torch.ops.diffqkv.flash_attention)
-def _flash_attention(q, k, v, *args, causal=False, out_shape=None, **kwargs) -> int:
+def _flash_attention(q, k, v, causal=False, *args, out_shape=None, **kwargs) -> int:
     b, n_q, s_q, d_k = q
     return attention_flops(b, n_q, s_q, k[2], d_k, v[3], causal)
 
 
 @register_flop_formula(torch.ops.diffqkv.flash_attention_backward)
-def _flash_attention_backward(dout, dlse, q, k, v, *args, causal=False, out_shape=None, **kwargs) -> int:
+def _flash_attention_backward(dout, dlse, q, k, v, out, lse, causal=False, *args, out_shape=None, **kwargs) -> int:
     b, n_q, s_q, d_k = q
     return _backward_flops(b, n_q, s_q, k[2], d_k, v[3], causal)
 
@@ -41,7 +41,7 @@ def _pairs(q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_k: 
 
 @register_flop_formula(torch.ops.diffqkv.flash_attention_varlen, get_raw=True)
 def _flash_attention_varlen(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, causal=False, out_val=None, **kwargs
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False, *args, out_val=None, **kwargs
 ) -> int:
     pairs = _pairs(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_k)
     return attention_flops(1, q.shape[1], 1, pairs, q.shape[2], v.shape[2], causal)
@@ -49,8 +49,8 @@ def _flash_attention_varlen(
 
 @register_flop_formula(torch.ops.diffqkv.flash_attention_varlen_backward, get_raw=True)
 def _flash_attention_varlen_backward(
-    dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, causal=False,
-    out_val=None, **kwargs,
+    dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False,
+    *args, out_val=None, **kwargs,
 ) -> int:  # fmt: skip
     pairs = _pairs(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_k)
     return _backward_flops(1, q.shape[1], 1, pairs, q.shape[2], v.shape[2], causal)

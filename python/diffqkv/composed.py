@@ -44,6 +44,19 @@ def _lse(q: Tensor, k: Tensor, visible: Tensor | None, scale: float) -> Tensor:
     return torch.cat(parts, dim=2)
 
 
+@torch.library.custom_op("diffqkv::dropout_mask", mutates_args=())
+def _dropout_mask(
+    b: int, n_q: int, s_q: int, s_k: int, dropout_p: float, seed: int, offset: int, device: torch.device
+) -> Tensor:
+    """An op, so that inductor does not trace into Philox: its code for one round is three times that of the last."""
+    return reference.dropout_mask(b, n_q, s_q, s_k, dropout_p, seed, offset, device)
+
+
+@_dropout_mask.register_fake
+def _(b, n_q, s_q, s_k, dropout_p, seed, offset, device):
+    return torch.empty((b, n_q, s_q, s_k), dtype=torch.bool, device=device)
+
+
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -67,7 +80,7 @@ def _attend(
     if softcap != 0 or sinks is not None or dropout_p != 0:
         kept = None
         if dropout_p != 0:
-            kept = reference.dropout_mask(b, n_q, s_q, s_k, dropout_p, seed, offset, q.device)
+            kept = _dropout_mask(b, n_q, s_q, s_k, dropout_p, seed, offset, q.device)
         if visible is None:
             visible = reference.visible_keys(s_q, s_k, s_k, device=q.device)
         exact = (x.to(torch.promote_types(q.dtype, torch.float32)) for x in (q, k, v))

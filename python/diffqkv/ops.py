@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from . import _library, composed
 from ._checks import PANELS, ROWS, wrong
@@ -35,6 +36,7 @@ if _library.loaded:
     _SWIGLU: Callable = torch.ops.diffqkv.swiglu.default
 
 _OURS = re.compile(r"diffqkv: (\w+: got (.+), want .+)")
+_FUNC = "an autograd.Function with functorch transforms"
 _DISPATCHER = re.compile(r"Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'")
 
 
@@ -43,22 +45,24 @@ _DISPATCHER = re.compile(r"Expected a value of type '(.+?)' for argument '(\w+)'
 
 def _translated(op: Callable, error: RuntimeError, args: tuple, kwargs: dict[str, Any]) -> Exception | None:
     """The exception that a failed op call should have been; None if the error is not about an argument."""
-    text = str(error)
-    if ours := _OURS.search(text):
-        return (TypeError if ours[2].startswith("dtype ") else ValueError)(ours[1])
-    if dispatcher := _DISPATCHER.search(text):
-        want, name, got = dispatcher.groups()
-        return wrong(name, got, f"a {want}", TypeError)
+    text, named = str(error), {}
+    if _FUNC in text:
+        return NotImplementedError(f"{op._opname}: torch.func.grad (vjp, jacrev) is not built; use torch.autograd.grad")
     if isinstance(op, torch._ops.OpOverload):
         named = dict(zip((a.name for a in op._schema.arguments), args, strict=False)) | kwargs
         for argument in op._schema.arguments:
             if str(argument.type) == "Tensor" and named[argument.name] is None:
                 return wrong(argument.name, "None", "a Tensor", TypeError)
-        tensors = {name: x for name, x in named.items() if isinstance(x, Tensor)}
-        first, device = next((name, x.device) for name, x in tensors.items())
-        for name, x in tensors.items():
-            if x.device != device:
-                return wrong(name, f"device {x.device}", f"{device}, where {first} is")
+    if ours := _OURS.search(text):
+        return (TypeError if ours[2].startswith("dtype ") else ValueError)(ours[1])
+    if dispatcher := _DISPATCHER.search(text):
+        want, name, got = dispatcher.groups()
+        return wrong(name, got, f"a {want}", TypeError)
+    tensors = {name: x for name, x in named.items() if isinstance(x, Tensor)}
+    first, device = next(((name, x.device) for name, x in tensors.items()), (None, None))
+    for name, x in tensors.items():
+        if x.device != device:
+            return wrong(name, f"device {x.device}", f"{device}, where {first} is")
     return None
 
 
@@ -106,6 +110,15 @@ def _number(name: str, value: float) -> float:
     if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(value, bool):
         raise wrong(name, type(value).__name__, "a number", TypeError)
     return value
+
+
+def _refuse_forward_mode(op: str, *tensors: Tensor) -> None:
+    """torch would take the compiled ops for constants."""
+    if torch.compiler.is_compiling():
+        return
+    for x in tensors:
+        if isinstance(x, Tensor) and unpack_dual(x).tangent is not None:
+            raise NotImplementedError(f"{op}: forward-mode differentiation is not built")
 
 
 def _logits(window: tuple[int, int], softcap: float, sinks: Tensor | None) -> dict[str, Any]:
@@ -198,6 +211,7 @@ def flash_attention(
         **_dropout(dropout_p, seed, offset),
     }
     if run:
+        _refuse_forward_mode("flash_attention", q, k, v)
         out, lse = _call(_FLASH, q, k, v, **options)
     else:
         out, lse = composed.flash_attention(q, k, v, need_lse=return_lse, **options)
@@ -260,6 +274,7 @@ def flash_attention_varlen(
         **_dropout(dropout_p, seed, offset),
     }
     if run:
+        _refuse_forward_mode("flash_attention_varlen", q, k, v)
         out, lse = _call(_VARLEN, *args, **options)
     else:
         out, lse = composed.flash_attention_varlen(*args, need_lse=return_lse, **options)

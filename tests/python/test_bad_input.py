@@ -18,6 +18,22 @@ def flash_arguments():
         "v": torch.randn(2, 4, 5, 24),
         "kv_start": int32(0, 0),
         "kv_end": int32(5, 5),
+        "sinks": torch.randn(8),
+    }
+
+
+def varlen_arguments():
+    return {
+        "q": torch.randn(7, 8, 16),
+        "k": torch.randn(9, 2, 16),
+        "v": torch.randn(9, 4, 24),
+        "cu_seqlens_q": int32(0, 3, 7),
+        "cu_seqlens_k": int32(0, 9, 9),
+        "max_seqlen_q": 4,
+        "max_seqlen_k": 9,
+        "kv_start": int32(0, 0),
+        "kv_end": int32(9, 0),
+        "sinks": torch.randn(8),
     }
 
 
@@ -83,11 +99,48 @@ def double(x):
     return x.double()
 
 
+LOGITS = [
+    ({"window": (-2, 0)}, ValueError, "window"),
+    ({"window": (0, -2)}, ValueError, "window"),
+    ({"window": (1, 2, 3)}, ValueError, "window"),
+    ({"window": 128}, TypeError, "window"),
+    ({"window": (1.0, 2)}, TypeError, "window"),
+    ({"window": (None, None)}, TypeError, "window"),
+    ({"softcap": -1.0}, ValueError, "softcap"),
+    ({"softcap": float("inf")}, ValueError, "softcap"),
+    ({"softcap": float("nan")}, ValueError, "softcap"),
+    ({"softcap": "30"}, TypeError, "softcap"),
+    ({"softcap": None}, TypeError, "softcap"),
+    ({"sinks": torch.zeros(8).double()}, TypeError, "sinks"),
+    ({"sinks": torch.zeros(8).half()}, TypeError, "sinks"),
+    ({"sinks": torch.zeros(8).long()}, TypeError, "sinks"),
+    ({"sinks": torch.zeros(7)}, ValueError, "sinks"),
+    ({"sinks": torch.zeros(1)}, ValueError, "sinks"),
+    ({"sinks": torch.zeros(8, 1)}, ValueError, "sinks"),
+    ({"sinks": torch.zeros(16)[::2]}, ValueError, "sinks"),
+    ({"sinks": torch.zeros(8, device="meta")}, ValueError, "sinks"),
+    ({"sinks": 0.5}, TypeError, "sinks"),
+]
+
+DROPOUT = [
+    ({"dropout_p": -0.1}, ValueError, "dropout_p"),
+    ({"dropout_p": 1.0}, ValueError, "dropout_p"),
+    ({"dropout_p": float("nan")}, ValueError, "dropout_p"),
+    ({"dropout_p": "0.1"}, TypeError, "dropout_p"),
+    ({"dropout_p": True}, TypeError, "dropout_p"),
+    ({"dropout_p": 0.1, "seed": 1.5}, TypeError, "seed"),
+    ({"dropout_p": 0.1, "seed": True}, TypeError, "seed"),
+    ({"dropout_p": 0.1, "seed": 2**63}, ValueError, "seed"),
+    ({"dropout_p": 0.1, "seed": -(2**63) - 1}, ValueError, "seed"),
+    ({"dropout_p": 0.1, "offset": -1}, ValueError, "offset"),
+    ({"dropout_p": 0.1, "offset": 2**32}, ValueError, "offset"),
+    ({"offset": 1.0}, TypeError, "offset"),
+]
+
 FLASH = [
     ({"q": lambda x: x[0]}, ValueError, "q"),
     ({"k": lambda x: x[0]}, ValueError, "k"),
     ({"v": lambda x: x[None]}, ValueError, "v"),
-    ({"q": double, "k": double, "v": double}, TypeError, "q"),
     ({"q": lambda x: x.int()}, TypeError, "q"),
     ({"k": half}, TypeError, "k"),
     ({"v": double}, TypeError, "v"),
@@ -116,6 +169,52 @@ FLASH = [
     ({"k": [1.0]}, TypeError, "k"),
     ({"v": 3}, TypeError, "v"),
     ({"kv_end": 5}, TypeError, "kv_end"),
+]
+
+VARLEN = [
+    ({"q": lambda x: x[None]}, ValueError, "q"),
+    ({"k": lambda x: x[0]}, ValueError, "k"),
+    ({"v": lambda x: x[None]}, ValueError, "v"),
+    ({"q": lambda x: x.int()}, TypeError, "q"),
+    ({"k": half}, TypeError, "k"),
+    ({"v": double}, TypeError, "v"),
+    ({"k": lambda x: x[..., :8]}, ValueError, "k"),
+    ({"v": lambda x: x[:8]}, ValueError, "v"),
+    ({"k": lambda x: x.repeat(1, 2, 1)[:, :3]}, ValueError, "k"),
+    ({"v": lambda x: x[:, :3]}, ValueError, "v"),
+    ({"k": lambda x: x[:, :0]}, ValueError, "k"),
+    ({"q": lambda x: x[..., :12], "k": lambda x: x[..., :12]}, ValueError, "q"),
+    ({"v": lambda x: x[..., :4]}, ValueError, "v"),
+    ({"q": wide}, ValueError, "q"),
+    ({"k": wide}, ValueError, "k"),
+    ({"v": wide}, ValueError, "v"),
+    ({"cu_seqlens_q": lambda x: x.long()}, TypeError, "cu_seqlens_q"),
+    ({"cu_seqlens_k": lambda x: x.float()}, TypeError, "cu_seqlens_k"),
+    ({"cu_seqlens_q": lambda x: x[None]}, ValueError, "cu_seqlens_q"),
+    ({"cu_seqlens_q": lambda x: x[:0], "cu_seqlens_k": lambda x: x[:0]}, ValueError, "cu_seqlens_q"),
+    ({"cu_seqlens_k": lambda x: x[:2]}, ValueError, "cu_seqlens_k"),
+    ({"cu_seqlens_q": lambda x: x.repeat_interleave(2)[::2]}, ValueError, "cu_seqlens_q"),
+    ({"cu_seqlens_q": int32(1, 3, 7)}, ValueError, "cu_seqlens_q"),
+    ({"cu_seqlens_k": int32(-1, 3, 9)}, ValueError, "cu_seqlens_k"),
+    ({"cu_seqlens_q": int32(0, 8, 7), "max_seqlen_q": 8}, ValueError, "cu_seqlens_q"),
+    ({"cu_seqlens_k": int32(0, -1, 9)}, ValueError, "cu_seqlens_k"),
+    ({"cu_seqlens_q": int32(0, 3, 6)}, ValueError, "cu_seqlens_q"),
+    ({"cu_seqlens_k": int32(0, 5, 10)}, ValueError, "cu_seqlens_k"),
+    ({"cu_seqlens_q": lambda x: x.to("meta")}, ValueError, "cu_seqlens_q"),
+    ({"cu_seqlens_q": None}, TypeError, "cu_seqlens_q"),
+    ({"cu_seqlens_k": [0, 9, 9]}, TypeError, "cu_seqlens_k"),
+    ({"max_seqlen_q": 3}, ValueError, "max_seqlen_q"),
+    ({"max_seqlen_k": 8}, ValueError, "max_seqlen_k"),
+    ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q"),
+    ({"max_seqlen_k": -1}, ValueError, "max_seqlen_k"),
+    ({"max_seqlen_q": 4.0}, TypeError, "max_seqlen_q"),
+    ({"max_seqlen_k": None}, TypeError, "max_seqlen_k"),
+    ({"max_seqlen_q": torch.tensor(4)}, TypeError, "max_seqlen_q"),
+    ({"kv_start": lambda x: x.long()}, TypeError, "kv_start"),
+    ({"kv_end": lambda x: x[:1]}, ValueError, "kv_end"),
+    ({"kv_end": int32(9, 0, 0)}, ValueError, "kv_end"),
+    ({"q": None}, TypeError, "q"),
+    ({"v": 3}, TypeError, "v"),
 ]
 
 DECODE = [
@@ -247,9 +346,19 @@ def numbered(cases):
     return pytest.mark.parametrize("changes, error, name", cases, ids=[f"{i}-{c[2]}" for i, c in enumerate(cases)])
 
 
-@numbered(FLASH)
+@numbered([*FLASH, *LOGITS, *DROPOUT])
 def test_flash(api, changes, error, name):
     check(api.flash_attention, flash_arguments(), changes, error, name)
+
+
+@numbered([*VARLEN, *LOGITS, *DROPOUT])
+def test_varlen(api, changes, error, name):
+    check(api.flash_attention_varlen, varlen_arguments(), changes, error, name)
+
+
+@numbered([*LOGITS, ({"sinks": torch.zeros(8, requires_grad=True)}, ValueError, "sinks")])
+def test_decode_logits(api, changes, error, name):
+    check(api.decode_attention, decode_arguments(), changes, error, name)
 
 
 @numbered(DECODE)
@@ -305,47 +414,99 @@ def test_swiglu(api, changes, error, name):
     check(api.swiglu, {"gate": torch.randn(3, 4), "up": torch.randn(3, 4)}, changes, error, name)
 
 
-@pytest.mark.parametrize(
-    "option, what",
-    [
-        ({"window": (128, 0)}, "window"),
-        ({"softcap": 30.0}, "softcap"),
-        ({"sinks": torch.zeros(8)}, "sinks"),
-        ({"dropout_p": 0.1}, "dropout_p"),
-    ],
-)
-def test_not_built(api, option, what):
-    with pytest.raises(NotImplementedError, match=what):
-        api.flash_attention(**flash_arguments(), **option)
-    if what != "dropout_p":
-        with pytest.raises(NotImplementedError, match=what):
-            api.decode_attention(**decode_arguments(), **option)
+def test_inference_ops_run_on_parameters_without_grad_mode(api):
+    arguments = decode_arguments()
+    arguments["q"].requires_grad_()
+    with torch.no_grad():
+        assert not api.decode_attention(**arguments).requires_grad
 
 
-def test_not_built_backward_and_varlen(api):
-    for name in ("q", "k", "v"):
-        arguments = flash_arguments()
-        arguments[name].requires_grad_()
-        with pytest.raises(NotImplementedError, match="backward"):
-            api.flash_attention(**arguments)
-        with torch.no_grad():
-            api.flash_attention(**arguments)
-    x, lengths = torch.randn(7, 2, 8), int32(0, 7)
-    with pytest.raises(NotImplementedError, match="flash_attention_varlen"):
-        api.flash_attention_varlen(x, x, x, lengths, lengths, 7, 7)
-
-
-def test_direct_calls_raise_runtime_errors(library):
-    with pytest.raises(RuntimeError, match=r"k: got .*, want"):
-        library.flash_attention(torch.randn(1, 4, 1, 8), torch.randn(1, 3, 1, 8), torch.randn(1, 4, 1, 8))
-    with pytest.raises(RuntimeError, match=r"tail: got .*, want"):
-        library.selective_v_attention(
-            torch.randn(1, 1, 1, 8), torch.randn(1, 1, 4, 1, 8), torch.randn(1, 1, 4, 1, 8), int32(4), 2, tail=3
+DIRECT = [
+    ("flash_attention", flash_arguments, {"k": torch.randn(2, 3, 5, 16)}, "k"),
+    ("selective_v_attention", selective_arguments, {"tail": 3}, "tail"),
+    ("decode_attention", decode_arguments, {"k_layout": 2}, "k_layout"),
+    *(
+        (op, arguments, changes, name)
+        for op, arguments in (
+            ("flash_attention", flash_arguments),
+            ("flash_attention_varlen", varlen_arguments),
+            ("decode_attention", decode_arguments),
         )
-    with pytest.raises(RuntimeError, match=r"k_layout: got .*, want"):
-        library.decode_attention(
-            torch.randn(1, 1, 1, 8), torch.randn(1, 1, 4, 1, 8), torch.randn(1, 1, 4, 1, 8), int32(4), k_layout=2
+        for changes, name in (
+            ({"window_left": -2}, "window_left"),
+            ({"window_right": -2}, "window_right"),
+            ({"softcap": -1.0}, "softcap"),
+            ({"softcap": float("inf")}, "softcap"),
+            ({"softcap": float("nan")}, "softcap"),
+            ({"sinks": torch.zeros(7)}, "sinks"),
+            ({"sinks": torch.zeros(16)[::2]}, "sinks"),
+            ({"sinks": torch.zeros(8).double()}, "sinks"),
         )
+    ),
+    *(
+        (op, arguments, changes, name)
+        for op, arguments in (("flash_attention", flash_arguments), ("flash_attention_varlen", varlen_arguments))
+        for changes, name in (
+            ({"dropout_p": -0.1}, "dropout_p"),
+            ({"dropout_p": 1.0}, "dropout_p"),
+            ({"dropout_p": float("nan")}, "dropout_p"),
+            ({"offset": -1}, "offset"),
+            ({"offset": 2**32}, "offset"),
+        )
+    ),
+    ("flash_attention_varlen", varlen_arguments, {"max_seqlen_q": -1}, "max_seqlen_q"),
+    ("flash_attention_varlen", varlen_arguments, {"max_seqlen_q": 3}, "max_seqlen_q"),
+    ("flash_attention_varlen", varlen_arguments, {"cu_seqlens_k": int32(0, 5, 10)}, "cu_seqlens_k"),
+]
+
+
+@pytest.mark.parametrize("op, arguments, changes, name", DIRECT, ids=[f"{c[0]}-{c[3]}" for c in DIRECT])
+def test_direct_calls_raise_runtime_errors(library, op, arguments, changes, name):
+    arguments = arguments() | {"k_layout": 0}
+    if "k_cache" not in arguments:
+        del arguments["k_layout"]
+    with pytest.raises(RuntimeError, match=rf"{name}: got .+, want"):
+        getattr(library, op)(**arguments | changes)
+
+
+def backward_arguments(varlen):
+    arguments = varlen_arguments() if varlen else flash_arguments()
+    shape, lse_shape = ((7, 8, 24), (8, 7)) if varlen else ((2, 8, 3, 24), (2, 8, 3))
+    return {
+        "dout": torch.randn(shape),
+        "dlse": torch.randn(lse_shape),
+        "out": torch.randn(shape),
+        "lse": torch.randn(lse_shape),
+    } | arguments
+
+
+BACKWARD = [
+    ({"dout": half}, "dout"),
+    ({"dout": lambda x: x[..., :16]}, "dout"),
+    ({"dout": lambda x: x[None]}, "dout"),
+    ({"out": half}, "out"),
+    ({"out": lambda x: x[:1]}, "out"),
+    ({"lse": double}, "lse"),
+    ({"lse": lambda x: x[..., :2]}, "lse"),
+    ({"dlse": half}, "dlse"),
+    ({"dlse": lambda x: x[..., :2]}, "dlse"),
+    ({"k": half}, "k"),
+    ({"v": lambda x: x[:, :3]}, "v"),
+    ({"sinks": lambda x: x[:3]}, "sinks"),
+    ({"kv_end": lambda x: x[:1]}, "kv_end"),
+    ({"window_left": -2}, "window_left"),
+    ({"dropout_p": 1.0}, "dropout_p"),
+]
+
+
+@pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
+@pytest.mark.parametrize("changes, name", BACKWARD, ids=[f"{i}-{c[1]}" for i, c in enumerate(BACKWARD)])
+def test_backward(library, changes, name, varlen):
+    arguments = backward_arguments(varlen)
+    arguments |= {n: x(arguments[n]) if callable(x) else x for n, x in changes.items()}
+    op = library.flash_attention_varlen_backward if varlen else library.flash_attention_backward
+    with pytest.raises(RuntimeError, match=rf"{name}: got .+, want"):
+        op(**arguments)
 
 
 def test_missing_library_is_explained():
@@ -354,3 +515,9 @@ def test_missing_library_is_explained():
     else:
         assert _library.loaded, _library.reason
         assert diffqkv.config()["reason"] is None
+
+
+def test_a_library_of_an_older_version_is_refused(library, monkeypatch):
+    monkeypatch.setattr(_library, "_NEWEST_OP", "op_of_tomorrow")
+    path, reason = _library._load()
+    assert path is None and reason.endswith("is older than this package: it has no op_of_tomorrow; run make build")

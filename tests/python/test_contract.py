@@ -37,6 +37,7 @@ def op_calls(dtype=torch.float32, layout="rows", paged=False, batch=2):
         (ops.flash_attention.default, (q, k, v), {"causal": True, "kv_start": start, "kv_end": seqlens}),
         (ops.flash_attention.default, (q.transpose(1, 2).contiguous().transpose(1, 2), k, v), {"softmax_scale": 0.1}),
         (ops.decode_attention.default, cached, options),
+        (ops.decode_attention.default, cached, options | {"window_left": 9, "softcap": 2.0, "sinks": torch.randn(8)}),
         (ops.selective_v_attention.default, (*cached, 5), options | {"tail": 2, "return_bound": True}),
         (ops.selective_v_attention.default, (*cached, 90), options | {"v_stats": stats, "keep_last": 1}),
         (ops.kv_cache_update.default, (k_cache, v_cache, *new), update | rope | {"v_stats": stats}),
@@ -193,7 +194,7 @@ def test_swiglu_trains_under_compile():
 CALLS = 100_000
 
 
-@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize("index", range(12))
 def test_no_leak(library, index, threads):
     """10^5 calls of each op do not grow the process: less than 20 bytes a call."""
     threads(1)
@@ -201,6 +202,9 @@ def test_no_leak(library, index, threads):
     k_cache, v_cache, one = reference.group(k, 1), reference.group(v, 1), int32(4)
     stats, positions = torch.zeros(1, 1, 9), torch.tensor([[2]])
     new, rope = (k[:, :, :1], v[:, :, :1]), torch.rand(1, 1, 8)
+    packed, entry = [x[0].transpose(0, 1) for x in (q, k, v)], (int32(0, 1), int32(0, 4), 1, 4)
+    options = {"window_left": 2, "softcap": 2.0, "sinks": torch.zeros(2), "dropout_p": 0.5, "seed": 1}
+    out, lse = library.flash_attention(q, k, v, **options)
     calls = [
         lambda: library.flash_attention(q, k, v),
         lambda: library.flash_attention(q, k, v, causal=True, softmax_scale=0.1, kv_start=one - 4, kv_end=one),
@@ -211,6 +215,11 @@ def test_no_leak(library, index, threads):
         lambda: library.selective_v_attention(q, k_cache, v_cache, one, 2, tail=2, v_stats=stats, return_bound=True),
         lambda: library.swiglu(q, q),
         lambda: library.swiglu_backward(q, q, q),
+        lambda: library.flash_attention_varlen(*packed, *entry, **options),
+        lambda: library.flash_attention_backward(out, lse, q, k, v, out, lse, **options),
+        lambda: library.flash_attention_varlen_backward(
+            out[0].transpose(0, 1), None, *packed, out[0].transpose(0, 1), lse[0], *entry, **options
+        ),
     ]
     call, process = calls[index], psutil.Process()
     for _ in range(CALLS // 10):

@@ -216,6 +216,7 @@ def test_demo_from_end_to_end(tmp_path):
         "held-out bits per byte",
         "byte-unigram entropy",
         "tokens/s",
+        "A training step of this model",
         "GQA-16",
         "sample",
     ):
@@ -235,6 +236,7 @@ def test_restart_forgets_the_checkpoint_alone(tmp_path, monkeypatch):
     for file in (checkpoint, notes):
         file.write_text("of another time")
     monkeypatch.setattr(demo_main, "decode_table", lambda: "")
+    monkeypatch.setattr(demo_main, "training_table", lambda dtype, batch_size: "")
     # It would silence the tests that follow.
     monkeypatch.setattr(demo_main.transformers_logging, "set_verbosity_error", lambda: None)
     monkeypatch.setattr(sys, "argv", ["demo", str(text), "--out", str(tmp_path), "--steps", "1"])

@@ -13,7 +13,7 @@ LEVELS = ["v2", "v3", "v4", "v4_bf16"]
 CHECK = """
 import sys
 import torch
-from helpers import DTYPES, LAYOUTS, TAILS, assert_accurate, assert_lse, cache_of, int32, qkv
+from helpers import DTYPES, LAYOUTS, TAILS, TRAINING_DTYPES, assert_accurate, assert_lse, cache_of, int32, qkv
 from diffqkv import _core, reference
 
 assert _core.cpu_isa() == sys.argv[1], _core.cpu_isa()
@@ -72,6 +72,40 @@ for dtype in DTYPES:
     exact = torch.autograd.grad(reference.swiglu(g, u), (g, u), dout.double())
     for actual, e in zip(ops.swiglu_backward(dout, gate, up), exact, strict=True):
         assert_accurate(actual, e, e.to(dtype), factor=3)
+
+TRAINING = [
+    {"causal": True},
+    {"window": (40, 9), "softcap": 2.0},
+    {"causal": True, "window": (30, -1), "dropout_p": 0.3, "seed": -5, "offset": 2},
+]
+
+def train(function, tensors, sinks, dout, dlse, dtype=None, **options):
+    leaves = [x.to(dtype or x.dtype).detach().requires_grad_() for x in (*tensors, sinks)]
+    out, lse = function(*leaves[:3], sinks=leaves[3], **options)
+    outputs = (dout.to(out.dtype), dlse.to(lse.dtype))
+    return out.detach(), lse.detach(), torch.autograd.grad((out, lse), leaves, outputs)
+
+for dtype in TRAINING_DTYPES:
+    for heads, dims in (((12, 6, 4), (40, 56)), ((8, 2, 4), (64, 64))):
+        for s_q, s_k in ((1, 33), (70, 101), (130, 300)):
+            for options in TRAINING:
+                q, k, v = qkv(2, heads, s_q, s_k, dims, dtype)
+                given = {"window": (-1, -1), "kv_start": int32(0, 3), "kv_end": int32(s_k, s_k - 5)} | options
+                rest = dict(given)
+                left, right = rest.pop("window")
+                sinks, dlse = torch.randn(heads[0]), torch.randn(2, heads[0], s_q)
+                dout = torch.randn(2, heads[0], s_q, dims[1]).to(dtype)
+                inputs = ((q, k, v), sinks, dout, dlse)
+                out, lse, gradients = train(ops.flash_attention, *inputs, window_left=left, window_right=right, **rest)
+                (exact, exact_lse, wanted), (low, _, low_gradients) = (
+                    train(lambda *a, **o: reference.attention(*a, return_lse=True, dtype=to, **o), *inputs, dtype=to,
+                          **given)
+                    for to in (D, dtype)
+                )
+                assert_accurate(out, exact, low)
+                assert_lse(lse, exact_lse, torch.promote_types(dtype, torch.float32))
+                for actual, e, lo in zip(gradients, wanted, low_gradients, strict=True):
+                    assert_accurate(actual if dtype == D else actual.to(dtype), e, lo, factor=3)
 print("all right")
 """
 

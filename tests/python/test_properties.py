@@ -1,5 +1,6 @@
 """Properties that hold for every shape, drawn by hypothesis; a failure prints the line that reproduces it."""
 
+from functools import partial
 from math import gcd
 
 import torch
@@ -48,6 +49,32 @@ def test_flash_equals_reference(library, seed, dtype, heads, b, s_q, s_k, d_k, d
     out, _ = library.flash_attention(q, k, v, causal=causal)
     exact = reference.attention(q, k, v, causal=causal, dtype=D)
     assert_accurate(out, exact, reference.attention(q, k, v, causal=causal, dtype=dtype))
+
+
+tokens_beside = st.just(-1) | st.integers(3, 60)
+
+
+@given(seeds, dtypes, head_counts(), st.integers(1, 40), st.integers(40, 300), head_dims, head_dims, st.booleans(),
+       tokens_beside, tokens_beside, st.sampled_from([0.0, 2.0]), st.sampled_from([0.0, 0.3]),
+       st.booleans())  # fmt: skip
+def test_gradients_equal_reference(
+    library, seed, dtype, heads, s_q, s_k, d_k, d_v, causal, left, right, softcap, dropout_p, with_sinks
+):
+    """With a few keys to each query: the gradient of a softmax of one weight is 0, which no rounding error is near."""
+    tensors = draw_qkv(seed, 1, heads, s_q, s_k, (d_k, d_v), dtype)
+    sinks, dout = torch.randn(heads[0]) if with_sinks else None, torch.randn(1, heads[0], s_q, d_v).to(dtype)
+    options = {"causal": causal, "softcap": softcap, "dropout_p": dropout_p, "seed": seed}
+
+    def gradients(function, to=None, **window):
+        leaves = [x.to(to or x.dtype).detach().requires_grad_() for x in (*tensors, sinks) if x is not None]
+        out = function(*leaves[:3], sinks=leaves[3] if with_sinks else None, **options, **window)
+        out = out[0] if isinstance(out, tuple) else out
+        return torch.autograd.grad(out, leaves, dout.to(out.dtype))
+
+    actual = gradients(library.flash_attention, window_left=left, window_right=right)
+    exact, low = (gradients(partial(reference.attention, dtype=to), to, window=(left, right)) for to in (D, dtype))
+    for a, e, lo in zip(actual, exact, low, strict=True):
+        assert_accurate(a.to(dtype), e, lo, factor=3)
 
 
 @given(seeds, dtypes, layouts, head_counts(), head_dims, head_dims, st.integers(1, 5), st.sampled_from([None, 32, 96]),

@@ -94,6 +94,56 @@ def test_sinks_and_softcap():
     torch.testing.assert_close(reference.attention(q, k, v, softcap=2.0), capped)
 
 
+def test_dropout_acts_on_the_weights():
+    """lse, and so the denominator, are those without dropout."""
+    q, k, v = qkv(2, (4, 2, 1), 3, 9, (8, 8), D)
+    out, lse = reference.attention(q, k, v, dropout_p=0.25, seed=1, offset=2, return_lse=True)
+    weights = (q @ k.repeat_interleave(2, 1).transpose(2, 3) * 8**-0.5).softmax(-1)
+    kept = reference.dropout_mask(2, 4, 3, 9, 0.25, 1, 2)
+    torch.testing.assert_close(out, (weights * kept / 0.75) @ v.repeat_interleave(4, 1))
+    torch.testing.assert_close(lse, reference.attention(q, k, v, return_lse=True)[1])
+
+
+def test_varlen_is_attention_of_each_entry():
+    lengths_q, lengths_k = (3, 0, 5, 2), (4, 6, 0, 2)
+    q, k, v = (torch.randn(n, h, 8, dtype=D) for n, h in ((10, 4), (12, 2), (12, 4)))
+    start, end = int32(1, 0, 0, 0), int32(4, 6, 1, 1)
+    out, lse = reference.attention_varlen(
+        q, k, v, int32(0, 3, 3, 8, 10), int32(0, 4, 10, 10, 12), causal=True, kv_start=start, kv_end=end,
+        return_lse=True,
+    )  # fmt: skip
+    parts = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
+    for i, (entry, a, b) in enumerate(zip(parts, out.split(lengths_q), lse.split(lengths_q, dim=1), strict=True)):
+        expected, expected_lse = reference.attention(
+            *(x.transpose(0, 1)[None] for x in entry), causal=True, kv_start=start[i : i + 1], kv_end=end[i : i + 1],
+            return_lse=True,
+        )  # fmt: skip
+        torch.testing.assert_close(a, expected[0].transpose(0, 1))
+        torch.testing.assert_close(b, expected_lse[0])
+
+
+def test_gradients_are_those_of_the_specification():
+    """Also where rows see nothing, and where K and V that do not exist are NaN."""
+    q, k, v = qkv(2, (4, 2, 4), 5, 4, (8, 8), D)
+    k[1, :, 2:], v[1, :, 2:] = NAN, NAN
+    sinks = torch.randn(4, dtype=D)
+
+    def function(q, k, v, sinks=None):
+        out, lse = reference.attention(
+            q, k, v, causal=True, window=(2, -1), softcap=2.0, kv_end=int32(4, 2), dropout_p=0.3, sinks=sinks,
+            return_lse=True,
+        )  # fmt: skip
+        return out, lse.where(lse.isfinite(), 0)
+
+    for extra in ((), (sinks,)):
+        leaves = [x.requires_grad_() for x in (q, *(x.nan_to_num(7.0) for x in (k, v)), *extra)]
+        assert torch.autograd.gradcheck(function, leaves)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out, lse = reference.attention(*leaves, kv_end=int32(4, 2), return_lse=True)
+    dq, dk, dv = torch.autograd.grad(out.sum() + lse.sum(), leaves)
+    assert dq.isfinite().all() and (dk[1, :, 2:] == 0).all() and (dv[1, :, 2:] == 0).all()
+
+
 @pytest.mark.parametrize("dtype", [D, torch.bfloat16])
 def test_panels_round_trip(dtype):
     k = torch.randn(2, 3, 37, 8).to(dtype)

@@ -75,7 +75,7 @@ struct AttentionBackwardPlan {
   double flops = 0, bytes = 0;
 };
 // A multiple of the rows that share their scores. Part of the numerics, like the keys of a block.
-inline constexpr int64_t kBackwardQueries = 48;
+inline constexpr int64_t kBackwardQueries = 96;
 inline constexpr int64_t kMaxBackwardKeys = 256;
 // From a row of a tile of scores to the next: no power of two, or the rows of a column would share their cache lines.
 inline constexpr int64_t kBackwardStride = kMaxBackwardKeys + 16;

@@ -15,12 +15,13 @@ from transformers import pipeline
 from transformers.utils import logging as transformers_logging
 
 import diffqkv
+from diffqkv.benchmarks import model_training
 from diffqkv.data import PackedDataset, byte_tokenizer, write_tokens
 
 from .corpus import Corpus, CorpusError, build_corpus, python_documentation, read_files
-from .decode_table import decode_table
 from .plot import plot_losses
 from .reporting import report
+from .speed import decode_table, training_table
 from .training import CheckpointError, Recipe, Trainer, bits_per_byte, fast_dtype, unigram_entropy
 
 # About three and a half minutes of training on two cores.
@@ -34,19 +35,8 @@ NEEDED_BYTES = 200 << 20
 
 TOKENIZER = byte_tokenizer(max_length=2 * CONTEXT)
 MODEL = {
+    **model_training.SMALL,
     "vocab_size": len(TOKENIZER),
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_heads": 2,
-    "num_value_heads": 4,
-    "q_aug_dim": 256,
-    "max_position_embeddings": TOKENIZER.model_max_length,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "tie_word_embeddings": True,
-    # hidden_size ** -0.5 keeps the size of augmented Q, a product of three matrices, near 1.
-    "initializer_range": 0.0625,
     "bos_token_id": TOKENIZER.bos_token_id,
     "eos_token_id": TOKENIZER.eos_token_id,
     "pad_token_id": TOKENIZER.pad_token_id,
@@ -73,16 +63,15 @@ def load_corpus(files: list[Path], console: Console) -> Corpus:
     return corpus
 
 
-def train(corpus: Corpus, args: argparse.Namespace, console: Console) -> diffqkv.SigmaForCausalLM | None:
-    """The trained model, or None after Ctrl-C. Writes the checkpoint and the plot."""
-    recipe = Recipe(steps=args.steps, context=CONTEXT, dtype=fast_dtype())
+def train(corpus: Corpus, recipe: Recipe, out: Path, console: Console) -> diffqkv.SigmaForCausalLM | None:
+    """The trained model, or None after Ctrl-C. Writes tokens, checkpoint and plot into the folder `out`."""
     # Without borders between documents, attention needs no mask.
     packing = {"context": recipe.context, "end_of_text": None}
     for name, texts in (("train", corpus.train), ("held_out", corpus.held_out)):
-        write_tokens(args.out / f"{name}.npy", texts, TOKENIZER)
+        write_tokens(out / f"{name}.npy", texts, TOKENIZER)
     samples = recipe.steps * recipe.batch_size
-    windows = PackedDataset(args.out / "train.npy", **packing, seed=recipe.seed, samples=samples)
-    held_out = evaluation_batches(PackedDataset(args.out / "held_out.npy", **packing), HELD_OUT_WINDOWS)
+    windows = PackedDataset(out / "train.npy", **packing, seed=recipe.seed, samples=samples)
+    held_out = evaluation_batches(PackedDataset(out / "held_out.npy", **packing), HELD_OUT_WINDOWS)
     entropy = unigram_entropy(held_out)
 
     torch.manual_seed(recipe.seed)
@@ -96,7 +85,7 @@ def train(corpus: Corpus, args: argparse.Namespace, console: Console) -> diffqkv
         windows,
         recipe,
         evaluate=lambda: bits_per_byte(model, held_out, recipe.dtype),
-        checkpoint=args.out / "checkpoint.pt",
+        checkpoint=out / "checkpoint.pt",
         identity={"corpus": corpus.sha256, "model": MODEL},
     )
     if trainer.step:
@@ -106,7 +95,7 @@ def train(corpus: Corpus, args: argparse.Namespace, console: Console) -> diffqkv
         console.print(f"interrupted after step {trainer.step}; the same command continues there")
         return None
     (_, before), *_, (_, after) = trainer.history.held_out
-    plot_losses(trainer.history, entropy, args.out / "loss.png")
+    plot_losses(trainer.history, entropy, out / "loss.png")
     console.print(
         f"held-out bits per byte: {before:.3f} before, {after:.3f} after; byte-unigram entropy of the same text: "
         f"{entropy:.3f}"
@@ -150,12 +139,14 @@ def main() -> int:
             raise OSError(f"{args.out}: {free >> 20} MB free, want {NEEDED_BYTES >> 20}; use another --out")
         diffqkv.show_config()
         corpus = load_corpus(args.text, console)
-        model = train(corpus, args, console)
+        recipe = Recipe(steps=args.steps, context=CONTEXT, dtype=fast_dtype())
+        model = train(corpus, recipe, args.out, console)
         if model is None:
             return 130
         model.save_pretrained(args.out / "model")
         TOKENIZER.save_pretrained(args.out / "model")
         show_samples(args.out / "model", corpus, console)
+        console.print(training_table(getattr(torch, recipe.dtype), recipe.batch_size))
         console.print(decode_table())
     except (CorpusError, CheckpointError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)

@@ -1,16 +1,35 @@
-"""Cache size and decode time of a Sigma-1.5B layer, as `python -m diffqkv bench` measures them."""
+"""What DiffQKV saves in training and decoding, as `python -m diffqkv bench` measures it."""
 
 import torch
 from rich.table import Table
 
 from diffqkv import SigmaConfig
-from diffqkv.benchmarks import decode
+from diffqkv.benchmarks import decode, model_training
 from diffqkv.benchmarks.layer import Size
 from diffqkv.benchmarks.line import OURS
-from diffqkv.benchmarks.targets import SDPA_REPEATED, SDPA_TWIN
+from diffqkv.benchmarks.targets import SDPA_MODEL, SDPA_REPEATED, SDPA_TWIN
 
-CONTEXTS = (2048, 8192)
+TRAINING_CONTEXTS = (256, 1024)
+DECODE_CONTEXTS = (2048, 8192)
 SECONDS_PER_ROW = 1.0
+
+
+def training_table(dtype: torch.dtype, batch_size: int) -> Table:
+    """A row per context: a training step of the demo's model through its op, and with torch SDPA in its place.
+
+    Raises:
+        RuntimeError: the gradients differ; no time is shown then.
+    """
+    table = Table(title=f"A training step of this model, {dtype}, batch {batch_size}, median")
+    for column in ("context", "through diffqkv", "through torch SDPA", "speed-up"):
+        table.add_column(column, justify="right")
+    for context in TRAINING_CONTEXTS:
+        line = model_training.run(Size(context, batch_size), dtype, SECONDS_PER_ROW).record
+        if not line["correct"]:
+            raise RuntimeError(f"the gradients of attention are wrong: error {line['error']:.3g}")
+        times = (f"{line['ms'][name]:.0f} ms" for name in (OURS, SDPA_MODEL))
+        table.add_row(f"{context:,}", *times, f"{line['ratios'][SDPA_MODEL]:.2f}")
+    return table
 
 
 def decode_table() -> Table:
@@ -29,7 +48,7 @@ def decode_table() -> Table:
         table.add_column(contender, justify="right")
     for dtype in (torch.bfloat16, torch.float32):
         sigma, twin = (heads * d * dtype.itemsize for heads in (n_k + n_v, 2 * n_v))
-        for tokens in CONTEXTS:
+        for tokens in DECODE_CONTEXTS:
             with torch.inference_mode():
                 line = decode.run(Size(tokens), dtype, SECONDS_PER_ROW).record
             if not line["correct"]:
