@@ -325,6 +325,16 @@ def test_a_compiled_step_in_one_graph(graphs, rows):
     assert_equal_gradients((got[0], {name.removeprefix(prefix): x for name, x in got[1].items()}), want)
 
 
+@pytest.mark.parametrize("attention", ["diffqkv", "sdpa"])
+def test_a_compiled_packed_step_that_fills_a_cache(graphs, attention):
+    model = tiny_model(num_hidden_layers=1).train()
+    model.set_attn_implementation(attention)
+    want = model(**batch_of("packed")).loss
+    got = torch.compile(model, backend=graphs[0], fullgraph=True)(**batch_of("packed"), use_cache=True)
+    assert got.past_key_values is not None
+    torch.testing.assert_close(got.loss, want)
+
+
 def test_compiled_dropout_takes_sdpa(graphs):
     backend, seen = graphs
     model = tiny_model(attention_dropout=0.5, num_hidden_layers=1).train()

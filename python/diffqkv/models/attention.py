@@ -25,7 +25,6 @@ logger = logging.get_logger(__name__)
 
 # More query tokens than this are a chunk of a prompt, whose attention stays dense.
 MAX_DECODE_QUERIES = 16
-_ANY_LENGTH = 2**31 - 1
 
 
 def diffqkv_attention(
@@ -140,10 +139,8 @@ def _packing_in(kwargs: dict[str, Any], tokens: int) -> Packing | None:
     defaults = {"cu_seq_lens_k": cu_seqlens, "max_length_q": tokens, "max_length_k": tokens}
     given = {name: kwargs[name] for name in defaults if kwargs.get(name) is not None}
     cu_seqlens_k, *longest = (defaults | given).values()
-    if torch.compiler.is_compiling():
-        # A graph would hold for this length alone; the kernels look how long the sequences are.
-        longest = [_ANY_LENGTH, _ANY_LENGTH]
-    return Packing(cu_seqlens.to(torch.int32), cu_seqlens_k.to(torch.int32), *map(int, longest))
+    longest = (int(x) if isinstance(x, torch.Tensor) else x for x in longest)
+    return Packing(cu_seqlens.to(torch.int32), cu_seqlens_k.to(torch.int32), *longest)
 
 
 def _decode(

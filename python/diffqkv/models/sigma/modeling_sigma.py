@@ -406,20 +406,19 @@ class SigmaModel(SigmaPreTrainedModel):
         batch, tokens = inputs_embeds.shape[:2]
 
         is_ours = self.config._attn_implementation == "diffqkv"
-        begins = self._sequence_begins(position_ids, attention_mask, past_key_values, kwargs, batch, tokens)
         packed_positions = None
+        begins = self._sequence_begins(position_ids, attention_mask, past_key_values, kwargs, batch, tokens)
         if begins is not None:
+            if past_key_values is not None and not torch.compiler.is_compiling():
+                raise ValueError("position_ids: got several sequences in a row with a cache, want no past_key_values")
+            if use_cache and not torch.compiler.is_compiling():
+                logger.warning_once("use_cache: several sequences in a row cannot be cached; no cache is returned")
+                use_cache = False
             slots = torch.arange(tokens, device=inputs_embeds.device)
             packed_positions = slots - (slots * begins).cummax(-1).values
             position_ids = packed_positions if position_ids is None else position_ids
             if is_ours and kwargs.get("cu_seq_lens_q") is None:
                 kwargs.update(zip(_FLASH_KWARGS, diffqkv.models.mask.packing_of(begins), strict=True))
-        if begins is not None and not torch.compiler.is_compiling():
-            if past_key_values is not None:
-                raise ValueError("position_ids: got several sequences in a row with a cache, want no past_key_values")
-            if use_cache:
-                logger.warning_once("use_cache: several sequences in a row cannot be cached; no cache is returned")
-                use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = self._new_cache()
         elif diffqkv is not None and isinstance(past_key_values, diffqkv.Cache):
@@ -434,7 +433,8 @@ class SigmaModel(SigmaPreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                # Behind a cache, which compiled code may fill here, transformers looks for no sequences.
+                past_key_values=past_key_values if begins is None else None,
                 position_ids=packed_positions,
             )
         rope = self.rotary_emb(inputs_embeds, position_ids=position_ids)
