@@ -65,8 +65,7 @@ def load_corpus(files: list[Path], console: Console) -> Corpus:
 
 def train(corpus: Corpus, recipe: Recipe, out: Path, console: Console) -> diffqkv.SigmaForCausalLM | None:
     """The trained model, or None after Ctrl-C. Writes tokens, checkpoint and plot into the folder `out`."""
-    # Without borders between documents, attention needs no mask.
-    packing = {"context": recipe.context, "end_of_text": None}
+    packing = {"context": recipe.context, "end_of_text": TOKENIZER.eos_token_id}
     for name, texts in (("train", corpus.train), ("held_out", corpus.held_out)):
         write_tokens(out / f"{name}.npy", texts, TOKENIZER)
     samples = recipe.steps * recipe.batch_size
