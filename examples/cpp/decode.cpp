@@ -32,10 +32,12 @@ int main() {
   const auto decode =
       dispatcher.findSchemaOrThrow("diffqkv::decode_attention", "")
           .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                            const MaybeTensor&, const MaybeTensor&, std::optional<double>, int64_t)>();
+                                            const MaybeTensor&, const MaybeTensor&, std::optional<double>, int64_t,
+                                            int64_t, int64_t, double, const MaybeTensor&)>();
 
   update.call(k_cache, v_cache, k, v, positions, {}, {}, {}, {}, /*k_layout=*/0);
-  const auto [out, lse] = decode.call(q, k_cache, v_cache, cache_seqlens, {}, {}, {}, /*k_layout=*/0);
+  const auto [out, lse] = decode.call(q, k_cache, v_cache, cache_seqlens, {}, {}, {}, /*k_layout=*/0,
+                                      /*window_left=*/-1, /*window_right=*/-1, /*softcap=*/0.0, /*sinks=*/{});
 
   const Tensor all_k = k.repeat_interleave(n_q / n_k, 1), all_v = v.repeat_interleave(n_q / n_v, 1);
   const Tensor want = at::scaled_dot_product_attention(q, all_k, all_v);

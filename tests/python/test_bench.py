@@ -12,7 +12,7 @@ from tiny_sigma import tiny_config
 import diffqkv
 from diffqkv import reference
 from diffqkv.__main__ import main
-from diffqkv.benchmarks import layer, model_decode, targets
+from diffqkv.benchmarks import layer, model_decode, model_training, targets
 from diffqkv.benchmarks.cases import CASES
 from diffqkv.benchmarks.line import DISTURBED, difference, measure
 from diffqkv.benchmarks.report import markdown
@@ -28,7 +28,9 @@ def small_sizes(monkeypatch):
     for module in (layer, model_decode):
         monkeypatch.setattr(module, "POOL_BYTES", 1 << 20)
     monkeypatch.setattr(model_decode, "sigma_config", tiny_config)
+    monkeypatch.setattr(model_training, "LARGE", model_training.SMALL)
     model_decode._models.cache_clear()
+    model_training._steps.cache_clear()
 
 
 def bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -51,7 +53,7 @@ def test_every_case(tmp_path, capsys, threads):
     assert facts["threads"] == 1 and facts["torch"] == torch.__version__ and facts["diffqkv"] == diffqkv.__version__
     assert {"date", "cpu", "cpu_family", "cpu_isa", "cores", "commit", "python"} <= facts.keys()
     shapes = [(x["case"], x["tokens"], x["batch"], x["prompt"], x["dtype"]) for x in lines]
-    assert len(set(shapes)) == len(shapes) == 2 * (1 + 2 + 2 + 1 + 1 + 1)
+    assert len(set(shapes)) == len(shapes) == 2 * (1 + 2 + 2 + 1 + 1 + 1 + 1 + 2)
     assert {shape[0] for shape in shapes} == set(CASES)
     for line in lines:
         assert line["correct"] and line["tokens"] == 256
@@ -62,13 +64,15 @@ def test_every_case(tmp_path, capsys, threads):
             bound = targets.Bound(target["sign"], target["value"])
             disturbed = line["cpu_elsewhere"] > DISTURBED
             assert target["reached"] is (None if disturbed else bound.reached_by(line["ratios"][column]))
-        if line["case"] == "call_overhead":
+        if line["case"] in ("call_overhead", "model_training"):
             assert line["rate"] is line["limit"] is None
         else:
             assert line["limit"]["per_second"] > 0 and line["rate"]["unit"] == line["limit"]["unit"]
         if line["case"] == "model_decode":
             parts = {"attention", "projections", "cache", "other"}
             assert all(parts == split.keys() and min(split.values()) > 0 for split in line["split_ms"].values())
+        if line["case"] == "model_training":
+            assert line["tokens_per_second"].keys() == {"ours", "through SDPA"}
     decode = next(line for line in lines if line["case"] == "decode")
     assert {"of limit", "SDPA, K repeated", "SDPA, GQA-16", "torch matmul", "Sigma / own GQA-16"} == decode[
         "ratios"
@@ -105,7 +109,9 @@ def misplaced(op):
         ("selective_v", diffqkv, "selective_v_attention", spoiled),
         ("call_overhead", diffqkv, "decode_attention", spoiled),
         ("cache_update", diffqkv, "kv_cache_update", misplaced),
+        ("training", diffqkv, "flash_attention", spoiled),
         ("model_decode", diffqkv.models.attention, "decode_attention", spoiled),
+        ("model_training", diffqkv.models.attention, "flash_attention", spoiled),
     ],
 )
 def test_a_wrong_result_gets_no_numbers(case, owner, op, spoil, monkeypatch, capsys, tmp_path):
@@ -165,6 +171,14 @@ class TestTargets:
         assert self.bound("Sigma / own GQA-16", *line) == over_twin
         assert (self.bound("SDPA, K repeated", *line), self.bound("SDPA, GQA-16", *line)) == (15, 10)
 
+    def test_training(self):
+        assert self.bound("of limit", "training", "float32", 512, "FMA", 1e11) is None
+        assert self.bound("of limit", "training", "float32", 1024, "FMA", 1e11) == 0.6
+        assert self.bound("SDPA, K repeated", "training", "float32", 1024) == 1.3
+        assert self.bound("SDPA, K repeated", "training", "float32", 2048) == 1.15
+        assert self.bound("SDPA, K repeated", "training", "bfloat16", 2048) == 6
+        assert self.bound("own MHA", "training", "bfloat16", 2048) == 1
+
     def test_others(self):
         assert self.bound("own dense", "selective_v", "float32", 8191) is None
         assert self.bound("own dense", "selective_v", "float32", 8192) == 2
@@ -222,7 +236,7 @@ def test_table_without_a_checkout():
 @pytest.mark.parametrize(
     "options",
     [
-        ["--cases", "training"],
+        ["--cases", "learning"],
         ["--dtypes", "float16"],
         ["--tokens", "0"],
         ["--tokens", "many"],
