@@ -4,9 +4,10 @@
 STABLE_TORCH_LIBRARY(diffqkv, m) {
   // The options of attention. Between window_left and window_right tokens around its own a query sees keys (-1: all);
   // dropout is a function of seed and offset. lse is float32, of float64 inputs float64.
-#define DIFFQKV_OPTIONS                                                                                        \
-  "bool causal=False, float? softmax_scale=None, int window_left=-1, int window_right=-1, float softcap=0.0, " \
-  "Tensor? sinks=None, Tensor? kv_start=None, Tensor? kv_end=None, float dropout_p=0.0, SymInt seed=0, SymInt offset=0"
+#define DIFFQKV_OPTIONS                                                                                         \
+  "bool causal=False, float? softmax_scale=None, int window_left=-1, int window_right=-1, float softcap=0.0, "  \
+  "Tensor? sinks=None, Tensor? kv_start=None, Tensor? kv_end=None, float dropout_p=0.0, SymInt seed=0, SymInt " \
+  "offset=0"
 #define DIFFQKV_PACKED "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
 
   // -> out [b, n_q, s_q, d_v], lse [b, n_q, s_q]
