@@ -63,8 +63,8 @@ def markdown(facts: dict, lines: list[Line]) -> str:
         f"{facts['date']}, {facts['cpu']} (family {facts['cpu_family']}), {facts['threads']} threads, kernels "
         f"{facts['cpu_isa']}, torch {facts['torch']} with {facts['torch_isa']}, diffqkv {facts['diffqkv']}{commit}. "
         f"One layer, heads {N_Q}/{N_K}/{N_V}, d = {D}, batch 1 unless told. Ours: median ± half the interquartile "
-        "range. Other columns: medians of the ratios within each interleaved round; under a peer, how many times as long "
-        "as ours it takes. "
+        "range. Other columns: medians of the ratios within each interleaved round; under a peer, how many times as "
+        "long as ours it takes. "
         f"In brackets the target. A line is disturbed, and not judged, if more than {DISTURBED:.0%} of the CPUs went "
         "to other processes meanwhile."
     ]
