@@ -168,7 +168,8 @@ def flash_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention with unequal numbers of K and V heads (eq. 16 and 17), without a matrix of scores; differentiable once.
 
-    The backward pass computes the scores again from lse, as FlashAttention does (arXiv 2205.14135, algorithm 4).
+    The backward pass computes the scores again from lse, as FlashAttention does (arXiv 2205.14135, algorithm 4). Beside
+    its results it takes memory for tiles on each thread and, of 16-bit inputs, for q's gradient in float32.
 
     Args:
         q: `[b, n_q, s_q, d_k]`.

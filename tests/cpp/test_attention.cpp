@@ -2,12 +2,12 @@
 #include <cmath>
 #include <limits>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "catch.h"
 #include "diffqkv/cpu.h"
 #include "diffqkv/layout.h"
+#include "on_threads.h"
 
 using namespace diffqkv;
 
@@ -15,12 +15,6 @@ namespace {
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-void parallel_on_threads(int64_t workers, void (*body)(void*, int64_t), void* context) {
-  std::vector<std::thread> threads;
-  for (int64_t w = 0; w < workers; ++w) threads.emplace_back([=] { body(context, w); });
-  for (auto& thread : threads) thread.join();
-}
 
 struct Case {
   HeadGroups heads;
@@ -112,7 +106,7 @@ void run(const AttentionParams& p, int64_t threads) {
   AttentionPlan plan = plan_attention(p, p.s_k, threads);
   plan.threads = threads;  // also where the planner would not start a second one
   std::vector<char> workspace(cpu::attention_workspace(plan));
-  cpu::attention(p, plan, workspace.data(), parallel_on_threads);
+  cpu::attention(p, plan, workspace.data(), on_threads);
 }
 
 const Case kCases[] = {
@@ -210,7 +204,7 @@ TEST_CASE("top_k below the length keeps the best rows; ties go to the lower inde
   sp.kept_mass = kept.data(), sp.indices = indices.data(), sp.rows_used = used.data(), sp.error_bound = bound.data();
   const SelectivePlan plan = plan_selective(sp, 5, 1);
   std::vector<char> workspace(cpu::selective_v_workspace(sp, plan));
-  cpu::selective_v_attention(sp, plan, workspace.data(), parallel_on_threads);
+  cpu::selective_v_attention(sp, plan, workspace.data(), on_threads);
 
   const double all = 3 * std::exp(3.0) + std::exp(2.0) + std::exp(1.0), best = std::exp(3.0) / all;
   REQUIRE(indices == std::vector<int64_t>{0, 2});

@@ -3,22 +3,16 @@
 #include <cmath>
 #include <limits>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "catch.h"
 #include "cpu/dropout.h"
 #include "diffqkv/cpu.h"
+#include "on_threads.h"
 
 using namespace diffqkv;
 
 namespace {
-
-void on_threads(int64_t workers, void (*body)(void*, int64_t), void* context) {
-  std::vector<std::thread> threads;
-  for (int64_t w = 0; w < workers; ++w) threads.emplace_back([=] { body(context, w); });
-  for (auto& thread : threads) thread.join();
-}
 
 struct Case {
   HeadGroups heads;

@@ -4,11 +4,11 @@
 #include <limits>
 #include <numeric>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "catch.h"
 #include "diffqkv/cpu.h"
+#include "on_threads.h"
 
 using namespace diffqkv;
 
@@ -16,12 +16,6 @@ namespace {
 
 constexpr int64_t kDim = 16;
 const HeadGroups kHeads{6, 1, 3};
-
-void on_threads(int64_t workers, void (*body)(void*, int64_t), void* context) {
-  std::vector<std::thread> threads;
-  for (int64_t w = 0; w < workers; ++w) threads.emplace_back([=] { body(context, w); });
-  for (auto& thread : threads) thread.join();
-}
 
 // One sequence of `keys` keys. Elements are small integers: dot products are exact, and many tie.
 struct Sequence {

@@ -24,7 +24,7 @@ from .reporting import report
 from .speed import decode_table, training_table
 from .training import CheckpointError, Recipe, Trainer, bits_per_byte, fast_dtype, unigram_entropy
 
-# About three and a half minutes of training on two cores.
+# Two to five minutes of training on two cores.
 STEPS = 1200
 CONTEXT = 256
 HELD_OUT_WINDOWS = 256

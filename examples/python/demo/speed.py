@@ -20,7 +20,8 @@ def training_table(dtype: torch.dtype, batch_size: int) -> Table:
     Raises:
         RuntimeError: the gradients differ; no time is shown then.
     """
-    table = Table(title=f"A training step of this model, {dtype}, batch {batch_size}, median")
+    name = str(dtype).removeprefix("torch.")
+    table = Table(title=f"A training step of this model, {name}, batch {batch_size}, median")
     for column in ("context", "through diffqkv", "through torch SDPA", "speed-up"):
         table.add_column(column, justify="right")
     for context in TRAINING_CONTEXTS:
