@@ -33,11 +33,6 @@ double visible_pairs(const AttentionParams& p, double keys) {
   const double begins = p.window_left < 0 ? 0.0 : clamped_ramp(position - double(p.window_left), queries, keys);
   return std::max(0.0, ends - begins);
 }
-double bytes_of(const AttentionParams& p, int64_t keys) {
-  const HeadGroups& heads = p.heads;
-  return double(dtype_size(p.q.dtype)) * p.batch *
-         (double(keys) * (heads.n_k * p.d_k + heads.n_v * p.d_v) + double(p.s_q) * heads.n_q * (p.d_k + p.d_v));
-}
 
 // What both kernels share.
 AttentionPlan common_plan(const AttentionParams& p, int64_t max_keys) {
@@ -45,7 +40,10 @@ AttentionPlan common_plan(const AttentionParams& p, int64_t max_keys) {
   plan.groups = p.heads.groups();
   plan.rows = p.heads.q_per_group() * p.s_q;
   plan.flops = 2.0 * p.batch * p.heads.n_q * visible_pairs(p, double(max_keys)) * double(p.d_k + p.d_v);
-  plan.bytes = bytes_of(p, max_keys);
+  const HeadGroups& heads = p.heads;
+  plan.bytes =
+      double(dtype_size(p.q.dtype)) * p.batch *
+      (double(max_keys) * (heads.n_k * p.d_k + heads.n_v * p.d_v) + double(p.s_q) * heads.n_q * (p.d_k + p.d_v));
   return plan;
 }
 
@@ -158,14 +156,12 @@ AttentionBackwardPlan plan_attention_backward(const AttentionParams& p, int64_t 
   plan.query_blocks = ceil_div(p.s_q, plan.block_q);
   const double pairs = visible_pairs(p, double(p.s_k));
   plan.flops = 2.0 * p.batch * p.heads.n_q * pairs * double(3 * p.d_k + 2 * p.d_v);
-  plan.bytes = 2.5 * bytes_of(p, p.s_k);
   if (p.q.dtype == DType::f64) {
     plan.items = p.batch * plan.groups;
   } else {
     plan.items = p.batch * plan.groups * plan.key_blocks;
     plan.scratch_bytes = backward_scratch(plan, p.d_k, p.d_v);
-    const int64_t queries = p.cu_seqlens_q ? p.cu_seqlens_q[p.batch] : p.batch * p.s_q;
-    if (p.q.dtype != DType::f32) plan.dq_floats = queries * p.heads.n_q * p.d_k;
+    if (p.q.dtype != DType::f32) plan.dq_floats = p.total_queries() * p.heads.n_q * p.d_k;
   }
   plan.threads = useful_threads(plan.flops, plan.items, threads);
   return plan;

@@ -87,12 +87,9 @@ void attention_backward_f64(const AttentionBackwardParams& bp, int64_t item, dou
   const int64_t group = item % heads.groups();
   const Entry entry = entry_of(p, item / heads.groups());
   const auto gradient = [&](const TokenView& view, int64_t head, int64_t j) {
-    const int64_t first = p.cu_seqlens_k ? p.cu_seqlens_k[entry.b] : 0;
-    return static_cast<double*>(view.data) + entry.b * view.stride_batch + head * view.stride_head +
-           (first + j) * view.stride_token;
+    return static_cast<double*>(view.data) + key_row_of(view, entry, head, j);
   };
-  const int64_t s_k = p.cu_seqlens_k ? p.cu_seqlens_k[entry.b + 1] - p.cu_seqlens_k[entry.b] : p.s_k;
-  for (int64_t j = 0; j < s_k; ++j) {
+  for (int64_t j = 0; j < entry.s_k; ++j) {
     for (int64_t k = group * heads.k_per_group(); k < (group + 1) * heads.k_per_group(); ++k)
       for (int64_t x = 0; x < p.d_k; ++x) gradient(bp.dk, k, j)[x] = 0.0;
     for (int64_t v = group * heads.v_per_group(); v < (group + 1) * heads.v_per_group(); ++v)

@@ -148,7 +148,7 @@ struct KeyBlock {
     block = item / plan.groups / p.batch;
     entry = entry_of(p, item / plan.groups % p.batch);
     j0 = block * plan.block_k;
-    keys = min_of(plan.block_k, keys_in(entry.b) - j0);
+    keys = min_of(plan.block_k, entry.s_k - j0);
     valid = {max_of(j0, entry.keys.lo), min_of(j0 + keys, entry.keys.hi)};
 
     Scratch scratch(memory);
@@ -173,8 +173,6 @@ struct KeyBlock {
     keep = scratch.take<float>(kStride);
     bits = scratch.take<uint16_t>(kRandomBits);
   }
-
-  int64_t keys_in(int64_t b) const { return p.cu_seqlens_k ? p.cu_seqlens_k[b + 1] - p.cu_seqlens_k[b] : p.s_k; }
 
   void run() {
     if (keys <= 0) return;  // of packed sequences, not the longest
@@ -203,9 +201,8 @@ struct KeyBlock {
     }
   }
   void store(const TokenView& view, int64_t head, const float* rows, int64_t stride, int64_t d) const {
-    const int64_t first = (p.cu_seqlens_k ? p.cu_seqlens_k[entry.b] : 0) + j0;
-    const int64_t at = entry.b * view.stride_batch + head * view.stride_head + first * view.stride_token;
-    for (int64_t j = 0; j < keys; ++j) store_row(view, at + j * view.stride_token, d, rows + j * stride, 1.0f);
+    for (int64_t j = 0; j < keys; ++j)
+      store_row(view, key_row_of(view, entry, head, j0 + j), d, rows + j * stride, 1.0f);
   }
   void load_panels(const KvHead& head, word* copy, int64_t W, const word** panels) const {
     for (int64_t x = (valid.lo - j0) / kPanelTokens; j0 + x * kPanelTokens < valid.hi; ++x)

@@ -19,16 +19,18 @@ struct KeyRange {
 // A batch entry: one sequence of queries over one of keys.
 struct Entry {
   int64_t b;
-  int64_t s_q, first_query;  // queries, and where they begin among packed ones
-  int64_t position;          // of query 0 among the keys
-  KeyRange keys;             // that exist
+  int64_t s_q, s_k;
+  int64_t first_query, first_key;  // where they begin among packed ones
+  int64_t position;                // of query 0 among the keys
+  KeyRange keys;                   // that exist
 };
 DIFFQKV_INLINE Entry entry_of(const AttentionParams& p, int64_t b) {
   const int32_t *cu_q = p.cu_seqlens_q, *cu_k = p.cu_seqlens_k;
   const int64_t s_q = cu_q ? cu_q[b + 1] - cu_q[b] : p.s_q, s_k = cu_k ? cu_k[b + 1] - cu_k[b] : p.s_k;
   const int64_t lo = p.kv_start ? max_of(0, p.kv_start[b]) : 0;
   const int64_t hi = p.kv_end ? min_of(s_k, p.kv_end[b]) : s_k;
-  return {b, s_q, cu_q ? cu_q[b] : 0, (p.length ? p.length[b] : s_k) - s_q, {lo, max_of(lo, hi)}};
+  const int64_t position = (p.length ? p.length[b] : s_k) - s_q;
+  return {b, s_q, s_k, cu_q ? cu_q[b] : 0, cu_k ? cu_k[b] : 0, position, {lo, max_of(lo, hi)}};
 }
 // Neither end moves backwards from a query to the next.
 DIFFQKV_INLINE KeyRange keys_of_query(const AttentionParams& p, const Entry& entry, int64_t query) {
@@ -52,6 +54,10 @@ DIFFQKV_INLINE T* head_at(const KvView& view, int64_t page, int64_t head, int64_
 // Element offset of a token of a head in q, out or their gradients.
 DIFFQKV_INLINE int64_t row_of(const TokenView& view, const Entry& entry, int64_t head, int64_t query) {
   return entry.b * view.stride_batch + head * view.stride_head + (entry.first_query + query) * view.stride_token;
+}
+// The same for the gradients of K and V.
+DIFFQKV_INLINE int64_t key_row_of(const TokenView& view, const Entry& entry, int64_t head, int64_t key) {
+  return entry.b * view.stride_batch + head * view.stride_head + (entry.first_key + key) * view.stride_token;
 }
 DIFFQKV_INLINE int64_t lse_of(const AttentionParams& p, const Entry& entry, int64_t head, int64_t query) {
   if (p.cu_seqlens_q != nullptr) return head * p.cu_seqlens_q[p.batch] + entry.first_query + query;

@@ -117,9 +117,6 @@ void attention(const AttentionParams& p, const AttentionPlan& plan, void* worksp
 
 namespace {
 
-// Queries of all sequences.
-int64_t total_queries(const AttentionParams& p) { return p.cu_seqlens_q ? p.cu_seqlens_q[p.batch] : p.batch * p.s_q; }
-
 struct BackwardPieces {
   char* scratch;
   BackwardWorkspace shared;
@@ -130,7 +127,7 @@ BackwardPieces pieces_of(const AttentionBackwardParams& bp, const AttentionBackw
   Workspace work{base};
   BackwardPieces pieces;
   pieces.scratch = static_cast<char*>(work.take(plan.threads * aligned(plan.scratch_bytes)));
-  pieces.shared.delta = static_cast<float*>(work.take(total_queries(p) * p.heads.n_q * 4));
+  pieces.shared.delta = static_cast<float*>(work.take(p.total_queries() * p.heads.n_q * 4));
   pieces.shared.dsinks = static_cast<double*>(work.take(p.batch * p.heads.n_q * 8));
   pieces.shared.dq = static_cast<float*>(work.take(plan.dq_floats * 4));
   pieces.shared.ready = static_cast<int32_t*>(work.take(p.batch * p.heads.n_q * plan.query_blocks * 4));

@@ -39,8 +39,8 @@ void AttentionOptions::apply(const Tensor& q, AttentionParams& p) {
 Tensor AttentionOptions::new_dsinks(const Tensor& q, AttentionBackwardParams& bp) {
   if (!sinks) return torch::stable::new_empty(q, {0}, ScalarType::Float);
   const bool wide = q.scalar_type() == ScalarType::Double;
+  // In the place of the sinks: the sums over the batch are written last, when nothing reads those any more.
   bp.dsinks = wide ? static_cast<void*>(sinks64.data()) : sinks32.data();
-  bp.forward.sinks = bp.dsinks;
   return torch::stable::new_empty(*sinks, sinks->sizes());
 }
 

@@ -16,16 +16,25 @@ _CAST = ("q", "k", "v", "sinks")
 _KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
-def _cast(x: Any, dtype: torch.dtype) -> Any:
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """Of a device type; None where autocast is off."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def cast(x: Any, dtype: torch.dtype) -> Any:
+    """float64 stays what it is."""
     return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
 
 
-def _cast_inputs(device: str, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Any, Any, Any, Any]:
-    """float64 stays what it is, and sinks may be float32."""
-    dtype = torch.get_autocast_dtype(device)
+def _cast_inputs(
+    dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
+) -> tuple[Any, Any, Any, Any]:
+    """Sinks may be float32."""
     if sinks is not None and sinks.dtype != torch.float32:
-        sinks = _cast(sinks, dtype)
-    return _cast(q, dtype), _cast(k, dtype), _cast(v, dtype), sinks
+        sinks = cast(sinks, dtype)
+    return cast(q, dtype), cast(k, dtype), cast(v, dtype), sinks
 
 
 # ---- plain torch -----------------------------------------------------------------------------------------------------
@@ -37,10 +46,11 @@ def outside_autocast(function: Callable) -> Callable:
     @wraps(function)
     def wrapped(q, *args, **options):
         device = q.device.type if isinstance(q, Tensor) else "cpu"
-        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        dtype = autocast_dtype(device)
+        if dtype is None:
             return function(q, *args, **options)
         if function.__name__ in _OPS:
-            q, k, v, sinks = _cast_inputs(device, q, *args[:2], options.get("sinks"))
+            q, k, v, sinks = _cast_inputs(dtype, q, *args[:2], options.get("sinks"))
             args, options = (k, v, *args[2:]), options | {"sinks": sinks}
         with torch.autocast(device, enabled=False):
             return function(q, *args, **options)
@@ -57,7 +67,8 @@ def _register(name: str, device: str, key: str) -> None:
 
     def kernel(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         inputs = dict(zip(names, args, strict=False)) | options  # the dispatcher leaves defaults out
-        inputs.update(zip(_CAST, _cast_inputs(device, *(inputs.get(x) for x in _CAST)), strict=True))
+        dtype = torch.get_autocast_dtype(device)
+        inputs.update(zip(_CAST, _cast_inputs(dtype, *(inputs.get(x) for x in _CAST)), strict=True))
         with torch.autocast(device, enabled=False):
             return op(**inputs)
 

@@ -72,7 +72,7 @@ struct AttentionBackwardPlan {
   int64_t threads = 1;        // worth starting
   int64_t scratch_bytes = 0;  // per thread
   int64_t dq_floats = 0;      // 16-bit inputs: dq while it is summed up
-  double flops = 0, bytes = 0;
+  double flops = 0;
 };
 // A multiple of the rows that share their scores. Part of the numerics, like the keys of a block.
 inline constexpr int64_t kBackwardQueries = 96;

@@ -80,6 +80,8 @@ struct AttentionParams {
   const void* sinks = nullptr;                  // [n_q] logits without a value, f32 or f64 as lse, or null
   int64_t window_left = -1, window_right = -1;  // tokens; -1: unlimited
   Dropout dropout;
+
+  int64_t total_queries() const { return cu_seqlens_q ? cu_seqlens_q[batch] : batch * s_q; }
 };
 
 // The gradients of flash_attention. `forward` holds its inputs, out and lse.

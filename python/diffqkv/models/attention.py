@@ -15,6 +15,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.utils import logging
 
+from .._autocast import autocast_dtype, cast
 from .._library import DEVICES
 from ..ops import decode_attention, flash_attention, flash_attention_varlen, selective_v_attention
 from ..reference import group
@@ -124,11 +125,8 @@ def diffqkv_attention(
 
 def _as_under_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """The tensors in the dtype that autocast gives SDPA: rotations may have left Q and K in float32."""
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [x if x.dtype == torch.float64 else x.to(dtype) for x in tensors]
+    dtype = autocast_dtype(tensors[0].device.type)
+    return list(tensors) if dtype is None else [cast(x, dtype) for x in tensors]
 
 
 def _packing_in(kwargs: dict[str, Any], tokens: int) -> Packing | None:
