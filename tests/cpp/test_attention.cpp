@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "catch.h"
+#include "dense_views.h"
 #include "diffqkv/cpu.h"
 #include "diffqkv/layout.h"
 #include "on_threads.h"
@@ -51,17 +52,10 @@ struct Problem {
     AttentionParams p;
     p.heads = c.heads;
     p.batch = c.batch, p.s_q = c.s_q, p.s_k = c.s_k, p.d_k = c.d_k, p.d_v = c.d_v;
-    p.q = {q.data(), c.heads.n_q * c.s_q * c.d_k, c.s_q * c.d_k, c.d_k};
-    p.out = {out.data(), c.heads.n_q * c.s_q * c.d_v, c.s_q * c.d_v, c.d_v};
-    const auto view = [&](std::vector<float>& x, int64_t n, int64_t d, int64_t per_group) {
-      return KvView{.data = x.data(),
-                    .stride_page = n * c.s_k * d,
-                    .stride_group = per_group * c.s_k * d,
-                    .stride_head = c.s_k * d,
-                    .stride_token = d};
-    };
-    p.k = view(k, c.heads.n_k, c.d_k, c.heads.k_per_group());
-    p.v = view(v, c.heads.n_v, c.d_v, c.heads.v_per_group());
+    p.q = dense_rows(q, c.heads.n_q, c.s_q, c.d_k);
+    p.out = dense_rows(out, c.heads.n_q, c.s_q, c.d_v);
+    p.k = dense_keys(k, c.heads.n_k, c.heads.k_per_group(), c.s_k, c.d_k);
+    p.v = dense_keys(v, c.heads.n_v, c.heads.v_per_group(), c.s_k, c.d_v);
     p.lse = lse.data();
     p.kv_start = start.data(), p.kv_end = end.data();
     p.paging.page_size = c.s_k;

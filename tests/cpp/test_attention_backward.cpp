@@ -7,6 +7,7 @@
 
 #include "catch.h"
 #include "cpu/dropout.h"
+#include "dense_views.h"
 #include "diffqkv/cpu.h"
 #include "on_threads.h"
 
@@ -49,17 +50,10 @@ struct Problem {
     AttentionParams p;
     p.heads = c.heads;
     p.batch = c.batch, p.s_q = c.s_q, p.s_k = c.s_k, p.d_k = c.d_k, p.d_v = c.d_v;
-    p.q = {q.data(), c.heads.n_q * c.s_q * c.d_k, c.s_q * c.d_k, c.d_k};
-    p.out = {out.data(), c.heads.n_q * c.s_q * c.d_v, c.s_q * c.d_v, c.d_v};
-    const auto view = [&](Numbers& x, int64_t n, int64_t d, int64_t per_group) {
-      return KvView{.data = x.data(),
-                    .stride_page = n * c.s_k * d,
-                    .stride_group = per_group * c.s_k * d,
-                    .stride_head = c.s_k * d,
-                    .stride_token = d};
-    };
-    p.k = view(k, c.heads.n_k, c.d_k, c.heads.k_per_group());
-    p.v = view(v, c.heads.n_v, c.d_v, c.heads.v_per_group());
+    p.q = dense_rows(q, c.heads.n_q, c.s_q, c.d_k);
+    p.out = dense_rows(out, c.heads.n_q, c.s_q, c.d_v);
+    p.k = dense_keys(k, c.heads.n_k, c.heads.k_per_group(), c.s_k, c.d_k);
+    p.v = dense_keys(v, c.heads.n_v, c.heads.v_per_group(), c.s_k, c.d_v);
     p.lse = lse.data();
     p.paging.page_size = c.s_k;
     p.softmax_scale = 0.3;
@@ -81,11 +75,11 @@ struct Problem {
     std::vector<char> workspace(cpu::attention_workspace(plan));
     cpu::attention(bp.forward, plan, workspace.data(), on_threads);
 
-    bp.dout = {dout.data(), c.heads.n_q * c.s_q * c.d_v, c.s_q * c.d_v, c.d_v};
+    bp.dout = dense_rows(dout, c.heads.n_q, c.s_q, c.d_v);
     bp.dlse = dlse.data();
-    bp.dq = {dq.data(), c.heads.n_q * c.s_q * c.d_k, c.s_q * c.d_k, c.d_k};
-    bp.dk = {dk.data(), c.heads.n_k * c.s_k * c.d_k, c.s_k * c.d_k, c.d_k};
-    bp.dv = {dv.data(), c.heads.n_v * c.s_k * c.d_v, c.s_k * c.d_v, c.d_v};
+    bp.dq = dense_rows(dq, c.heads.n_q, c.s_q, c.d_k);
+    bp.dk = dense_rows(dk, c.heads.n_k, c.s_k, c.d_k);
+    bp.dv = dense_rows(dv, c.heads.n_v, c.s_k, c.d_v);
     bp.dsinks = c.sinks ? dsinks.data() : nullptr;
     AttentionBackwardPlan backward = plan_attention_backward(bp.forward, threads);
     backward.threads = threads;  // also where the planner would not start a second one
