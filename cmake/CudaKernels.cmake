@@ -55,8 +55,7 @@ if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.0)
   return()
 endif()
 
-file(GLOB_RECURSE _diffqkv_cuda_sources CONFIGURE_DEPENDS
-     "${PROJECT_SOURCE_DIR}/csrc/cuda/*.cu" "${PROJECT_SOURCE_DIR}/csrc/cuda/*.cpp")
+file(GLOB_RECURSE _diffqkv_cuda_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/csrc/cuda/*.cu")
 add_library(diffqkv_cuda STATIC ${_diffqkv_cuda_sources})
 target_include_directories(diffqkv_cuda PUBLIC "${PROJECT_SOURCE_DIR}/csrc/include"
                                         PRIVATE "${PROJECT_SOURCE_DIR}/csrc")

@@ -12,4 +12,4 @@ if ! has catch2/catch.hpp && ! has catch2/catch_test_macros.hpp; then
   fi
 fi
 cmake -S . -B "$build" -DDIFFQKV_BUILD_TESTS=ON >/dev/null
-cmake --build "$build" --parallel "${MAX_JOBS:-$(nproc)}" --target diffqkv_tests
+cmake --build "$build" --parallel "${MAX_JOBS:-$(nproc)}" --target diffqkv_tests diffqkv_cuda_tests

@@ -1,7 +1,7 @@
 // Counter-based dropout: Philox4x32-10 (Salmon et al., SC 2011). Whether a probability is dropped depends on the seed
 // and its place alone, so that no tile size, thread count or device changes it.
 #pragma once
-#include "cpu/key_range.h"
+#include "core/key_range.h"
 
 namespace diffqkv {
 namespace {

@@ -5,7 +5,7 @@
 #include <immintrin.h>
 #include <stdint.h>
 
-#include "cpu/key_range.h"
+#include "core/key_range.h"
 
 // GCC leaves loops of more than 16 iterations rolled, and then keeps an accumulator array in memory.
 #define DIFFQKV_UNROLL _Pragma("GCC unroll 64")

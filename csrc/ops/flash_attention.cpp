@@ -95,6 +95,7 @@ AttentionParams checked_params(const Tensor& q, const Tensor& k, const Tensor& v
         longest_sequence("cu_seqlens_k", packed->cu_seqlens_k, p.batch, "max_seqlen_k", packed->max_seqlen_k, "k", k);
     p.cu_seqlens_q = static_cast<const int32_t*>(packed->cu_seqlens_q.data_ptr());
     p.cu_seqlens_k = static_cast<const int32_t*>(packed->cu_seqlens_k.data_ptr());
+    p.packed_queries = q.size(0);
     p.paging.first_token = p.cu_seqlens_k;
   } else {
     p.batch = q.size(0);

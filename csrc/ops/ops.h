@@ -48,6 +48,18 @@ CacheUpdateParams cache_update_params(const Tensor& k_cache, const Tensor& v_cac
                                       const std::optional<Tensor>& sin, const std::optional<Tensor>& block_table,
                                       const std::optional<Tensor>& v_stats, int64_t k_layout);
 
+// Checked operands of swiglu, contiguous, and memory for its results.
+struct SwigluForward {
+  Tensor gate, up, out;
+  SwigluParams p;
+};
+SwigluForward swiglu_forward(const Tensor& gate, const Tensor& up);
+struct SwigluBackward {
+  Tensor dout, gate, up, dgate, dup;
+  SwigluParams p;
+};
+SwigluBackward swiglu_backward(const Tensor& dout, const Tensor& gate, const Tensor& up);
+
 // The params that decode_attention and selective_v_attention share, CPU: lengths and blocks are checked.
 struct CachedAttention {
   AttentionParams params;

@@ -10,4 +10,7 @@ void kv_cache_update_cuda(Tensor k_cache, Tensor v_cache, const Tensor& k, const
                           const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
                           const std::optional<Tensor>& block_table, std::optional<Tensor> v_stats, int64_t k_layout);
 
+Tensor swiglu_cuda(const Tensor& gate, const Tensor& up);
+std::tuple<Tensor, Tensor> swiglu_backward_cuda(const Tensor& dout, const Tensor& gate, const Tensor& up);
+
 }  // namespace diffqkv

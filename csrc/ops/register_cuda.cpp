@@ -1,3 +1,7 @@
 #include "ops/ops_cuda.h"
 
-STABLE_TORCH_LIBRARY_IMPL(diffqkv, CUDA, m) { DIFFQKV_IMPL(m, kv_cache_update, diffqkv::kv_cache_update_cuda); }
+STABLE_TORCH_LIBRARY_IMPL(diffqkv, CUDA, m) {
+  DIFFQKV_IMPL(m, kv_cache_update, diffqkv::kv_cache_update_cuda);
+  DIFFQKV_IMPL(m, swiglu, diffqkv::swiglu_cuda);
+  DIFFQKV_IMPL(m, swiglu_backward, diffqkv::swiglu_backward_cuda);
+}

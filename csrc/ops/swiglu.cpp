@@ -17,37 +17,43 @@ Tensor empty_of_shape(const Tensor& t) { return torch::stable::new_empty(t, t.si
 
 }  // namespace
 
-Tensor swiglu_cpu(const Tensor& gate, const Tensor& up) {
+SwigluForward swiglu_forward(const Tensor& gate, const Tensor& up) {
   check_floating("gate", gate);
   check_like_gate("up", up, gate);
-  const Tensor g = packed(gate), u = packed(up);
-  Tensor out = empty_of_shape(gate);
-  SwigluParams p;
-  p.gate = g.data_ptr();
-  p.up = u.data_ptr();
-  p.out = out.data_ptr();
-  p.numel = gate.numel();
-  p.dtype = dtype_of(gate);
-  cpu::swiglu(p, torch_threads(), parallel_on_torch);
-  return out;
+  SwigluForward call{packed(gate), packed(up), empty_of_shape(gate), {}};
+  call.p.gate = call.gate.data_ptr();
+  call.p.up = call.up.data_ptr();
+  call.p.out = call.out.data_ptr();
+  call.p.numel = gate.numel();
+  call.p.dtype = dtype_of(gate);
+  return call;
 }
 
-std::tuple<Tensor, Tensor> swiglu_backward_cpu(const Tensor& dout, const Tensor& gate, const Tensor& up) {
+SwigluBackward swiglu_backward(const Tensor& dout, const Tensor& gate, const Tensor& up) {
   check_floating("gate", gate);
   check_like_gate("up", up, gate);
   check_like_gate("dout", dout, gate);
-  const Tensor d = packed(dout), g = packed(gate), u = packed(up);
-  Tensor dgate = empty_of_shape(gate), dup = empty_of_shape(gate);
-  SwigluParams p;
-  p.dout = d.data_ptr();
-  p.gate = g.data_ptr();
-  p.up = u.data_ptr();
-  p.dgate = dgate.data_ptr();
-  p.dup = dup.data_ptr();
-  p.numel = gate.numel();
-  p.dtype = dtype_of(gate);
-  cpu::swiglu_backward(p, torch_threads(), parallel_on_torch);
-  return {dgate, dup};
+  SwigluBackward call{packed(dout), packed(gate), packed(up), empty_of_shape(gate), empty_of_shape(gate), {}};
+  call.p.dout = call.dout.data_ptr();
+  call.p.gate = call.gate.data_ptr();
+  call.p.up = call.up.data_ptr();
+  call.p.dgate = call.dgate.data_ptr();
+  call.p.dup = call.dup.data_ptr();
+  call.p.numel = gate.numel();
+  call.p.dtype = dtype_of(gate);
+  return call;
+}
+
+Tensor swiglu_cpu(const Tensor& gate, const Tensor& up) {
+  const SwigluForward call = swiglu_forward(gate, up);
+  cpu::swiglu(call.p, torch_threads(), parallel_on_torch);
+  return call.out;
+}
+
+std::tuple<Tensor, Tensor> swiglu_backward_cpu(const Tensor& dout, const Tensor& gate, const Tensor& up) {
+  const SwigluBackward call = swiglu_backward(dout, gate, up);
+  cpu::swiglu_backward(call.p, torch_threads(), parallel_on_torch);
+  return {call.dgate, call.dup};
 }
 
 }  // namespace diffqkv

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#include "cuda/cache/cache_update_plan.h"
+#include "core/cuda/cache_update_plan.h"
 #include "diffqkv/layout.h"
 
 namespace diffqkv::cache_update {

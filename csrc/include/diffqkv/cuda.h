@@ -2,6 +2,7 @@
 // is on. Launches never allocate and never synchronise, so they can be captured in a CUDA graph. No torch and no CUDA
 // header here. A stream is a cudaStream_t; the current device must be the stream's.
 #pragma once
+#include "diffqkv/device_facts.h"
 #include "diffqkv/params.h"
 
 namespace diffqkv {
@@ -11,6 +12,13 @@ namespace diffqkv {
 // written. Two tokens of a call must not have the same slot. cudaErrorInvalidValue where K and V dtypes differ or d_v
 // exceeds kMaxHeadDim.
 DIFFQKV_API int cuda_kv_cache_update(const CacheUpdateParams& p, void* stream);
+
+// Contiguous operands of fp32, fp16 or bf16.
+DIFFQKV_API int cuda_swiglu(const SwigluParams& p, const DeviceFacts& facts, void* stream);
+DIFFQKV_API int cuda_swiglu_backward(const SwigluParams& p, const DeviceFacts& facts, void* stream);
+
+// Of the device with this number.
+DIFFQKV_API int cuda_device_facts(int device, DeviceFacts* facts);
 
 // Text of an error that a function of this header returned.
 DIFFQKV_API const char* cuda_error_string(int error);

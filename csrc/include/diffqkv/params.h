@@ -71,9 +71,10 @@ struct AttentionParams {
   const int32_t* kv_start = nullptr;                      // [batch] or null: 0
   const int32_t* kv_end = nullptr;                        // [batch] or null: s_k
   const int32_t* length = nullptr;                        // [batch] or null: s_k
-  // Packed sequences: [batch + 1] or null. Then s_q and s_k are the longest, q and out [n_q, total, dim] by a batch
-  // stride of 0, and lse is [n_q, total].
+  // Packed sequences: [batch + 1] or null. Then s_q and s_k are the longest, q and out [n_q, packed_queries, dim] by a
+  // batch stride of 0, and lse is [n_q, packed_queries].
   const int32_t *cu_seqlens_q = nullptr, *cu_seqlens_k = nullptr;
+  int64_t packed_queries = 0;
   Paging paging;
   double softmax_scale = 1.0;
   double softcap = 0.0;                         // x -> softcap * tanh(x / softcap) on scaled scores; 0: none
@@ -81,7 +82,7 @@ struct AttentionParams {
   int64_t window_left = -1, window_right = -1;  // tokens; -1: unlimited
   Dropout dropout;
 
-  int64_t total_queries() const { return cu_seqlens_q ? cu_seqlens_q[batch] : batch * s_q; }
+  DIFFQKV_HOST_DEVICE int64_t total_queries() const { return cu_seqlens_q ? packed_queries : batch * s_q; }
 };
 
 // The gradients of flash_attention. `forward` holds its inputs, out and lse.

@@ -1,9 +1,10 @@
-// Which keys a query sees, and where queries and keys lie. Plain arithmetic, shared by all attention kernels.
+// Which keys a query sees, and where queries and keys lie. Plain arithmetic, shared by all attention kernels of every
+// device.
 #pragma once
 #include "diffqkv/layout.h"
 #include "diffqkv/params.h"
 
-#define DIFFQKV_INLINE inline __attribute__((always_inline))
+#define DIFFQKV_INLINE DIFFQKV_HOST_DEVICE inline __attribute__((always_inline))
 
 namespace diffqkv {
 namespace {
@@ -60,7 +61,7 @@ DIFFQKV_INLINE int64_t key_row_of(const TokenView& view, const Entry& entry, int
   return entry.b * view.stride_batch + head * view.stride_head + (entry.first_key + key) * view.stride_token;
 }
 DIFFQKV_INLINE int64_t lse_of(const AttentionParams& p, const Entry& entry, int64_t head, int64_t query) {
-  if (p.cu_seqlens_q != nullptr) return head * p.cu_seqlens_q[p.batch] + entry.first_query + query;
+  if (p.cu_seqlens_q != nullptr) return head * p.total_queries() + entry.first_query + query;
   return (entry.b * p.heads.n_q + head) * p.s_q + query;
 }
 

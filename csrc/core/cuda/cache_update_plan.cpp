@@ -1,4 +1,4 @@
-#include "cuda/cache/cache_update_plan.h"
+#include "core/cuda/cache_update_plan.h"
 
 #include <algorithm>
 #include <initializer_list>

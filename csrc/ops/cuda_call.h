@@ -1,0 +1,31 @@
+// What the ops on CUDA tensors share: a device, a stream, and errors that say what went wrong.
+#pragma once
+#include "diffqkv/cuda.h"
+#include "ops/torch_compat.h"
+
+namespace diffqkv {
+
+// Makes the device of `like` current, and checks that its kernels can run there.
+class CudaCall {
+ public:
+  CudaCall(const char* op, const Tensor& like);
+  void* stream() const { return stream_; }
+  const DeviceFacts& facts() const { return facts_; }
+  // Not an argument error, so without the prefix that becomes a ValueError.
+  void check(int error) const { STD_TORCH_CHECK(error == 0, op_, ": CUDA error: ", cuda_error_string(error)); }
+  bool capturing() const;
+  // Whether DIFFQKV_DEBUG=1 asks to look at the contents of device tensors, which synchronises; an error in a capture.
+  bool debugging() const;
+
+ private:
+  const char* op_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_;
+  const DeviceFacts& facts_;
+};
+
+Tensor on_host(const Tensor& t);
+// float32 on the same device; t itself where it is that already.
+Tensor as_float32(const Tensor& t);
+
+}  // namespace diffqkv

@@ -1,0 +1,46 @@
+#include <cmath>
+#include <vector>
+
+#include "catch.h"
+#include "cuda/elementwise/swiglu.cuh"
+
+using namespace diffqkv;
+using namespace diffqkv::device;
+
+namespace {
+
+template <class E>
+void check(double tolerance, bool aligned) {
+  using T = typename E::T;
+  const int64_t n = 5003, blocks = 3;
+  std::vector<T> gate, up, dout, out(n), dgate(n), dup(n);
+  for (int64_t i = 0; i < n; ++i) {
+    gate.push_back(E::put(float(i % 401 - 200) * (i % 3 == 0 ? 1.0f : 0.05f)));
+    up.push_back(E::put(std::sin(float(i))));
+    dout.push_back(E::put(std::cos(float(i))));
+  }
+  SwigluParams p;
+  p.gate = gate.data(), p.up = up.data(), p.dout = dout.data();
+  p.out = out.data(), p.dgate = dgate.data(), p.dup = dup.data();
+  p.numel = n;
+  emulate<Swiglu<E, false>>({p, aligned}, {blocks}, 0, emulator::Schedule::forward);
+  emulate<Swiglu<E, true>>({p, aligned}, {blocks}, 0, emulator::Schedule::reverse);
+  for (int64_t i = 0; i < n; ++i) {
+    const double x = E::get(gate[i]), s = 1.0 / (1.0 + std::exp(-x)), u = E::get(up[i]), d = E::get(dout[i]);
+    const double limit = tolerance * std::max(1.0, std::abs(x));
+    CAPTURE(i, x);
+    REQUIRE(std::abs(E::get(out[i]) - x * s * u) <= limit);
+    REQUIRE(std::abs(E::get(dup[i]) - x * s * d) <= limit);
+    REQUIRE(std::abs(E::get(dgate[i]) - d * u * (s + x * s * (1.0 - s))) <= 2 * limit);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("emulated: swiglu and its gradient equal their definitions") {
+  for (const bool aligned : {true, false}) {
+    check<F32>(2e-6, aligned);
+    check<F16>(1e-3, aligned);
+    check<BF16>(8e-3, aligned);
+  }
+}
