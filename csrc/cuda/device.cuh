@@ -8,6 +8,7 @@
 // of one-dimensional blocks of kThreads threads, with `shared` aligned to 128 bytes; kMinBlocks: blocks that a
 // multiprocessor shall hold at once. launch.cuh runs it.
 #pragma once
+#include <cmath>
 #include <cstdint>
 
 #include "diffqkv/params.h"
@@ -56,8 +57,15 @@ DIFFQKV_DEVICE void fence() { __threadfence(); }
 // Returns how many have taken a ticket before; the last of `tickets` resets the counter to 0.
 DIFFQKV_DEVICE uint32_t take_ticket(uint32_t* counter, uint32_t tickets) { return atomicInc(counter, tickets - 1); }
 DIFFQKV_DEVICE uint32_t atomic_add(uint32_t* counter, uint32_t x) { return atomicAdd(counter, x); }
+struct alignas(16) Float4 {
+  float x[4];
+};
 // Past the first-level cache, which does not see what other blocks wrote.
 DIFFQKV_DEVICE float load_shared_by_blocks(const float* p) { return __ldcg(p); }
+DIFFQKV_DEVICE Float4 load_shared_by_blocks(const Float4* p) {
+  const float4 y = __ldcg(reinterpret_cast<const float4*>(p));
+  return {{y.x, y.y, y.z, y.w}};
+}
 DIFFQKV_DEVICE uint32_t load_shared_by_blocks(const uint32_t* p) { return __ldcg(p); }
 DIFFQKV_DEVICE uint64_t load_shared_by_blocks(const uint64_t* p) {
   return __ldcg(reinterpret_cast<const unsigned long long*>(p));
@@ -72,7 +80,8 @@ DIFFQKV_DEVICE float exp2(float x) {
   return y;
 }
 DIFFQKV_DEVICE float log2(float x) { return __log2f(x); }
-DIFFQKV_DEVICE float tanh(float x) { return ::tanhf(x); }
+// To about 2e-7: a softcap's rounding, at a few instructions.
+DIFFQKV_DEVICE float tanh(float x) { return 1.0f - __fdividef(2.0f, exp2(2.88539008177792681f * x) + 1.0f); }
 DIFFQKV_DEVICE float sqrt(float x) { return __fsqrt_rn(x); }
 DIFFQKV_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 DIFFQKV_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
@@ -101,6 +110,12 @@ DIFFQKV_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) 
                : "memory");
 }
 // Two: lanes 0 to 15 give the rows, every lane must give a valid address.
+DIFFQKV_DEVICE void load_matrices_transposed(uint32_t (&r)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
 DIFFQKV_DEVICE void load_matrices(uint32_t (&r)[2], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                : "=r"(r[0]), "=r"(r[1])
@@ -185,22 +200,25 @@ DIFFQKV_DEVICE void copy_wait() {
 struct Barrier {
   uint64_t word;
 };
+// In code for older GPUs, which no planner chooses, all of these stop the kernel.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define DIFFQKV_SM90(...) asm volatile(__VA_ARGS__)
+#else
+#define DIFFQKV_SM90(...) __trap()
+#endif
 DIFFQKV_DEVICE void barrier_init(Barrier* b, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
+  DIFFQKV_SM90("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
 }
 // After barrier_init, before a sync_block: the copy engine sees the barriers too.
-DIFFQKV_DEVICE void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-DIFFQKV_DEVICE void barrier_arrive(Barrier* b) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
-}
+DIFFQKV_DEVICE void barrier_init_done() { DIFFQKV_SM90("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// Arrives, and announces bytes that copies will bring.
 DIFFQKV_DEVICE void barrier_arrive_expecting(Barrier* b, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes)
+  DIFFQKV_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes)
                : "memory");
 }
 // Until the phase of this parity has ended.
 DIFFQKV_DEVICE void barrier_wait(Barrier* b, int parity) {
-  asm volatile(
+  DIFFQKV_SM90(
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
@@ -212,14 +230,15 @@ DIFFQKV_DEVICE void barrier_wait(Barrier* b, int parity) {
 }
 // A multiple of 16 bytes, both sides aligned to 16; counts at the barrier when they have come.
 DIFFQKV_DEVICE void copy_bulk(void* shared, const void* global, int bytes, Barrier* b) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+  DIFFQKV_SM90("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(shared)),
                "l"(global), "r"(bytes), "r"(shared_address(b))
                : "memory");
 }
-// Ordinary writes to shared memory of this thread come before bulk copies to the same place issued after it.
-DIFFQKV_DEVICE void fence_before_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-#endif
+// Ordinary writes to shared memory of this thread come before bulk copies to the same place issued after it and a
+// sync_block.
+DIFFQKV_DEVICE void fence_before_bulk() { DIFFQKV_SM90("fence.proxy.async.shared::cta;" ::: "memory"); }
+#undef DIFFQKV_SM90
 
 }  // namespace diffqkv::device
 #endif
