@@ -80,27 +80,8 @@ void check_sinks(const Tensor& sinks, const Tensor& q, int64_t n_q) {
   DIFFQKV_CHECK(sinks.is_contiguous(), "sinks: got stride ", sinks.stride(0), ", want 1");
   check_same_device("sinks", sinks, "q", q);
 }
-template <class T>
-std::vector<T> values_of(const Tensor& t) {
-  std::vector<T> values(t.numel());
-  for (int64_t i = 0; i < t.numel(); ++i) switch (t.scalar_type()) {
-      case ScalarType::Double: values[i] = T(static_cast<const double*>(t.data_ptr())[i]); break;
-      case ScalarType::Half: values[i] = T(static_cast<const torch::headeronly::Half*>(t.data_ptr())[i]); break;
-      case ScalarType::BFloat16: values[i] = T(static_cast<const torch::headeronly::BFloat16*>(t.data_ptr())[i]); break;
-      default: values[i] = T(static_cast<const float*>(t.data_ptr())[i]);
-    }
-  return values;
-}
-template std::vector<float> values_of(const Tensor&);
-template std::vector<double> values_of(const Tensor&);
-void store_value(Tensor& t, int64_t i, double value) {
-  const auto narrow = static_cast<float>(value);
-  switch (t.scalar_type()) {
-    case ScalarType::Double: static_cast<double*>(t.data_ptr())[i] = value; break;
-    case ScalarType::Half: static_cast<torch::headeronly::Half*>(t.data_ptr())[i] = narrow; break;
-    case ScalarType::BFloat16: static_cast<torch::headeronly::BFloat16*>(t.data_ptr())[i] = narrow; break;
-    default: static_cast<float*>(t.data_ptr())[i] = narrow;
-  }
+ScalarType wide_dtype(const Tensor& q) {
+  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 void check_v_stats(const Tensor& t, int64_t batch, int64_t n_v, int64_t d_v, const char* other_name,

@@ -1,8 +1,6 @@
 // Checks of arguments and their translation into params, shared by the ops. Everything is checked here, before torch is
 // asked for memory and before anything is written.
 #pragma once
-#include <vector>
-
 #include "ops/torch_compat.h"
 
 namespace diffqkv {
@@ -25,10 +23,8 @@ void check_heads(const HeadGroups& heads);
 void check_per_entry(const char* name, const Tensor& t, int64_t batch, const Tensor& beside);
 // [n_q], contiguous, float32 or q's dtype.
 void check_sinks(const Tensor& sinks, const Tensor& q, int64_t n_q);
-// The elements of a contiguous tensor in host memory.
-template <class T>
-std::vector<T> values_of(const Tensor& t);
-void store_value(Tensor& t, int64_t i, double value);
+// Of lse and of the sinks in the kernels: float32, beside float64 data float64.
+ScalarType wide_dtype(const Tensor& q);
 
 // float32 [batch, n_v, d_v + 1], contiguous.
 void check_v_stats(const Tensor& t, int64_t batch, int64_t n_v, int64_t d_v, const char* other_name,

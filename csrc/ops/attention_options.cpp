@@ -6,6 +6,13 @@
 #include "ops/arguments.h"
 
 namespace diffqkv {
+namespace {
+
+Tensor as_dtype(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
+}  // namespace
 
 void AttentionOptions::apply(const Tensor& q, AttentionParams& p) {
   DIFFQKV_CHECK(window_left >= -1, "window_left: got ", window_left, ", want -1 (unlimited) or more");
@@ -17,13 +24,8 @@ void AttentionOptions::apply(const Tensor& q, AttentionParams& p) {
   if (kv_end) check_per_entry("kv_end", *kv_end, p.batch, q);
   if (sinks) {
     check_sinks(*sinks, q, p.heads.n_q);
-    if (q.scalar_type() == ScalarType::Double) {
-      sinks64 = values_of<double>(*sinks);
-      p.sinks = sinks64.data();
-    } else {
-      sinks32 = values_of<float>(*sinks);
-      p.sinks = sinks32.data();
-    }
+    wide_sinks = as_dtype(*sinks, wide_dtype(q));
+    p.sinks = wide_sinks->data_ptr();
   }
   p.kv_start = kv_start ? static_cast<const int32_t*>(kv_start->data_ptr()) : nullptr;
   p.kv_end = kv_end ? static_cast<const int32_t*>(kv_end->data_ptr()) : nullptr;
@@ -36,17 +38,13 @@ void AttentionOptions::apply(const Tensor& q, AttentionParams& p) {
   p.dropout.offset = uint32_t(offset);
 }
 
-Tensor AttentionOptions::new_dsinks(const Tensor& q, AttentionBackwardParams& bp) {
-  if (!sinks) return torch::stable::new_empty(q, {0}, ScalarType::Float);
-  const bool wide = q.scalar_type() == ScalarType::Double;
-  // In the place of the sinks: the sums over the batch are written last, when nothing reads those any more.
-  bp.dsinks = wide ? static_cast<void*>(sinks64.data()) : sinks32.data();
-  return torch::stable::new_empty(*sinks, sinks->sizes());
+Tensor AttentionOptions::new_dsinks(const Tensor& q) const {
+  return torch::stable::new_empty(q, {wide_sinks ? wide_sinks->numel() : 0},
+                                  wide_sinks ? wide_sinks->scalar_type() : ScalarType::Float);
 }
 
-void AttentionOptions::store_dsinks(Tensor& dsinks) const {
-  for (int64_t h = 0; sinks && h < dsinks.numel(); ++h)
-    store_value(dsinks, h, sinks64.empty() ? double(sinks32[h]) : sinks64[h]);
+Tensor AttentionOptions::as_sinks(const Tensor& dsinks) const {
+  return wide_sinks ? as_dtype(dsinks, sinks->scalar_type()) : dsinks;
 }
 
 }  // namespace diffqkv

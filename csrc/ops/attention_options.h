@@ -1,7 +1,5 @@
 // The options that the attention ops share, as their schemas list them.
 #pragma once
-#include <vector>
-
 #include "ops/torch_compat.h"
 
 namespace diffqkv {
@@ -10,10 +8,9 @@ namespace diffqkv {
   bool causal, std::optional<double> softmax_scale, int64_t window_left, int64_t window_right, double softcap,     \
       const std::optional<Tensor>&sinks, const std::optional<Tensor>&kv_start, const std::optional<Tensor>&kv_end, \
       double dropout_p, int64_t seed, int64_t offset
-#define DIFFQKV_OPTION_ARGUMENTS                                                                                     \
-  AttentionOptions {                                                                                                 \
-    causal, softmax_scale, window_left, window_right, softcap, sinks, kv_start, kv_end, dropout_p, seed, offset, {}, \
-    {}                                                                                                               \
+#define DIFFQKV_OPTION_ARGUMENTS                                                                                    \
+  AttentionOptions {                                                                                                \
+    causal, softmax_scale, window_left, window_right, softcap, sinks, kv_start, kv_end, dropout_p, seed, offset, {} \
   }
 #define DIFFQKV_PACKED_PARAMETERS \
   const Tensor &cu_seqlens_q, const Tensor &cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k
@@ -27,15 +24,15 @@ struct AttentionOptions {
   const std::optional<Tensor>&sinks, &kv_start, &kv_end;
   double dropout_p;
   int64_t seed, offset;
-  // Sinks as the kernels take them, and their gradients: float32, beside float64 data float64.
-  std::vector<float> sinks32;
-  std::vector<double> sinks64;
+  // Sinks as the kernels take them: float32, beside float64 data float64.
+  std::optional<Tensor> wide_sinks;
 
   // Checks all of them, and fills params whose shapes are known. q: of the call.
   void apply(const Tensor& q, AttentionParams& params);
-  // The gradient of the sinks, still to be stored by store_dsinks; of no elements without sinks.
-  Tensor new_dsinks(const Tensor& q, AttentionBackwardParams& params);
-  void store_dsinks(Tensor& dsinks) const;
+  // Memory for the gradient of wide_sinks; of no elements without sinks.
+  Tensor new_dsinks(const Tensor& q) const;
+  // That gradient in the dtype of the sinks.
+  Tensor as_sinks(const Tensor& dsinks) const;
 };
 
 }  // namespace diffqkv

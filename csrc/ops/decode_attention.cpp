@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor> decode_attention_cpu(const Tensor& q, const Tensor& k
       cached_attention_cpu(q, k_cache, v_cache, cache_seqlens, cache_start, block_table, softmax_scale, k_layout);
   const std::optional<Tensor> cache_end = cache_seqlens;
   AttentionOptions options{
-      true, softmax_scale, window_left, window_right, softcap, sinks, cache_start, cache_end, 0.0, 0, 0, {}, {}};
+      true, softmax_scale, window_left, window_right, softcap, sinks, cache_start, cache_end, 0.0, 0, 0, {}};
   options.apply(q, call.params);
   run_attention(call.params, call.max_keys, q);
   return {call.out, call.lse};

@@ -1,8 +1,8 @@
+#include "ops/flash_attention.h"
+
 #include <algorithm>
-#include <cmath>
 
 #include "ops/arguments.h"
-#include "ops/attention_options.h"
 #include "ops/ops.h"
 
 namespace diffqkv {
@@ -13,23 +13,11 @@ struct NamedTensor {
   const Tensor& tensor;
 };
 
-// Packed sequences, checked; their longest lengths.
-struct Packed {
-  const Tensor &cu_seqlens_q, &cu_seqlens_k;
-  int64_t max_seqlen_q, max_seqlen_k;
-};
-
-// Checks one side of Packed; returns the length of its longest sequence.
-int64_t longest_sequence(const char* name, const Tensor& cu_seqlens, int64_t batch, const char* max_name, int64_t most,
+// The longest sequence of one side, whose offsets lie in host memory.
+int64_t longest_sequence(const char* name, const Tensor& cu_seqlens, const char* max_name, int64_t most,
                          const char* packed_name, const Tensor& packed) {
-  DIFFQKV_CHECK(cu_seqlens.scalar_type() == ScalarType::Int, name, ": got dtype ", name_of(cu_seqlens.scalar_type()),
-                ", want int32");
-  DIFFQKV_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) == batch + 1, name, ": got shape ", shape_of(cu_seqlens),
-                ", want [b + 1] = [", batch + 1, "]");
-  DIFFQKV_CHECK(cu_seqlens.is_contiguous(), name, ": got stride ", cu_seqlens.stride(0), ", want 1");
-  check_same_device(name, cu_seqlens, "q", packed);
-  DIFFQKV_CHECK(most >= 0, max_name, ": got ", most, ", want 0 or more");
   const auto* at = static_cast<const int32_t*>(cu_seqlens.data_ptr());
+  const int64_t batch = cu_seqlens.size(0) - 1;
   DIFFQKV_CHECK(at[0] == 0, name, ": got ", at[0], " first, want 0");
   int64_t longest = 0;
   for (int64_t b = 0; b < batch; ++b) {
@@ -42,6 +30,18 @@ int64_t longest_sequence(const char* name, const Tensor& cu_seqlens, int64_t bat
   DIFFQKV_CHECK(longest <= most, max_name, ": got ", most, ", want at least ", longest, ", the longest sequence of ",
                 name);
   return longest;
+}
+// Checks one side; returns its s_q or s_k.
+int64_t checked_length(const char* name, const Tensor& cu_seqlens, int64_t batch, const char* max_name, int64_t most,
+                       const char* packed_name, const Tensor& packed) {
+  DIFFQKV_CHECK(cu_seqlens.scalar_type() == ScalarType::Int, name, ": got dtype ", name_of(cu_seqlens.scalar_type()),
+                ", want int32");
+  DIFFQKV_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) == batch + 1, name, ": got shape ", shape_of(cu_seqlens),
+                ", want [b + 1] = [", batch + 1, "]");
+  DIFFQKV_CHECK(cu_seqlens.is_contiguous(), name, ": got stride ", cu_seqlens.stride(0), ", want 1");
+  check_same_device(name, cu_seqlens, "q", packed);
+  DIFFQKV_CHECK(most >= 0, max_name, ": got ", most, ", want 0 or more");
+  return cu_seqlens.is_cpu() ? longest_sequence(name, cu_seqlens, max_name, most, packed_name, packed) : most;
 }
 
 // [batch, heads, tokens, dim], or packed [total, heads, dim].
@@ -60,9 +60,23 @@ KvView keys_view(const Tensor& t, int64_t heads_per_group) {
   return view;
 }
 
-// Everything but out and lse. `options` keeps the sinks that the params point to.
-AttentionParams checked_params(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Packed>& packed,
-                               AttentionOptions& options) {
+void check_like(const char* name, const Tensor& t, const Tensor& like, const char* like_name, ScalarType dtype) {
+  DIFFQKV_CHECK(t.scalar_type() == dtype, name, ": got dtype ", name_of(t.scalar_type()), ", want ", name_of(dtype));
+  check_same_device(name, t, like_name, like);
+  bool same = t.dim() == like.dim();
+  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == like.size(i);
+  DIFFQKV_CHECK(same, name, ": got shape ", shape_of(t), ", want ", shape_of(like), ", that of ", like_name);
+}
+
+}  // namespace
+
+void check_sequences(const PackedSequences& host, const Tensor& q, const Tensor& k) {
+  longest_sequence("cu_seqlens_q", host.cu_seqlens_q, "max_seqlen_q", host.max_seqlen_q, "q", q);
+  longest_sequence("cu_seqlens_k", host.cu_seqlens_k, "max_seqlen_k", host.max_seqlen_k, "k", k);
+}
+
+AttentionParams attention_params(const Tensor& q, const Tensor& k, const Tensor& v,
+                                 const std::optional<PackedSequences>& packed, AttentionOptions& options) {
   const NamedTensor inputs[] = {{"q", q}, {"k", k}, {"v", v}};
   const char* wants[] = {"[b, n_q, s_q, d_k]",  "[b, n_k, s_k, d_k]",  "[b, n_v, s_k, d_v]",
                          "[total_q, n_q, d_k]", "[total_k, n_k, d_k]", "[total_k, n_v, d_v]"};
@@ -89,10 +103,8 @@ AttentionParams checked_params(const Tensor& q, const Tensor& k, const Tensor& v
     DIFFQKV_CHECK(packed->cu_seqlens_q.dim() == 1 && packed->cu_seqlens_q.size(0) >= 1, "cu_seqlens_q: got shape ",
                   shape_of(packed->cu_seqlens_q), ", want [b + 1]");
     p.batch = packed->cu_seqlens_q.size(0) - 1;
-    p.s_q =
-        longest_sequence("cu_seqlens_q", packed->cu_seqlens_q, p.batch, "max_seqlen_q", packed->max_seqlen_q, "q", q);
-    p.s_k =
-        longest_sequence("cu_seqlens_k", packed->cu_seqlens_k, p.batch, "max_seqlen_k", packed->max_seqlen_k, "k", k);
+    p.s_q = checked_length("cu_seqlens_q", packed->cu_seqlens_q, p.batch, "max_seqlen_q", packed->max_seqlen_q, "q", q);
+    p.s_k = checked_length("cu_seqlens_k", packed->cu_seqlens_k, p.batch, "max_seqlen_k", packed->max_seqlen_k, "k", k);
     p.cu_seqlens_q = static_cast<const int32_t*>(packed->cu_seqlens_q.data_ptr());
     p.cu_seqlens_k = static_cast<const int32_t*>(packed->cu_seqlens_k.data_ptr());
     p.packed_queries = q.size(0);
@@ -110,38 +122,24 @@ AttentionParams checked_params(const Tensor& q, const Tensor& k, const Tensor& v
   return p;
 }
 
-ScalarType lse_dtype(const Tensor& q) {
-  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+AttentionResults new_results(const Tensor& q, AttentionParams& p) {
+  const bool packed = p.cu_seqlens_q != nullptr;
+  using torch::stable::new_empty;
+  AttentionResults results = packed ? AttentionResults{new_empty(q, {q.size(0), p.heads.n_q, p.d_v}),
+                                                       new_empty(q, {p.heads.n_q, q.size(0)}, wide_dtype(q))}
+                                    : AttentionResults{new_empty(q, {p.batch, p.heads.n_q, p.s_q, p.d_v}),
+                                                       new_empty(q, {p.batch, p.heads.n_q, p.s_q}, wide_dtype(q))};
+  p.out = queries_view(results.out);
+  p.lse = results.lse.data_ptr();
+  return results;
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                   const std::optional<Packed>& packed, AttentionOptions options) {
-  AttentionParams p = checked_params(q, k, v, packed, options);
-  Tensor out = packed ? torch::stable::new_empty(q, {q.size(0), p.heads.n_q, p.d_v})
-                      : torch::stable::new_empty(q, {p.batch, p.heads.n_q, p.s_q, p.d_v});
-  Tensor lse = packed ? torch::stable::new_empty(q, {p.heads.n_q, q.size(0)}, lse_dtype(q))
-                      : torch::stable::new_empty(q, {p.batch, p.heads.n_q, p.s_q}, lse_dtype(q));
-  p.out = queries_view(out);
-  p.lse = lse.data_ptr();
-  run_attention(p, p.s_k, q);
-  return {out, lse};
-}
-
-void check_like(const char* name, const Tensor& t, const Tensor& like, const char* like_name, ScalarType dtype) {
-  DIFFQKV_CHECK(t.scalar_type() == dtype, name, ": got dtype ", name_of(t.scalar_type()), ", want ", name_of(dtype));
-  check_same_device(name, t, like_name, like);
-  bool same = t.dim() == like.dim();
-  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == like.size(i);
-  DIFFQKV_CHECK(same, name, ": got shape ", shape_of(t), ", want ", shape_of(like), ", that of ", like_name);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, const std::optional<Tensor>& dlse,
-                                                    const Tensor& q, const Tensor& k, const Tensor& v,
-                                                    const Tensor& out, const Tensor& lse,
-                                                    const std::optional<Packed>& packed, AttentionOptions options) {
+AttentionGradients new_gradients(const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q,
+                                 const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                                 const std::optional<PackedSequences>& packed, AttentionOptions& options) {
   AttentionBackwardParams bp;
   AttentionParams& p = bp.forward;
-  p = checked_params(q, k, v, packed, options);
+  p = attention_params(q, k, v, packed, options);
   const int64_t last = q.dim() - 1;
   check_rank("out", out, q.dim(), packed ? "[total_q, n_q, d_v]" : "[b, n_q, s_q, d_v]");
   for (int64_t i = 0; i < last; ++i) check_size("out", out, i, q.size(i), "as q");
@@ -152,31 +150,53 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, const st
   check_like("dout", dout, out, "out", q.scalar_type());
   check_rank("lse", lse, packed ? 2 : 3, packed ? "[n_q, total_q]" : "[b, n_q, s_q]");
   for (int64_t i = 0; i < lse.dim(); ++i) check_size("lse", lse, i, q.size(packed ? 1 - i : i), "as q");
-  DIFFQKV_CHECK(lse.scalar_type() == lse_dtype(q), "lse: got dtype ", name_of(lse.scalar_type()), ", want ",
-                name_of(lse_dtype(q)));
+  DIFFQKV_CHECK(lse.scalar_type() == wide_dtype(q), "lse: got dtype ", name_of(lse.scalar_type()), ", want ",
+                name_of(wide_dtype(q)));
   check_same_device("lse", lse, "q", q);
   DIFFQKV_CHECK(lse.is_contiguous(), "lse: got strides with gaps, want a contiguous tensor");
-  if (dlse) check_like("dlse", *dlse, lse, "lse", lse_dtype(q));
+  if (dlse) check_like("dlse", *dlse, lse, "lse", wide_dtype(q));
 
-  // Gradients arrive with any strides: expanded, transposed.
-  const Tensor grad = last_stride_is_one(dout) ? dout : torch::stable::contiguous(dout);
-  std::optional<Tensor> lse_grad;
-  if (dlse) lse_grad = torch::stable::contiguous(*dlse);
-  Tensor dq = torch::stable::new_empty(q, q.sizes()), dk = torch::stable::new_empty(k, k.sizes());
-  Tensor dv = torch::stable::new_empty(v, v.sizes());
-  p.out = queries_view(out);
-  p.lse = lse.data_ptr();
-  bp.dout = queries_view(grad);
-  bp.dlse = lse_grad ? lse_grad->data_ptr() : nullptr;
-  bp.dq = queries_view(dq);
-  bp.dk = queries_view(dk);
-  bp.dv = queries_view(dv);
-  Tensor dsinks = options.new_dsinks(q, bp);
-  const AttentionBackwardPlan plan = plan_attention_backward(p, torch_threads());
-  Tensor workspace = torch::stable::new_empty(q, {cpu::attention_backward_workspace(bp, plan)}, ScalarType::Byte);
-  cpu::attention_backward(bp, plan, workspace.data_ptr(), parallel_on_torch);
-  options.store_dsinks(dsinks);
-  return {dq, dk, dv, dsinks};
+  using torch::stable::new_empty;
+  AttentionGradients call{bp,
+                          new_empty(q, q.sizes()),
+                          new_empty(k, k.sizes()),
+                          new_empty(v, v.sizes()),
+                          options.new_dsinks(q),
+                          last_stride_is_one(dout) ? dout : torch::stable::contiguous(dout),  // expanded, transposed
+                          std::nullopt};
+  if (dlse) call.dlse = torch::stable::contiguous(*dlse);
+  call.params.forward.out = queries_view(out);
+  call.params.forward.lse = lse.data_ptr();
+  call.params.dout = queries_view(call.dout);
+  call.params.dlse = call.dlse ? call.dlse->data_ptr() : nullptr;
+  call.params.dq = queries_view(call.dq);
+  call.params.dk = queries_view(call.dk);
+  call.params.dv = queries_view(call.dv);
+  call.params.dsinks = p.sinks ? call.dsinks.data_ptr() : nullptr;
+  return call;
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                   const std::optional<PackedSequences>& packed, AttentionOptions options) {
+  AttentionParams p = attention_params(q, k, v, packed, options);
+  const AttentionResults results = new_results(q, p);
+  run_attention(p, p.s_k, q);
+  return {results.out, results.lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, const std::optional<Tensor>& dlse,
+                                                    const Tensor& q, const Tensor& k, const Tensor& v,
+                                                    const Tensor& out, const Tensor& lse,
+                                                    const std::optional<PackedSequences>& packed,
+                                                    AttentionOptions options) {
+  const AttentionGradients call = new_gradients(dout, dlse, q, k, v, out, lse, packed, options);
+  const AttentionBackwardPlan plan = plan_attention_backward(call.params.forward, torch_threads());
+  Tensor workspace =
+      torch::stable::new_empty(q, {cpu::attention_backward_workspace(call.params, plan)}, ScalarType::Byte);
+  cpu::attention_backward(call.params, plan, workspace.data_ptr(), parallel_on_torch);
+  return {call.dq, call.dk, call.dv, options.as_sinks(call.dsinks)};
 }
 
 }  // namespace
@@ -187,7 +207,7 @@ std::tuple<Tensor, Tensor> flash_attention_cpu(const Tensor& q, const Tensor& k,
 }
 std::tuple<Tensor, Tensor> flash_attention_varlen_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
                                                       DIFFQKV_PACKED_PARAMETERS, DIFFQKV_OPTION_PARAMETERS) {
-  return forward(q, k, v, Packed DIFFQKV_PACKED_ARGUMENTS, DIFFQKV_OPTION_ARGUMENTS);
+  return forward(q, k, v, PackedSequences DIFFQKV_PACKED_ARGUMENTS, DIFFQKV_OPTION_ARGUMENTS);
 }
 std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward_cpu(const Tensor& dout,
                                                                         const std::optional<Tensor>& dlse,
@@ -199,7 +219,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward_cpu(const Te
 std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_varlen_backward_cpu(
     const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& out, const Tensor& lse, DIFFQKV_PACKED_PARAMETERS, DIFFQKV_OPTION_PARAMETERS) {
-  return backward(dout, dlse, q, k, v, out, lse, Packed DIFFQKV_PACKED_ARGUMENTS, DIFFQKV_OPTION_ARGUMENTS);
+  return backward(dout, dlse, q, k, v, out, lse, PackedSequences DIFFQKV_PACKED_ARGUMENTS, DIFFQKV_OPTION_ARGUMENTS);
 }
 
 void run_attention(const AttentionParams& p, int64_t max_keys, const Tensor& like) {
