@@ -1,5 +1,6 @@
 // The ops' C++ functions, one per schema and device; what each takes is said in schema.cpp.
 #pragma once
+#include "ops/arguments.h"
 #include "ops/attention_options.h"
 
 namespace diffqkv {
@@ -28,11 +29,17 @@ void kv_cache_update_cpu(Tensor k_cache, Tensor v_cache, const Tensor& k, const 
                          const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
                          const std::optional<Tensor>& block_table, std::optional<Tensor> v_stats, int64_t k_layout);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_v_attention_cpu(
-    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& cache_seqlens, int64_t top_k,
-    int64_t tail, int64_t keep_first, int64_t keep_last, const std::optional<Tensor>& v_stats,
-    const std::optional<Tensor>& cache_start, const std::optional<Tensor>& block_table,
-    std::optional<double> softmax_scale, int64_t k_layout, std::optional<double> max_error, bool return_bound);
+#define DIFFQKV_SELECTIVE_PARAMETERS                                                                         \
+  const Tensor &q, const Tensor &k_cache, const Tensor &v_cache, const Tensor &cache_seqlens, int64_t top_k, \
+      int64_t tail, int64_t keep_first, int64_t keep_last, const std::optional<Tensor>&v_stats,              \
+      const std::optional<Tensor>&cache_start, const std::optional<Tensor>&block_table,                      \
+      std::optional<double> softmax_scale, int64_t k_layout, std::optional<double> max_error, bool return_bound
+#define DIFFQKV_SELECTIVE_ARGUMENTS                                                                          \
+  q, k_cache, v_cache, cache_seqlens, top_k, tail, keep_first, keep_last, v_stats, cache_start, block_table, \
+      softmax_scale, k_layout, max_error, return_bound
+// out, lse, kept_mass, indices, rows_used, error_bound
+using SelectiveResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+SelectiveResults selective_v_attention_cpu(DIFFQKV_SELECTIVE_PARAMETERS);
 
 Tensor swiglu_cpu(const Tensor& gate, const Tensor& up);
 std::tuple<Tensor, Tensor> swiglu_backward_cpu(const Tensor& dout, const Tensor& gate, const Tensor& up);
@@ -60,15 +67,29 @@ struct SwigluBackward {
 };
 SwigluBackward swiglu_backward(const Tensor& dout, const Tensor& gate, const Tensor& up);
 
-// The params that decode_attention and selective_v_attention share, CPU: lengths and blocks are checked.
+// What decode_attention and selective_v_attention share on every device: shapes checked, contents not looked at.
 struct CachedAttention {
-  AttentionParams params;
-  int64_t max_keys = 0;
+  AttentionParams params;  // out and lse by allocate()
+  CacheArguments cache;
   Tensor out, lse;
+  void allocate(const Tensor& q);
 };
-CachedAttention cached_attention_cpu(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                     const Tensor& cache_seqlens, const std::optional<Tensor>& cache_start,
-                                     const std::optional<Tensor>& block_table, std::optional<double> softmax_scale,
-                                     int64_t k_layout);
+CachedAttention cached_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                 const Tensor& cache_seqlens, const std::optional<Tensor>& cache_start,
+                                 const std::optional<Tensor>& block_table, std::optional<double> softmax_scale,
+                                 int64_t k_layout);
+// Checks lengths, starts and the blocks in use, given in host memory; returns the longest length.
+int64_t check_cached_contents(const CachedAttention& call, const Tensor& cache_seqlens,
+                              const std::optional<Tensor>& cache_start, const std::optional<Tensor>& block_table);
+
+// A checked call of selective_v_attention; its params and results are complete after allocate().
+struct SelectiveCall {
+  CachedAttention cached;
+  SelectiveVParams params;
+  Tensor kept_mass, rows_used, error_bound, indices;
+  void allocate(const Tensor& q);
+  SelectiveResults results() const { return {cached.out, cached.lse, kept_mass, indices, rows_used, error_bound}; }
+};
+SelectiveCall selective_call(DIFFQKV_SELECTIVE_PARAMETERS);
 
 }  // namespace diffqkv
