@@ -1,8 +1,26 @@
 #include <cuda_runtime.h>
 
+#include "core/cuda/ticket_pool.h"
 #include "diffqkv/cuda.h"
 
 namespace diffqkv {
+namespace {
+
+constexpr int kMostDevices = 64;
+__device__ uint32_t tickets[TicketPool::kSize];  // zeros when the module is loaded, on every device
+
+}  // namespace
+
+int cuda_tickets(int device, int64_t count, bool captured, uint32_t** first) {
+  static TicketPool pools[kMostDevices];
+  *first = nullptr;
+  const int64_t place = device < kMostDevices ? pools[device].take(count, captured) : -1;
+  if (place < 0) return cudaSuccess;
+  void* all = nullptr;
+  const cudaError_t error = cudaGetSymbolAddress(&all, tickets);
+  *first = static_cast<uint32_t*>(all) + place;
+  return error;
+}
 
 int cuda_device_facts(int device, DeviceFacts* facts) {
   int major = 0, minor = 0, multiprocessors = 0, per_block = 0, per_multiprocessor = 0, registers = 0;

@@ -1,5 +1,6 @@
 #include "ops/cuda_call.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <deque>
 #include <mutex>
@@ -18,6 +19,9 @@ const DeviceFacts& facts_of(int32_t device) {
     DeviceFacts found;
     const int error = cuda_device_facts(device, &found);
     STD_TORCH_CHECK(error == 0, "device: CUDA error: ", cuda_error_string(error));
+    // Lower than the device's own: the kernels of older GPUs, to test and to compare them.
+    if (const char* capability = std::getenv("DIFFQKV_CUDA_CAPABILITY"))
+      found.capability = std::clamp(std::atoi(capability), kLeastCapability, found.capability);
     facts = found;
   }
   return facts;
@@ -46,6 +50,13 @@ bool CudaCall::debugging() const {
   if (value == nullptr || std::string_view(value) != "1") return false;
   STD_TORCH_CHECK(!capturing(), "DIFFQKV_DEBUG: got 1 while a CUDA graph is captured, want 0: the check synchronises");
   return true;
+}
+
+CudaTickets::CudaTickets(const CudaCall& call, const Tensor& like, int64_t count) {
+  call.check(cuda_tickets(like.get_device_index(), count, call.capturing(), &first_));
+  if (first_ != nullptr) return;
+  own_ = torch::stable::new_zeros(like, {count}, ScalarType::Int);
+  first_ = static_cast<uint32_t*>(own_->data_ptr());
 }
 
 Tensor on_host(const Tensor& t) {

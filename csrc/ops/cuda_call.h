@@ -24,7 +24,21 @@ class CudaCall {
   const DeviceFacts& facts_;
 };
 
+// Zeros for the tickets of one kernel of the call, without a kernel of their own where possible.
+class CudaTickets {
+ public:
+  CudaTickets(const CudaCall& call, const Tensor& like, int64_t count);
+  uint32_t* first() const { return first_; }
+
+ private:
+  uint32_t* first_ = nullptr;
+  std::optional<Tensor> own_;
+};
+
 Tensor on_host(const Tensor& t);
+inline std::optional<Tensor> on_host(const std::optional<Tensor>& t) {
+  return t ? std::optional(on_host(*t)) : std::nullopt;
+}
 // float32 on the same device; t itself where it is that already.
 Tensor as_float32(const Tensor& t);
 

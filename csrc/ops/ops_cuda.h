@@ -10,6 +10,12 @@ void kv_cache_update_cuda(Tensor k_cache, Tensor v_cache, const Tensor& k, const
                           const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
                           const std::optional<Tensor>& block_table, std::optional<Tensor> v_stats, int64_t k_layout);
 
+std::tuple<Tensor, Tensor> decode_attention_cuda(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                                 const Tensor& cache_seqlens, const std::optional<Tensor>& cache_start,
+                                                 const std::optional<Tensor>& block_table,
+                                                 std::optional<double> softmax_scale, int64_t k_layout,
+                                                 int64_t window_left, int64_t window_right, double softcap,
+                                                 const std::optional<Tensor>& sinks);
 Tensor swiglu_cuda(const Tensor& gate, const Tensor& up);
 std::tuple<Tensor, Tensor> swiglu_backward_cuda(const Tensor& dout, const Tensor& gate, const Tensor& up);
 

@@ -1,9 +1,8 @@
-#include "core/cuda/decode_plan.h"
-
 #include <algorithm>
 
-#include "core/key_range.h"
 #include "core/cuda/tile_stride.h"
+#include "core/key_range.h"
+#include "diffqkv/cuda_decode_plan.h"
 
 namespace diffqkv {
 namespace {
@@ -61,8 +60,8 @@ void lay_out(CudaDecodePlan& plan, const AttentionParams& p, const Jobs& jobs, c
   plan.v_stride = tile_stride(static_cast<int32_t>(jobs.v_heads * d_v));
   plan.p_stride = tile_stride(static_cast<int32_t>(columns));
   const auto bytes = [&](int64_t tile_tokens, int64_t stages) {
-    const int64_t elements = columns * plan.q_stride + tile_tokens * plan.p_stride +
-                             stages * tile_tokens * (plan.k_stride + plan.v_stride);
+    const int64_t elements =
+        columns * plan.q_stride + tile_tokens * plan.p_stride + stages * tile_tokens * (plan.k_stride + plan.v_stride);
     return elements * kElementBytes + columns * (kDecodeWarps + 3) * 4 + stages * kBarrierBytes;
   };
   // Two blocks to a multiprocessor hide each other's waits; long tiles have fewer of them.

@@ -1,5 +1,4 @@
 #include "cuda/decode/decode_attention.cuh"
-
 #include "cuda/launch.cuh"
 #include "diffqkv/cuda.h"
 

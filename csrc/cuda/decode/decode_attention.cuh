@@ -1,10 +1,10 @@
 // decode_attention: few queries over a long cache. A block takes one split of the tokens for the q heads of a KV group,
-// so that K is read once for all of them: S^T = K q^T with the tokens as rows of the matrix product and the query rows as
-// its 8 columns, then O^T = V^T P^T for each V head with the columns of its own q heads. The last block of a group to end
-// merges the splits, in their order.
+// so that K is read once for all of them: S^T = K q^T with the tokens as rows of the matrix product and the query rows
+// as its 8 columns, then O^T = V^T P^T for each V head with the columns of its own q heads. The last block of a group
+// to end merges the splits, in their order.
 #pragma once
-#include "core/cuda/decode_plan.h"
 #include "cuda/tile.cuh"
+#include "diffqkv/cuda_decode_plan.h"
 
 namespace diffqkv::device {
 
@@ -25,7 +25,8 @@ struct DecodeAttention {
   static constexpr int kRows = 16, kStep = 16;  // tokens of a matrix product, dimensions of a step
   static constexpr float kLog2e = 1.44269504088896341f;
 
-  // ---- a block's share ------------------------------------------------------------------------------------------------
+  // ---- a block's share
+  // ------------------------------------------------------------------------------------------------
 
   struct Block {
     const AttentionParams& p;
@@ -58,7 +59,8 @@ struct DecodeAttention {
     DIFFQKV_DEVICE int64_t group_index() const { return batch * (p.heads.groups() * plan.chunks) + block_y(); }
   };
 
-  // ---- shared memory --------------------------------------------------------------------------------------------------
+  // ---- shared memory
+  // --------------------------------------------------------------------------------------------------
 
   struct Shared {
     T *q, *p, *stages;
@@ -126,7 +128,8 @@ struct DecodeAttention {
   };
   static DIFFQKV_DEVICE Rows rows_of(const Block& b, bool k) {
     const DecodeChunk& c = b.chunk;
-    const int64_t first = k ? c.first_k - b.group * b.p.heads.k_per_group() : c.first_v - b.group * b.p.heads.v_per_group();
+    const int64_t first =
+        k ? c.first_k - b.group * b.p.heads.k_per_group() : c.first_v - b.group * b.p.heads.v_per_group();
     return {k ? b.p.k : b.p.v, b.group, first, k ? c.k_heads : c.v_heads, k ? b.p.d_k : b.p.d_v};
   }
 
@@ -158,8 +161,8 @@ struct DecodeAttention {
     const bool together = rows.stride_head == rows.dim && rows.dim == rows.width;  // all heads in one stretch
     const int copies = together ? 1 : rows.heads, elements = together ? rows.heads * rows.dim : rows.dim;
     for (int head = 0; head < copies; ++head)
-      copy_bulk(target + head * rows.width, source + head * rows.stride_head,
-                elements * static_cast<int>(sizeof(T)), arrived);
+      copy_bulk(target + head * rows.width, source + head * rows.stride_head, elements * static_cast<int>(sizeof(T)),
+                arrived);
   }
 
   // Starts the copies of a tile of tokens. Neighbouring lanes take neighbouring pieces of a token's K and V rows, warps
@@ -213,10 +216,11 @@ struct DecodeAttention {
     }
   }
 
-  // ---- one tile -------------------------------------------------------------------------------------------------------
+  // ---- one tile
+  // -------------------------------------------------------------------------------------------------------
 
-  // scores[t]: of this warp's 16 tokens and the 8 columns of tile t, in powers of two; -inf where a column does not see a
-  // token.
+  // scores[t]: of this warp's 16 tokens and the 8 columns of tile t, in powers of two; -inf where a column does not see
+  // a token.
   static DIFFQKV_DEVICE void score(const Block& b, const Shared& s, int64_t first, int stage,
                                    float (&scores)[kTiles][4]) {
     const AttentionParams& p = b.p;
@@ -314,8 +318,8 @@ struct DecodeAttention {
     }
   }
 
-  // A warp's accumulators: job j belongs to the (V head, 16 dimensions) number warp + 4 * (j / tiles_per_v_head), and to
-  // the (j % tiles_per_v_head)-th tile that the head's columns meet.
+  // A warp's accumulators: job j belongs to the (V head, 16 dimensions) number warp + 4 * (j / tiles_per_v_head), and
+  // to the (j % tiles_per_v_head)-th tile that the head's columns meet.
   static constexpr int kMostTiles = 8;
   static_assert(kTiles <= kMostTiles);
   struct Jobs {
@@ -362,7 +366,8 @@ struct DecodeAttention {
     }
   }
 
-  // ---- results --------------------------------------------------------------------------------------------------------
+  // ---- results
+  // --------------------------------------------------------------------------------------------------------
 
   // Applies a sink, and writes lse; returns what a result is multiplied by. most and sum: of a column, powers of two.
   static DIFFQKV_DEVICE float finish(const Block& b, int column, float most, float sum, float& shift) {
@@ -542,7 +547,8 @@ struct DecodeAttention {
         s.alpha[column] = factor * (s.most[column] == -INFINITY ? 0.0f : exp2(s.most[column] - shift));
       }
       sync_block();
-      for_results(b, jobs, [&](int column, int x, float value) { out_row(b, column)[x] = E::put(value * s.alpha[column]); });
+      for_results(b, jobs,
+                  [&](int column, int x, float value) { out_row(b, column)[x] = E::put(value * s.alpha[column]); });
       return;
     }
     float* partials = params.partials + b.group_index() * plan.splits * plan.partial_floats;

@@ -2,6 +2,7 @@
 // is on. Launches never allocate and never synchronise, so they can be captured in a CUDA graph. No torch and no CUDA
 // header here. A stream is a cudaStream_t; the current device must be the stream's.
 #pragma once
+#include "diffqkv/cuda_decode_plan.h"
 #include "diffqkv/device_facts.h"
 #include "diffqkv/params.h"
 
@@ -16,6 +17,15 @@ DIFFQKV_API int cuda_kv_cache_update(const CacheUpdateParams& p, void* stream);
 // Contiguous operands of fp32, fp16 or bf16.
 DIFFQKV_API int cuda_swiglu(const SwigluParams& p, const DeviceFacts& facts, void* stream);
 DIFFQKV_API int cuda_swiglu_backward(const SwigluParams& p, const DeviceFacts& facts, void* stream);
+
+// fp16 and bf16, up to kMaxDecodeQueries queries. plan: plan_cuda_decode of the same params. workspace:
+// plan.workspace_floats floats, aligned to 16 bytes. tickets: plan.tickets zeros, which are zeros again afterwards.
+DIFFQKV_API int cuda_decode_attention(const AttentionParams& p, const CudaDecodePlan& plan, void* workspace,
+                                      uint32_t* tickets, void* stream);
+
+// Zeros for the tickets of a kernel about to be launched on the current device, whose number this is; null where the
+// caller has to bring zeros of its own. captured: the launch becomes part of a graph.
+DIFFQKV_API int cuda_tickets(int device, int64_t count, bool captured, uint32_t** first);
 
 // Of the device with this number.
 DIFFQKV_API int cuda_device_facts(int device, DeviceFacts* facts);

@@ -52,8 +52,9 @@ void check(const AttentionCase& c, DeviceFacts facts = DeviceFacts::h200()) {
 }  // namespace
 
 TEST_CASE("emulated decode: head maps, dimensions, lengths") {
-  for (const HeadGroups heads : {HeadGroups{32, 4, 16}, HeadGroups{32, 16, 4}, HeadGroups{12, 4, 6}, HeadGroups{12, 6, 4},
-                                 HeadGroups{8, 8, 8}, HeadGroups{8, 1, 1}, HeadGroups{8, 1, 8}, HeadGroups{5, 1, 5}})
+  for (const HeadGroups heads :
+       {HeadGroups{32, 4, 16}, HeadGroups{32, 16, 4}, HeadGroups{12, 4, 6}, HeadGroups{12, 6, 4}, HeadGroups{8, 8, 8},
+        HeadGroups{8, 1, 1}, HeadGroups{8, 1, 8}, HeadGroups{5, 1, 5}})
     check<BF16>({.heads = heads, .batch = 3, .s_k = 300, .padded = true, .cached = true});
   for (const auto& [d_k, d_v] : {std::pair{32, 64}, {128, 128}, {64, 128}, {40, 56}, {8, 256}, {256, 8}, {128, 24}})
     check<F16>({.heads = {8, 2, 4}, .batch = 2, .s_k = 200, .d_k = d_k, .d_v = d_v, .padded = true, .cached = true});
@@ -63,8 +64,10 @@ TEST_CASE("emulated decode: head maps, dimensions, lengths") {
 
 TEST_CASE("emulated decode: several queries, causal among themselves") {
   for (const int64_t s_q : {2, 3, 5, 16}) {
-    check<BF16>({.heads = {32, 4, 16}, .batch = 2, .s_q = s_q, .s_k = 200, .causal = true, .padded = true, .cached = true});
-    check<F16>({.heads = {12, 4, 6}, .batch = 3, .s_q = s_q, .s_k = 150, .causal = true, .padded = true, .cached = true});
+    check<BF16>(
+        {.heads = {32, 4, 16}, .batch = 2, .s_q = s_q, .s_k = 200, .causal = true, .padded = true, .cached = true});
+    check<F16>(
+        {.heads = {12, 4, 6}, .batch = 3, .s_q = s_q, .s_k = 150, .causal = true, .padded = true, .cached = true});
   }
   check<BF16>({.heads = {64, 1, 1}, .s_q = 4, .s_k = 70, .d_k = 64, .d_v = 64, .causal = true, .cached = true});
   check<BF16>({.heads = {64, 64, 1}, .s_q = 1, .s_k = 70, .d_k = 256, .d_v = 64, .causal = true, .cached = true});
@@ -72,7 +75,8 @@ TEST_CASE("emulated decode: several queries, causal among themselves") {
 }
 
 TEST_CASE("emulated decode: pages, windows, softcap, sinks, unaligned rows") {
-  const AttentionCase base{.heads = {16, 2, 8}, .batch = 3, .s_q = 2, .s_k = 400, .causal = true, .padded = true, .cached = true};
+  const AttentionCase base{
+      .heads = {16, 2, 8}, .batch = 3, .s_q = 2, .s_k = 400, .causal = true, .padded = true, .cached = true};
   for (const int64_t page_size : {1, 16, 48, 64}) {
     AttentionCase c = base;
     c.page_size = page_size;

@@ -19,8 +19,8 @@ struct DecodeSize {
 };
 inline constexpr DecodeSize kSmallDecode{1, 8}, kLargeDecode{8, 8};
 
-// Some neighbouring q heads of a KV group, and the K and V heads that they read. Column c of a chunk is query c % s_q of
-// its q head c / s_q.
+// Some neighbouring q heads of a KV group, and the K and V heads that they read. Column c of a chunk is query c % s_q
+// of its q head c / s_q.
 struct DecodeChunk {
   int32_t first_q = 0, q_heads = 0;  // absolute numbers of heads
   int32_t first_k = 0, k_heads = 0;
@@ -32,9 +32,9 @@ struct DecodeChunk {
     const int64_t end_of_group = (group + 1) * heads.q_per_group(), wanted_end = first + heads_per_chunk;
     const int64_t end = wanted_end < end_of_group ? wanted_end : end_of_group;
     const int64_t k = heads.k_head(first), v = heads.v_head(first);
-    return {static_cast<int32_t>(first),           static_cast<int32_t>(end - first),
-            static_cast<int32_t>(k),               static_cast<int32_t>(heads.k_head(end - 1) - k + 1),
-            static_cast<int32_t>(v),               static_cast<int32_t>(heads.v_head(end - 1) - v + 1)};
+    return {static_cast<int32_t>(first), static_cast<int32_t>(end - first),
+            static_cast<int32_t>(k),     static_cast<int32_t>(heads.k_head(end - 1) - k + 1),
+            static_cast<int32_t>(v),     static_cast<int32_t>(heads.v_head(end - 1) - v + 1)};
   }
 };
 
@@ -42,20 +42,20 @@ struct DecodeChunk {
 // `stages` tiles in shared memory. The split's size follows the capacity and the heads, never the batch or the lengths:
 // the results' bits depend on neither, and a captured call serves every length.
 struct CudaDecodePlan {
-  int32_t heads_per_chunk = 0, chunks = 0;      // per KV group
-  int32_t columns = 0, column_tiles = 0;        // of the largest chunk
-  int32_t tiles_per_v_head = 0;                 // column tiles that a V head's columns meet, at most
-  bool large = false;                           // kLargeDecode
-  int32_t k_stride = 0, v_stride = 0;           // elements from a token to the next in shared memory
-  int32_t q_stride = 0, p_stride = 0;           // from a column to the next, of a token's probabilities to the next
+  int32_t heads_per_chunk = 0, chunks = 0;  // per KV group
+  int32_t columns = 0, column_tiles = 0;    // of the largest chunk
+  int32_t tiles_per_v_head = 0;             // column tiles that a V head's columns meet, at most
+  bool large = false;                       // kLargeDecode
+  int32_t k_stride = 0, v_stride = 0;       // elements from a token to the next in shared memory
+  int32_t q_stride = 0, p_stride = 0;       // from a column to the next, of a token's probabilities to the next
   int32_t tile_tokens = 0, stages = 0;
-  int32_t split_tokens = 0, splits = 0;         // splits: of a cache filled to its capacity
-  bool bulk = false;                            // whole rows by the copy engine
-  bool aligned = false;                         // rows of K and V begin at multiples of 16 bytes
+  int32_t split_tokens = 0, splits = 0;  // splits: of a cache filled to its capacity
+  bool bulk = false;                     // whole rows by the copy engine
+  bool aligned = false;                  // rows of K and V begin at multiples of 16 bytes
   int64_t blocks = 0, shared_bytes = 0;
-  int64_t partial_floats = 0;                   // of a chunk and split: maximum, sum and result of each column
+  int64_t partial_floats = 0;  // of a chunk and split: maximum, sum and result of each column
   int64_t workspace_floats = 0, tickets = 0;
-  double flops = 0, bytes = 0;                  // at full capacity
+  double flops = 0, bytes = 0;  // at full capacity
 };
 
 // fp16 and bf16, s_q up to kMaxDecodeQueries.
