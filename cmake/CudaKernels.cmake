@@ -67,9 +67,10 @@ set_target_properties(diffqkv_cuda PROPERTIES
   CUDA_STANDARD_REQUIRED OFF)  # CMake before 3.26 does not know that nvcc has C++20; -std below asks for it
 list(JOIN CMAKE_CUDA_ARCHITECTURES "," _diffqkv_archs)
 # -Werror makes ptxas's warnings errors too: no kernel spills registers or indexes an array in local memory (a build
-# with -G has to drop it). -lineinfo: profilers and compute-sanitizer name the source line.
+# with -G has to drop it). -lineinfo: profilers and compute-sanitizer name the source line; compressed, it costs
+# little.
 target_compile_options(diffqkv_cuda PRIVATE
-  $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 -lineinfo -Werror=all-warnings -Xcompiler=-Wall,-Wextra
+  $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 -lineinfo -Xfatbin=-compress-all -Werror=all-warnings -Xcompiler=-Wall,-Wextra
   -Xptxas=--warn-on-spills,--warn-on-local-memory-usage>
   $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>)
 
