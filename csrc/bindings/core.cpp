@@ -5,6 +5,7 @@
 
 #include <sstream>
 
+#include "bindings/shapes.h"
 #include "core/cpu_isa.h"
 #include "diffqkv/attention_plan.h"
 
@@ -26,22 +27,9 @@ void check_positive(const char* name, int64_t value, int64_t least) {
 
 py::dict plan(int64_t n_q, int64_t n_k, int64_t n_v, int64_t d_k, int64_t d_v, int64_t s_q, int64_t s_k, int64_t batch,
               const std::string& dtype, int64_t threads, bool causal) {
-  const HeadGroups heads{n_q, n_k, n_v};
-  if (!heads.valid())
-    throw py::value_error(
-        fmt::format("n_q: got n_q = {}, n_k = {}, n_v = {}, want n_q a multiple of both", n_q, n_k, n_v));
-  for (const auto& [name, d] : {std::pair{"d_k", d_k}, {"d_v", d_v}})
-    if (d < 8 || d > kMaxHeadDim || d % 8 != 0)
-      throw py::value_error(fmt::format("{}: got {}, want a multiple of 8 from 8 to {}", name, d, kMaxHeadDim));
-  check_positive("s_q", s_q, 0);
-  check_positive("s_k", s_k, 0);
-  check_positive("batch", batch, 0);
   check_positive("threads", threads, 1);
-  AttentionParams params;
-  params.heads = heads;
-  params.batch = batch, params.s_q = s_q, params.s_k = s_k, params.d_k = d_k, params.d_v = d_v;
-  params.q.dtype = dtype_named(dtype);
-  params.window_right = causal ? 0 : -1;
+  const AttentionParams params = checked_shape(n_q, n_k, n_v, d_k, d_v, s_q, s_k, batch, dtype, causal);
+  const HeadGroups& heads = params.heads;
   const AttentionPlan p = plan_attention(params, s_k, threads);
   const bool split = p.kernel == AttentionKernel::split;
   py::dict result;
@@ -66,7 +54,28 @@ py::dict plan(int64_t n_q, int64_t n_k, int64_t n_v, int64_t d_k, int64_t d_v, i
 
 }  // namespace
 
+AttentionParams diffqkv::checked_shape(int64_t n_q, int64_t n_k, int64_t n_v, int64_t d_k, int64_t d_v, int64_t s_q,
+                                       int64_t s_k, int64_t batch, const std::string& dtype, bool causal) {
+  const HeadGroups heads{n_q, n_k, n_v};
+  if (!heads.valid())
+    throw py::value_error(
+        fmt::format("n_q: got n_q = {}, n_k = {}, n_v = {}, want n_q a multiple of both", n_q, n_k, n_v));
+  for (const auto& [name, d] : {std::pair{"d_k", d_k}, {"d_v", d_v}})
+    if (d < 8 || d > kMaxHeadDim || d % 8 != 0)
+      throw py::value_error(fmt::format("{}: got {}, want a multiple of 8 from 8 to {}", name, d, kMaxHeadDim));
+  check_positive("s_q", s_q, 0);
+  check_positive("s_k", s_k, 0);
+  check_positive("batch", batch, 0);
+  AttentionParams params;
+  params.heads = heads;
+  params.batch = batch, params.s_q = s_q, params.s_k = s_k, params.d_k = d_k, params.d_v = d_v;
+  params.q.dtype = params.k.dtype = params.v.dtype = params.out.dtype = dtype_named(dtype);
+  params.window_right = causal ? 0 : -1;
+  return params;
+}
+
 PYBIND11_MODULE(_core, m) {
+  bind_cuda_plans(m);
   m.def("plan_attention", &plan, py::arg("n_q"), py::arg("n_k"), py::arg("n_v"), py::arg("d_k"), py::arg("d_v"),
         py::arg("s_q"), py::arg("s_k"), py::arg("batch"), py::arg("dtype"), py::arg("threads"),
         py::arg("causal") = true, "The CPU plan of an attention call, from the function that the op uses.");

@@ -1,0 +1,103 @@
+// The GPU plans of an attention call, from the functions that the ops use.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+
+#include "bindings/shapes.h"
+#include "diffqkv/cuda_decode_plan.h"
+#include "diffqkv/cuda_prefill_plan.h"
+
+namespace py = pybind11;
+
+namespace diffqkv {
+namespace {
+
+py::dict common(const DeviceFacts& facts, int64_t threads, int64_t shared_bytes, int64_t blocks) {
+  constexpr int64_t kSystemSharedBytes = 1024;
+  const int64_t by_shared = facts.shared_per_multiprocessor / (shared_bytes + kSystemSharedBytes);
+  py::dict result;
+  result["threads"] = threads;
+  result["shared_bytes"] = shared_bytes;
+  result["blocks"] = blocks;
+  result["blocks_per_multiprocessor"] = std::min(by_shared, 2048 / std::max<int64_t>(threads, 1));
+  result["multiprocessors"] = facts.multiprocessors;
+  return result;
+}
+
+py::dict decode(const AttentionParams& p, const DeviceFacts& facts) {
+  const CudaDecodePlan plan = plan_cuda_decode(p, facts);
+  py::dict result = common(facts, kDecodeThreads, plan.shared_bytes, plan.blocks);
+  result["kernel"] = plan.bulk ? "decode, bulk copies" : "decode";
+  result["block_q"] = plan.columns;
+  result["block_k"] = plan.tile_tokens;
+  result["stages"] = plan.stages;
+  result["splits"] = plan.splits;
+  result["split"] = plan.split_tokens;
+  result["k_reads"] = plan.chunks;
+  result["workspace_bytes"] = plan.workspace_floats * 4;
+  result["flops"] = plan.flops;
+  result["bytes"] = plan.bytes;
+  return result;
+}
+
+py::dict prefill(const AttentionParams& p, const DeviceFacts& facts) {
+  const CudaPrefillPlan plan = plan_cuda_prefill(p, facts);
+  py::dict result = common(facts, plan.threads, plan.shared_bytes, plan.blocks);
+  result["kernel"] = plan.variant < 0 ? "plain" : "prefill";
+  result["block_q"] = plan.block_m;
+  result["block_k"] = plan.block_n;
+  result["stages"] = plan.stages;
+  result["splits"] = 1;
+  result["split"] = 0;
+  result["k_reads"] = p.heads.q_per_k() * plan.query_blocks;
+  result["workspace_bytes"] = 0;
+  result["flops"] = plan.flops;
+  result["bytes"] = plan.bytes;
+  return result;
+}
+
+}  // namespace
+
+void bind_cuda_plans(py::module_& m) {
+  py::class_<DeviceFacts>(m, "DeviceFacts", "What the planners know of a GPU.")
+      .def(py::init([](int32_t multiprocessors, int32_t capability, int64_t shared_per_block,
+                       int64_t shared_per_multiprocessor, int64_t registers_per_multiprocessor) {
+             return DeviceFacts{multiprocessors,
+                                capability,
+                                shared_per_block,
+                                shared_per_multiprocessor,
+                                registers_per_multiprocessor,
+                                0};
+           }),
+           py::arg("multiprocessors"), py::arg("capability"), py::arg("shared_per_block"),
+           py::arg("shared_per_multiprocessor"), py::arg("registers_per_multiprocessor"))
+      .def_readonly("multiprocessors", &DeviceFacts::multiprocessors)
+      .def_readonly("capability", &DeviceFacts::capability)
+      .def_readonly("shared_per_block", &DeviceFacts::shared_per_block)
+      .def_readonly("shared_per_multiprocessor", &DeviceFacts::shared_per_multiprocessor)
+      .def_readonly("registers_per_multiprocessor", &DeviceFacts::registers_per_multiprocessor)
+      .def_readonly("bandwidth_gb_s", &DeviceFacts::bandwidth_gb_s);
+  m.def(
+      "known_devices",
+      [] {
+        py::dict devices;
+        devices["a100"] = DeviceFacts::a100();
+        devices["h100"] = DeviceFacts::h100();
+        devices["h200"] = DeviceFacts::h200();
+        devices["rtx4090"] = DeviceFacts::rtx4090();
+        return devices;
+      },
+      "GPUs that can be planned for without being there.");
+  m.def(
+      "plan_cuda_attention",
+      [](const DeviceFacts& facts, int64_t n_q, int64_t n_k, int64_t n_v, int64_t d_k, int64_t d_v, int64_t s_q,
+         int64_t s_k, int64_t batch, const std::string& dtype, bool causal) {
+        const AttentionParams p = checked_shape(n_q, n_k, n_v, d_k, d_v, s_q, s_k, batch, dtype, causal);
+        return cuda_decode_takes(p) ? decode(p, facts) : prefill(p, facts);
+      },
+      py::arg("facts"), py::arg("n_q"), py::arg("n_k"), py::arg("n_v"), py::arg("d_k"), py::arg("d_v"), py::arg("s_q"),
+      py::arg("s_k"), py::arg("batch"), py::arg("dtype"), py::arg("causal") = true,
+      "The GPU plan of an attention call, of contiguous tensors.");
+}
+
+}  // namespace diffqkv
