@@ -1,13 +1,12 @@
-// Counter-based dropout: Philox4x32-10 (Salmon et al., SC 2011). Whether a probability is dropped depends on the seed
-// and its place alone, so that no tile size, thread count or device changes it.
+// Counter-based dropout: whether a probability is dropped depends on the seed and its place alone, so that no tile
+// size, thread count or device changes it.
 #pragma once
-#include "core/key_range.h"
+#include "core/philox.h"
 
 namespace diffqkv {
 namespace {
 
-constexpr int64_t kKeysPerDraw = 8;  // a draw's 128 bits, 16 a key
-constexpr int64_t kDraws = 16;       // computed side by side
+constexpr int64_t kDraws = 16;  // computed side by side
 
 // Random numbers of the keys [begin, end) of a query into bits[key - begin / 8 * 8]; writes whole runs of 128.
 // row: batch entry * n_q + q head.
@@ -21,14 +20,8 @@ inline void draw_bits(const Dropout& dropout, int64_t row, int64_t query, int64_
       x3[i] = dropout.offset;
     }
     uint32_t key0 = uint32_t(dropout.seed), key1 = uint32_t(dropout.seed >> 32);
-    for (int round = 0; round < 10; ++round, key0 += 0x9E3779B9u, key1 += 0xBB67AE85u)
-      for (int64_t i = 0; i < kDraws; ++i) {
-        const uint64_t a = uint64_t(x0[i]) * 0xD2511F53u, b = uint64_t(x2[i]) * 0xCD9E8D57u;
-        x0[i] = uint32_t(b >> 32) ^ x1[i] ^ key0;
-        x1[i] = uint32_t(b);
-        x2[i] = uint32_t(a >> 32) ^ x3[i] ^ key1;
-        x3[i] = uint32_t(a);
-      }
+    for (int round = 0; round < kPhiloxRounds; ++round, key0 += kPhiloxKeyStep0, key1 += kPhiloxKeyStep1)
+      for (int64_t i = 0; i < kDraws; ++i) philox_round(x0[i], x1[i], x2[i], x3[i], key0, key1);
     for (int64_t i = 0; i < kDraws; ++i, bits += kKeysPerDraw) {
       const uint32_t words[] = {x0[i], x1[i], x2[i], x3[i]};
       __builtin_memcpy(bits, words, sizeof words);
