@@ -42,6 +42,15 @@ DIFFQKV_INLINE KeyRange keys_of_query(const AttentionParams& p, const Entry& ent
   return keys;
 }
 
+// The queries that see a key of the range.
+DIFFQKV_INLINE KeyRange queries_of_keys(const AttentionParams& p, const Entry& entry, KeyRange keys) {
+  keys = {max_of(keys.lo, entry.keys.lo), min_of(keys.hi, entry.keys.hi)};
+  if (keys.lo >= keys.hi) return {0, 0};
+  const int64_t lo = p.window_right >= 0 ? max_of(0, keys.lo - p.window_right - entry.position) : 0;
+  const int64_t hi = p.window_left >= 0 ? min_of(entry.s_q, keys.hi + p.window_left - entry.position) : entry.s_q;
+  return {lo, max_of(lo, hi)};
+}
+
 // The tokens [token, result) lie in one page.
 DIFFQKV_INLINE int64_t page_end(const Paging& paging, int64_t token, int64_t end) {
   if (paging.block_table == nullptr) return end;

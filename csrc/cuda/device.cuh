@@ -21,6 +21,8 @@
 
 #define DIFFQKV_DEVICE __device__ __forceinline__
 #define DIFFQKV_UNROLL _Pragma("unroll")
+#define DIFFQKV_PRAGMA(x) _Pragma(#x)
+#define DIFFQKV_UNROLL_BY(n) DIFFQKV_PRAGMA(unroll n)
 
 namespace diffqkv::device {
 
@@ -80,6 +82,8 @@ DIFFQKV_DEVICE float exp2(float x) {
   return y;
 }
 DIFFQKV_DEVICE float log2(float x) { return __log2f(x); }
+DIFFQKV_DEVICE double exp2(double x) { return ::exp2(x); }
+DIFFQKV_DEVICE double tanh(double x) { return ::tanh(x); }
 // To about 2e-7: a softcap's rounding, at a few instructions.
 DIFFQKV_DEVICE float tanh(float x) { return 1.0f - __fdividef(2.0f, exp2(2.88539008177792681f * x) + 1.0f); }
 DIFFQKV_DEVICE float sqrt(float x) { return __fsqrt_rn(x); }
@@ -135,6 +139,12 @@ struct F32 {
   static DIFFQKV_DEVICE float get(T x) { return x; }
   static DIFFQKV_DEVICE T put(float x) { return x; }
 };
+struct F64 {
+  using T = double;
+  static constexpr DType kDType = DType::f64;
+  static DIFFQKV_DEVICE double get(T x) { return x; }
+  static DIFFQKV_DEVICE T put(double x) { return x; }
+};
 
 // c += a b for a [16, 16], b [16, 8]. Lane l holds of c: rows l / 4 (c[0], c[1]) and l / 4 + 8 (c[2], c[3]), columns
 // 2 * (l % 4) and the next; of a, two elements a word: (row l / 4, columns 2 * (l % 4) and the next), then row + 8,
@@ -183,6 +193,12 @@ struct BF16 {
 DIFFQKV_DEVICE void copy_async(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(valid ? 16 : 0)
+               : "memory");
+}
+// 8 bytes, aligned to as many.
+DIFFQKV_DEVICE void copy_async_8(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 8 : 0)
                : "memory");
 }
 // Closes a group of this thread's copies; waits until at most `pending` groups of this thread are under way. Other

@@ -70,6 +70,7 @@ struct AttentionProblem {
   KvView k_view, v_view;
   Paging paging;
   int64_t total_q = 0;
+  double softmax_scale = 1.0 / std::sqrt(double(c.d_k));
   std::mt19937 random{1234};
 
   explicit AttentionProblem(const AttentionCase& the_case) : c(the_case) {
@@ -156,11 +157,13 @@ struct AttentionProblem {
     double error = 0.0, norm = 0.0;
     for (size_t i = 0; i < x.e.size(); ++i) {
       const double got = E::get(x.e[i]), want = x.wide[i];
-      CAPTURE(what, i, got, want);
-      REQUIRE(std::isnan(got) == std::isnan(want));
-      if (std::isnan(want)) continue;
-      REQUIRE(std::abs(got - want) <= 16 * tolerance * std::max(1.0, std::abs(want)));
-      error += (got - want) * (got - want), norm += want * want;
+      const bool gap = std::isnan(want);
+      const bool good = gap ? std::isnan(got) : std::abs(got - want) <= 16 * tolerance * std::max(1.0, std::abs(want));
+      if (!good) {  // an assertion takes longer than the kernel
+        CAPTURE(what, i, got, want);
+        REQUIRE(good);
+      }
+      if (!gap) error += (got - want) * (got - want), norm += want * want;
     }
     CAPTURE(what, std::sqrt(error / std::max(norm, 1e-30)));
     REQUIRE(error <= tolerance * tolerance * std::max(norm, 1e-30));
@@ -273,7 +276,7 @@ struct AttentionProblem {
     if (c.cached) p.length = end.data();
     if (c.packed) p.cu_seqlens_q = cu_q.data(), p.cu_seqlens_k = cu_k.data(), p.packed_queries = total_q;
     p.paging = paging;
-    p.softmax_scale = 1.0 / std::sqrt(double(c.d_k));
+    p.softmax_scale = softmax_scale;
     p.softcap = c.softcap;
     p.window_left = c.window_left, p.window_right = c.causal ? 0 : c.window_right;
     p.dropout.threshold = uint32_t(c.dropout_p * 65536.0 + 0.5);

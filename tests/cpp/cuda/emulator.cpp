@@ -42,6 +42,16 @@ namespace diffqkv::device::emulator {
 
 Place place;
 Counts counts;
+const std::vector<float> halves = [] {
+  std::vector<float> x(65536);
+  for (size_t i = 0; i < x.size(); ++i) {
+    const uint16_t bits = static_cast<uint16_t>(i);
+    _Float16 half;
+    std::memcpy(&half, &bits, 2);
+    x[i] = float(half);
+  }
+  return x;
+}();
 
 namespace {
 
@@ -222,7 +232,8 @@ void fail(const char* what) {
 
 void together(const char* name, void* argument, void (*act)(void* const*)) {
   Warp& warp = m.warps[static_cast<size_t>(place.thread / 32)];
-  if (warp.arrived > 0 && std::strcmp(warp.name, name) != 0) fail("lanes of a warp at different operations");
+  if (warp.arrived > 0 && warp.name != name && std::strcmp(warp.name, name) != 0)
+    fail("lanes of a warp at different operations");
   warp.name = name;
   warp.arguments[place.thread % 32] = argument;
   if (++warp.arrived < 32) return wait_as(Fiber::waiting);
@@ -243,34 +254,30 @@ bool sync_block(bool x) {
   return m.any_result;
 }
 
-void check_shared(const void* p, int64_t bytes, const char* what) {
+void check_shared(const void* p, int64_t bytes, int64_t alignment, const char* what) {
   const char* at = static_cast<const char*>(p);
   if (at < m.shared || at + bytes > m.shared + m.shared_bytes)
     fail((std::string(what) + ": outside shared memory").c_str());
-  if (reinterpret_cast<uintptr_t>(p) % 16 != 0) fail((std::string(what) + ": misaligned").c_str());
+  if (reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(alignment) != 0)
+    fail((std::string(what) + ": misaligned").c_str());
 }
 
 void count_matrix(const void* const* rows) {
-  int most = 0;
-  for (int bank = 0; bank < 8; ++bank) {  // of 16 bytes
-    std::vector<uintptr_t> seen;
-    for (int i = 0; i < 8; ++i) {
-      const auto unit = reinterpret_cast<uintptr_t>(rows[i]) / 16;
-      if (unit % 8 == static_cast<uintptr_t>(bank) && std::find(seen.begin(), seen.end(), unit) == seen.end())
-        seen.push_back(unit);
-    }
-    most = std::max(most, static_cast<int>(seen.size()));
+  int places[8] = {};  // different ones in each bank of 16 bytes
+  for (int i = 0; i < 8; ++i) {
+    if (std::find(rows, rows + i, rows[i]) == rows + i) ++places[reinterpret_cast<uintptr_t>(rows[i]) / 16 % 8];
   }
   ++counts.matrix_rows;
-  counts.matrix_wavefronts += most;
+  counts.matrix_wavefronts += *std::max_element(places, places + 8);
 }
 
-void copy_async(void* shared, const void* global, bool valid) {
-  check_shared(shared, 16, "copy_async");
-  if (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0) fail("copy_async: misaligned source");
-  std::memset(shared, 0xff, 16);
-  current().groups.back().push_back({shared, valid ? global : nullptr, 16});
-  counts.copied_bytes += 16;
+void copy_async(void* shared, const void* global, bool valid, int bytes) {
+  const size_t size = static_cast<size_t>(bytes);
+  check_shared(shared, bytes, bytes, "copy_async");
+  if (valid && reinterpret_cast<uintptr_t>(global) % size != 0) fail("copy_async: misaligned source");
+  std::memset(shared, 0xff, size);
+  current().groups.back().push_back({shared, valid ? global : nullptr, size});
+  counts.copied_bytes += bytes;
 }
 void copy_commit() { current().groups.emplace_back(); }
 void copy_wait(int pending) {
@@ -308,7 +315,7 @@ void barrier_wait(void* barrier, int parity) {
   }
 }
 void copy_bulk(void* shared, const void* global, int64_t bytes, void* barrier) {
-  check_shared(shared, bytes, "copy_bulk");
+  check_shared(shared, bytes, 16, "copy_bulk");
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0 || bytes % 16 != 0) fail("copy_bulk: misaligned source or size");
   std::memset(shared, 0xff, static_cast<size_t>(bytes));
   state_of(barrier).copies.push_back({shared, global, static_cast<size_t>(bytes)});

@@ -20,6 +20,7 @@
 
 #define DIFFQKV_DEVICE inline
 #define DIFFQKV_UNROLL
+#define DIFFQKV_UNROLL_BY(n)
 
 namespace diffqkv::device {
 
@@ -46,15 +47,16 @@ struct Place {
 };
 extern Place place;  // of the running fiber
 extern Counts counts;
+extern const std::vector<float> halves;  // by their bits
 
 // Stops the emulation with an error.
 [[noreturn]] void fail(const char* what);
 // Comes to an operation of the warp; `act` runs once, with the arguments of all 32 lanes.
 void together(const char* name, void* argument, void (*act)(void* const* arguments));
 bool sync_block(bool x);
-void check_shared(const void* p, int64_t bytes, const char* what);
+void check_shared(const void* p, int64_t bytes, int64_t alignment, const char* what);
 void count_matrix(const void* const* rows);
-void copy_async(void* shared, const void* global, bool valid);
+void copy_async(void* shared, const void* global, bool valid, int bytes);
 void copy_commit();
 void copy_wait(int pending);
 void barrier_init(void* barrier, int arrivals);
@@ -143,6 +145,8 @@ T load_shared_by_blocks(const T* p) {
 
 inline float exp2(float x) { return std::exp2(x); }
 inline float log2(float x) { return std::log2(x); }
+inline double exp2(double x) { return std::exp2(x); }
+inline double tanh(double x) { return std::tanh(x); }
 inline float tanh(float x) { return 1.0f - 2.0f / (exp2(2.88539008177792681f * x) + 1.0f); }
 inline float sqrt(float x) { return std::sqrt(x); }
 inline uint32_t bits_of(float x) {
@@ -173,7 +177,7 @@ void load(uint32_t (&r)[N], const void* row) {
     const void* rows[32];
     for (int i = 0; i < 32; ++i) {
       rows[i] = static_cast<Argument*>(all[i])->row;
-      check_shared(rows[i], 16, "load_matrices");
+      check_shared(rows[i], 16, 16, "load_matrices");
     }
     for (int m = 0; m < N; ++m) {
       count_matrix(rows + 8 * m);
@@ -246,14 +250,16 @@ struct F32 {
   static float get(T x) { return x; }
   static T put(float x) { return x; }
 };
+struct F64 {
+  using T = double;
+  static constexpr DType kDType = DType::f64;
+  static double get(T x) { return x; }
+  static T put(double x) { return x; }
+};
 struct F16 {
   using T = uint16_t;
   static constexpr DType kDType = DType::f16;
-  static float get(T x) {
-    _Float16 f;
-    std::memcpy(&f, &x, 2);
-    return float(f);
-  }
+  static float get(T x) { return emulator::halves[x]; }
   static T put(float x) {
     const _Float16 f = _Float16(x);
     T bits;
@@ -278,7 +284,12 @@ struct BF16 {
   }
 };
 
-inline void copy_async(void* shared, const void* global, bool valid) { emulator::copy_async(shared, global, valid); }
+inline void copy_async(void* shared, const void* global, bool valid) {
+  emulator::copy_async(shared, global, valid, 16);
+}
+inline void copy_async_8(void* shared, const void* global, bool valid) {
+  emulator::copy_async(shared, global, valid, 8);
+}
 inline void copy_commit() { emulator::copy_commit(); }
 template <int pending>
 void copy_wait() {
