@@ -34,16 +34,25 @@ double visible_pairs(const AttentionParams& p, double keys) {
   return std::max(0.0, ends - begins);
 }
 
+}  // namespace
+
+AttentionCost attention_cost(const AttentionParams& p, int64_t max_keys) {
+  const HeadGroups& heads = p.heads;
+  return {
+      2.0 * p.batch * heads.n_q * visible_pairs(p, double(max_keys)) * double(p.d_k + p.d_v),
+      double(dtype_size(p.q.dtype)) * p.batch *
+          (double(max_keys) * (heads.n_k * p.d_k + heads.n_v * p.d_v) + double(p.s_q) * heads.n_q * (p.d_k + p.d_v))};
+}
+
+namespace {
+
 // What both kernels share.
 AttentionPlan common_plan(const AttentionParams& p, int64_t max_keys) {
   AttentionPlan plan;
   plan.groups = p.heads.groups();
   plan.rows = p.heads.q_per_group() * p.s_q;
-  plan.flops = 2.0 * p.batch * p.heads.n_q * visible_pairs(p, double(max_keys)) * double(p.d_k + p.d_v);
-  const HeadGroups& heads = p.heads;
-  plan.bytes =
-      double(dtype_size(p.q.dtype)) * p.batch *
-      (double(max_keys) * (heads.n_k * p.d_k + heads.n_v * p.d_v) + double(p.s_q) * heads.n_q * (p.d_k + p.d_v));
+  const AttentionCost cost = attention_cost(p, max_keys);
+  plan.flops = cost.flops, plan.bytes = cost.bytes;
   return plan;
 }
 

@@ -23,6 +23,13 @@ enum class AttentionKernel : int32_t {
   plain = 2,  // item = q head, a row of scores at a time: float64
 };
 
+// Arithmetic of the (query, key) pairs that the window lets through, and every operand read or written once.
+struct AttentionCost {
+  double flops = 0, bytes = 0;
+};
+// max_keys: the longest sequence of the call.
+DIFFQKV_API AttentionCost attention_cost(const AttentionParams& params, int64_t max_keys);
+
 struct AttentionPlan {
   AttentionKernel kernel = AttentionKernel::block;
   int64_t groups = 0;          // KV groups per batch entry
