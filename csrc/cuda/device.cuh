@@ -83,6 +83,7 @@ DIFFQKV_DEVICE float exp2(float x) {
 }
 DIFFQKV_DEVICE float log2(float x) { return __log2f(x); }
 DIFFQKV_DEVICE double exp2(double x) { return ::exp2(x); }
+DIFFQKV_DEVICE double log2(double x) { return ::log2(x); }
 DIFFQKV_DEVICE double tanh(double x) { return ::tanh(x); }
 // To about 2e-7: a softcap's rounding, at a few instructions.
 DIFFQKV_DEVICE float tanh(float x) { return 1.0f - __fdividef(2.0f, exp2(2.88539008177792681f * x) + 1.0f); }

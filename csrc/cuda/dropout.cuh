@@ -2,7 +2,7 @@
 // each; row: batch entry * n_q + q head; draw: key / 8.
 #pragma once
 #include "core/philox.h"
-#include "cuda/device.cuh"
+#include "cuda/tile.cuh"
 
 namespace diffqkv::device {
 
@@ -36,20 +36,7 @@ DIFFQKV_DEVICE bool keeps(const Dropout& dropout, const uint32_t (&words)[4], in
 DIFFQKV_DEVICE void dropout_words_of_columns(const Dropout& dropout, int64_t row, int64_t query, int64_t first_draw,
                                              uint32_t (&words)[4]) {
   dropout_words(dropout, row, query, first_draw + lane() % 4, words);
-  // A transposition of the 4 x 4 words of the four lanes: first of its 2 x 2 blocks, then within them.
-  DIFFQKV_UNROLL
-  for (int step = 2; step > 0; step /= 2) {
-    const bool upper = lane() & step;
-    DIFFQKV_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      if (i & step) continue;
-      const uint32_t got = shuffle_xor(upper ? words[i] : words[i | step], step);
-      if (upper)
-        words[i] = got;
-      else
-        words[i | step] = got;
-    }
-  }
+  transpose_words(words);
 }
 
 }  // namespace diffqkv::device

@@ -6,11 +6,50 @@
 
 namespace diffqkv::device {
 
-// Starts a copy of a piece, zeros where it is not valid. Sources that are not aligned to 16 bytes are copied at once,
-// element by element.
-DIFFQKV_DEVICE void copy_piece(uint16_t* shared, const uint16_t* global, bool valid, bool aligned) {
-  if (aligned) return copy_async(shared, global, valid);
+// The elements of a piece one by one, at once; zeros where it is not valid.
+DIFFQKV_DEVICE void copy_elements(uint16_t* shared, const uint16_t* global, bool valid) {
+  DIFFQKV_UNROLL_BY(1)
   for (int i = 0; i < kPiece; ++i) shared[i] = valid ? global[i] : uint16_t(0);
+}
+// Starts a copy of a piece where the source is aligned to 16 bytes.
+DIFFQKV_DEVICE void copy_piece(uint16_t* shared, const uint16_t* global, bool valid, bool aligned) {
+  if (aligned)
+    copy_async(shared, global, valid);
+  else
+    copy_elements(shared, global, valid);
+}
+
+struct alignas(16) Piece {
+  uint32_t words[4];
+};
+DIFFQKV_DEVICE void store_piece(uint16_t* global, const Piece& piece, bool aligned) {
+  if (aligned) {
+    *reinterpret_cast<Piece*>(global) = piece;
+    return;
+  }
+  DIFFQKV_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    global[2 * i] = static_cast<uint16_t>(piece.words[i]);
+    global[2 * i + 1] = static_cast<uint16_t>(piece.words[i] >> 16);
+  }
+}
+
+// Four neighbouring lanes exchange words: afterwards words[i] of lane j is what words[j] of lane i was. So four
+// accumulator tiles of 8 columns, a word each of a lane's two columns, become one whole tile to a lane.
+DIFFQKV_DEVICE void transpose_words(uint32_t (&words)[4]) {
+  DIFFQKV_UNROLL
+  for (int step = 2; step > 0; step /= 2) {  // 2 x 2 blocks of words, then the words of each
+    const bool upper = lane() & step;
+    DIFFQKV_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if (i & step) continue;
+      const uint32_t got = shuffle_xor(upper ? words[i] : words[i | step], step);
+      if (upper)
+        words[i] = got;
+      else
+        words[i | step] = got;
+    }
+  }
 }
 
 }  // namespace diffqkv::device

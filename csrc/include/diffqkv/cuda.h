@@ -3,6 +3,7 @@
 // header here. A stream is a cudaStream_t; the current device must be the stream's.
 #pragma once
 #include "diffqkv/cuda_decode_plan.h"
+#include "diffqkv/cuda_prefill_plan.h"
 #include "diffqkv/device_facts.h"
 #include "diffqkv/params.h"
 
@@ -22,6 +23,10 @@ DIFFQKV_API int cuda_swiglu_backward(const SwigluParams& p, const DeviceFacts& f
 // plan.workspace_floats floats, aligned to 16 bytes. tickets: plan.tickets zeros, which are zeros again afterwards.
 DIFFQKV_API int cuda_decode_attention(const AttentionParams& p, const CudaDecodePlan& plan, void* workspace,
                                       uint32_t* tickets, void* stream);
+
+// K in rows. plan: plan_cuda_prefill of the same params. Head dimensions up to kMaxHeadDim, sequences up to
+// kMaxPrefillTokens; cudaErrorInvalidValue beyond them, cudaErrorInvalidConfiguration for 2^31 blocks or more.
+DIFFQKV_API int cuda_flash_attention(const AttentionParams& p, const CudaPrefillPlan& plan, void* stream);
 
 // Zeros for the tickets of a kernel about to be launched on the current device, whose number this is; null where the
 // caller has to bring zeros of its own. captured: the launch becomes part of a graph.

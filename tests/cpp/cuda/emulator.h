@@ -146,6 +146,7 @@ T load_shared_by_blocks(const T* p) {
 inline float exp2(float x) { return std::exp2(x); }
 inline float log2(float x) { return std::log2(x); }
 inline double exp2(double x) { return std::exp2(x); }
+inline double log2(double x) { return std::log2(x); }
 inline double tanh(double x) { return std::tanh(x); }
 inline float tanh(float x) { return 1.0f - 2.0f / (exp2(2.88539008177792681f * x) + 1.0f); }
 inline float sqrt(float x) { return std::sqrt(x); }
