@@ -1,8 +1,15 @@
 // The ops' C++ functions on CUDA tensors, beside those of ops.h.
 #pragma once
-#include "ops/torch_compat.h"
+#include "ops/attention_options.h"
 
 namespace diffqkv {
+
+std::tuple<Tensor, Tensor> flash_attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                DIFFQKV_OPTION_PARAMETERS);
+// max_seqlen_q and max_seqlen_k are believed. With DIFFQKV_DEBUG=1 in the environment the call reads cu_seqlens back,
+// and throws before it writes.
+std::tuple<Tensor, Tensor> flash_attention_varlen_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                       DIFFQKV_PACKED_PARAMETERS, DIFFQKV_OPTION_PARAMETERS);
 
 // Never synchronises: a token whose position is out of range or unmapped is not written. With DIFFQKV_DEBUG=1 in the
 // environment the call reads positions and block table back, and throws before it writes.

@@ -1,6 +1,8 @@
 #include "ops/ops_cuda.h"
 
 STABLE_TORCH_LIBRARY_IMPL(diffqkv, CUDA, m) {
+  DIFFQKV_IMPL(m, flash_attention, diffqkv::flash_attention_cuda);
+  DIFFQKV_IMPL(m, flash_attention_varlen, diffqkv::flash_attention_varlen_cuda);
   DIFFQKV_IMPL(m, decode_attention, diffqkv::decode_attention_cuda);
   DIFFQKV_IMPL(m, kv_cache_update, diffqkv::kv_cache_update_cuda);
   DIFFQKV_IMPL(m, swiglu, diffqkv::swiglu_cuda);
