@@ -1,4 +1,3 @@
-#include "diffqkv/cuda_decode_plan.h"
 #include "ops/cuda_call.h"
 #include "ops/ops.h"
 #include "ops/ops_cuda.h"
@@ -21,12 +20,7 @@ std::tuple<Tensor, Tensor> decode_attention_cuda(const Tensor& q, const Tensor& 
   if (call.debugging())
     check_cached_contents(cached, on_host(cache_seqlens), on_host(cache_start), on_host(block_table));
   cached.allocate(q);
-  const AttentionParams& p = cached.params;
-
-  const CudaDecodePlan plan = plan_cuda_decode(p, call.facts());
-  Tensor workspace = torch::stable::new_empty(q, {plan.workspace_floats}, ScalarType::Float);
-  const CudaTickets tickets(call, q, plan.tickets);
-  call.check(cuda_decode_attention(p, plan, workspace.data_ptr(), tickets.first(), call.stream()));
+  run_attention_cuda(call, cached.params, q);
   return {cached.out, cached.lse};
 }
 

@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor> forward(const char* op, const Tensor& q, const Tensor
     check_sequences({cu_seqlens_q, cu_seqlens_k, packed->max_seqlen_q, packed->max_seqlen_k}, q, k);
   }
   const AttentionResults results = new_results(q, p);
-  call.check(cuda_flash_attention(p, plan_cuda_prefill(p, call.facts()), call.stream()));
+  run_attention_cuda(call, p, q);
   return {results.out, results.lse};
 }
 

@@ -4,6 +4,8 @@
 
 namespace diffqkv {
 
+class CudaCall;
+
 std::tuple<Tensor, Tensor> flash_attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
                                                 DIFFQKV_OPTION_PARAMETERS);
 // max_seqlen_q and max_seqlen_k are believed. With DIFFQKV_DEBUG=1 in the environment the call reads cu_seqlens back,
@@ -25,5 +27,8 @@ std::tuple<Tensor, Tensor> decode_attention_cuda(const Tensor& q, const Tensor& 
                                                  const std::optional<Tensor>& sinks);
 Tensor swiglu_cuda(const Tensor& gate, const Tensor& up);
 std::tuple<Tensor, Tensor> swiglu_backward_cuda(const Tensor& dout, const Tensor& gate, const Tensor& up);
+
+// Plans and launches an attention whose params are complete.
+void run_attention_cuda(const CudaCall& call, const AttentionParams& p, const Tensor& q);
 
 }  // namespace diffqkv
