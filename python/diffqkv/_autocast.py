@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _library
 
-_OPS = ("flash_attention", "flash_attention_varlen")
+OPS = ("flash_attention", "flash_attention_varlen")
 _CAST = ("q", "k", "v", "sinks")
 _KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
@@ -21,6 +21,12 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def compute_dtype(op: str, x: Tensor) -> torch.dtype:
+    """In which op computes on x."""
+    dtype = autocast_dtype(x.device.type) if op in OPS and x.is_floating_point() and x.dtype != torch.float64 else None
+    return x.dtype if dtype is None else dtype
 
 
 def cast(x: Any, dtype: torch.dtype) -> Any:
@@ -49,7 +55,7 @@ def outside_autocast(function: Callable) -> Callable:
         dtype = autocast_dtype(device)
         if dtype is None:
             return function(q, *args, **options)
-        if function.__name__ in _OPS:
+        if function.__name__ in OPS:
             q, k, v, sinks = _cast_inputs(dtype, q, *args[:2], options.get("sinks"))
             args, options = (k, v, *args[2:]), options | {"sinks": sinks}
         with torch.autocast(device, enabled=False):
@@ -78,6 +84,6 @@ def _register(name: str, device: str, key: str) -> None:
 if _library.loaded:
     # torch.library.register_autocast knows one dtype, whatever autocast's is.
     _LIBRARY = torch.library.Library("diffqkv", "IMPL")
-    for _name in _OPS:
+    for _name in OPS:
         for _device, _key in _KEYS.items():
             _register(_name, _device, _key)

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from . import _library
+from . import _dispatch, _library
+from ._dispatch import OPS
 from ._version import __version__
 
 try:
@@ -16,27 +17,16 @@ except ImportError as error:
 else:
     _core_reason = None
 
-_OPS = (
-    "flash_attention",
-    "flash_attention_varlen",
-    "decode_attention",
-    "kv_cache_update",
-    "selective_v_attention",
-    "swiglu",
-)
 _KERNEL, _COMPOSED = "compiled kernel", "plain torch"
 
 
 def _cuda_path(op: str) -> str:
-    if not _library.has_kernel(op, "cuda"):
-        return f"{_COMPOSED} (no CUDA kernel in the library)"
-    if op == "kv_cache_update" and _library.CUDA_UNTESTED:
-        return f"{_KERNEL} (never run on a GPU)"
-    return f"{_COMPOSED} (the CUDA kernel has never run on a GPU; DIFFQKV_CUDA_UNTESTED=1 uses it)"
+    runs, remark = _dispatch.cuda_path(op)
+    return (_KERNEL if runs else _COMPOSED) + (f" ({remark})" if remark else "")
 
 
 def _cuda_archs() -> list[str] | None:
-    if not any(_library.has_kernel(op, "cuda") for op in _OPS):
+    if not any(_library.has_kernel(op, "cuda") for op in OPS):
         return []
     return None if _core is None else _core.cuda_archs()
 
@@ -62,7 +52,7 @@ def config() -> dict[str, Any]:
         "cpu_isa": _core.cpu_isa() if _library.loaded and _core is not None else None,
         "cuda_archs": _cuda_archs(),
         "device": _device(),
-        "ops": {op: {"cpu": _KERNEL if _library.loaded else _COMPOSED, "cuda": _cuda_path(op)} for op in _OPS},
+        "ops": {op: {"cpu": _KERNEL if _library.loaded else _COMPOSED, "cuda": _cuda_path(op)} for op in OPS},
     }
 
 

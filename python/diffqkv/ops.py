@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from . import _library, composed
+from . import _dispatch, _library, composed
 from ._checks import PANELS, ROWS, wrong
 from .reference import SelectiveVStats
 
@@ -78,10 +78,10 @@ def _call(op: Callable, *args: Any, **kwargs: Any) -> Any:
         raise translated from None
 
 
-def _has_kernel(name: str, x: Tensor, devices: frozenset[str] = _library.DEVICES) -> bool:
+def _uses_kernel(op: str, name: str, x: Tensor, *inputs: Tensor | None, k_layout: int = ROWS) -> bool:
     if not isinstance(x, Tensor):
         raise wrong(name, type(x).__name__, "a Tensor", TypeError)
-    return x.device.type in devices
+    return _dispatch.uses_kernel(op, x, *inputs, k_layout=k_layout)
 
 
 def _choice(name: str, value: str, choices: dict[str, int]) -> int:
@@ -202,7 +202,7 @@ def flash_attention(
         ValueError, TypeError: an argument is wrong; torch.compile traces dropout without a seed.
         NotImplementedError: the gradient of a gradient is asked for.
     """
-    run = _has_kernel("q", q)
+    run = _uses_kernel("flash_attention", "q", q, k, v, sinks)
     options = {
         "causal": causal,
         "softmax_scale": softmax_scale,
@@ -262,7 +262,7 @@ def flash_attention_varlen(
             cu_seqlens_q and cu_seqlens_k are checked on the CPU.
         NotImplementedError: the gradient of a gradient, or torch.vmap.
     """
-    run = _has_kernel("q", q)
+    run = _uses_kernel("flash_attention_varlen", "q", q, k, v, sinks)
     for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         _integer(name, value, 0)
     args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -323,7 +323,7 @@ def decode_attention(
             cache_seqlens, cache_start and block_table are checked on the CPU.
     """
     layout = _choice("k_layout", k_layout, _LAYOUTS)
-    run = _has_kernel("q", q)
+    run = _uses_kernel("decode_attention", "q", q, k_layout=layout)
     if torch.is_grad_enabled():
         _refuse_gradients("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache, sinks=sinks)
     options = {
@@ -372,7 +372,7 @@ def kv_cache_update(
             DIFFQKV_DEBUG=1 asks for the check, which synchronises.
     """
     layout = _choice("k_layout", k_layout, _LAYOUTS)
-    run = _has_kernel("k_cache", k_cache, _library.UPDATE_DEVICES)
+    run = _uses_kernel("kv_cache_update", "k_cache", k_cache, k_layout=layout)
     if torch.is_grad_enabled():
         _refuse_gradients("kv_cache_update", k_cache=k_cache, v_cache=v_cache, k=k, v=v, cos=cos, sin=sin)
     options = {"cos": cos, "sin": sin, "block_table": block_table, "v_stats": v_stats, "k_layout": layout}
@@ -436,7 +436,7 @@ def selective_v_attention(
     _integer("top_k", top_k, 1)
     _integer("keep_first", keep_first, 0)
     _integer("keep_last", keep_last, 0)
-    run = _has_kernel("q", q)
+    run = _uses_kernel("selective_v_attention", "q", q, k_layout=layout)
     if torch.is_grad_enabled():
         _refuse_gradients("selective_v_attention", q=q, k_cache=k_cache, v_cache=v_cache, v_stats=v_stats)
     out, *stats = _call(
@@ -472,6 +472,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Raises:
         ValueError, TypeError: an argument is wrong.
     """
-    if _has_kernel("gate", gate):
+    if _uses_kernel("swiglu", "gate", gate, up):
         return _call(_SWIGLU, gate, up)
     return composed.swiglu(gate, up)

@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 from transformers.utils import logging
 
 from .._autocast import autocast_dtype, cast
-from .._library import DEVICES
+from .._dispatch import uses_kernel
 from ..ops import decode_attention, flash_attention, flash_attention_varlen, selective_v_attention
 from ..reference import group
 from .mask import Packing, read_spans
@@ -87,9 +87,8 @@ def diffqkv_attention(
     wants_weights = kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False)
     inputs = (query, key, value) if s_aux is None else (query, key, value, s_aux)
     records_graph = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    is_left_to_torch = is_compiling and (
-        dropout or records_graph and not is_prompt or packing is not None and query.device.type not in DEVICES
-    )
+    packs_in_torch = packing is not None and not uses_kernel("flash_attention_varlen", *inputs)
+    is_left_to_torch = is_compiling and (dropout or records_graph and not is_prompt or packs_in_torch)
     if is_dense or wants_weights or is_left_to_torch:
         if is_dense and not is_compiling:
             logger.warning_once(
