@@ -1,31 +1,29 @@
-"""What a stage is given: the device, the op, the reference, and a place for its results."""
+"""What a stage is given: the device, the ops, and a place for its results."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
+from diffqkv import _dispatch
+
+from .problems import SUBJECTS, Problem
+
 REPOSITORY = Path(__file__).resolve().parents[2]
+_TOO_MANY = 100
 
 
-def load_reference() -> ModuleType:
-    """`diffqkv.reference` by its file, without the package, which would load a library of its own."""
-    path = REPOSITORY / "python" / "diffqkv" / "reference.py"
-    spec = importlib.util.spec_from_file_location("diffqkv_reference", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+class TooManyFailures(Exception):
+    """There is no point in going on."""
 
 
 class Context:
     """`result` is what the stage reports; `save` keeps it in case the stage does not come to its end."""
 
-    def __init__(self, library: Path, device: str, write: Callable[[dict], None]):
-        self.library = library
+    def __init__(self, device: str, write: Callable[[dict], None]):
         self.device = torch.device(device)
         self.failures: list[str] = []
         self.result: dict = {}
@@ -35,17 +33,44 @@ class Context:
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
 
-    def load_op(self) -> Callable[..., None]:
-        """kv_cache_update of the library; an error if it has none for this device."""
-        torch.ops.load_library(self.library)
-        key = self.device.type.upper()
-        if not torch._C._dispatch_has_kernel_for_dispatch_key("diffqkv::kv_cache_update", key):
-            raise RuntimeError(f"{self.library} has no {key} kernel of kv_cache_update")
-        return torch.ops.diffqkv.kv_cache_update.default
+    def op(self, name: str) -> Callable:
+        """Of the library, by its schema."""
+        return getattr(torch.ops.diffqkv, name).default
+
+    def dtypes(self, name: str) -> tuple[torch.dtype, ...]:
+        """bfloat16 first."""
+        known = _dispatch.CUDA_DTYPES[name.removesuffix("_backward")] if self.on_gpu else _dispatch.DTYPES
+        return tuple(sorted(known, key=lambda dtype: dtype != torch.bfloat16))
+
+    def problems(self, name: str, *, stable: bool = False) -> list[tuple[str, Callable[[], Problem]]]:
+        """What the op is tried with: a text and a function that makes it."""
+        subject = SUBJECTS[name]
+        cases = (subject.stable_cases if stable else subject.cases)(self.dtypes(name), self.on_gpu)
+        return [
+            (str(case), lambda case=case, seed=seed: subject.make(case, seed, self.device))
+            for seed, case in enumerate(cases)
+        ]
+
+    def poison(self, nbytes: int = 64 << 20) -> None:
+        """Makes it likely that the memory an op allocates next holds NaN."""
+        if self.on_gpu:
+            for size in (nbytes, 1 << 20, 1 << 16):  # of each pool of the allocator
+                torch.full((size // 4,), float("nan"), device=self.device)
+
+    def synchronize(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
 
     def fail(self, text: str) -> None:
         self.failures.append(text)
         self.save()
+        if len(self.failures) >= _TOO_MANY:
+            raise TooManyFailures
+
+    def run(self, function: Callable[..., None], *arguments: object) -> None:
+        with suppress(TooManyFailures):
+            function(self, *arguments)
+        self.finish()
 
     def save(self) -> None:
         partial = {"status": "error", "reason": "ended early"} | self.result

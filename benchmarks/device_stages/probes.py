@@ -8,10 +8,14 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from datetime import datetime, timezone
+from pathlib import Path
 
 import torch
 
+from diffqkv import _library
+
 from .context import REPOSITORY, Context
+from .problems import SUBJECTS
 
 GIB = 1 << 30
 
@@ -23,16 +27,20 @@ def _output(*command: str) -> str:
         return "unknown"
 
 
-def environment(context: Context) -> None:
+def environment(context: Context, commit: str | None) -> None:
+    if not _library.loaded:
+        raise RuntimeError(_library.reason)
+    library = Path(_library.path)
     facts = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "library": str(context.library),
-        "library_sha256": hashlib.sha256(context.library.read_bytes()).hexdigest(),
-        "commit": _output("git", "-C", str(REPOSITORY), "rev-parse", "HEAD"),
+        "library": str(library),
+        "library_sha256": hashlib.sha256(library.read_bytes()).hexdigest(),
+        "commit": commit or _output("git", "-C", str(REPOSITORY), "rev-parse", "HEAD"),
     }
     context.result["environment"] = facts
+    context.result["kernels"] = {op: _library.has_kernel(op, context.device.type) for op in SUBJECTS}
     if not context.on_gpu:
         return
     if not torch.cuda.is_available():
@@ -46,6 +54,7 @@ def environment(context: Context) -> None:
         "memory_gib": round(properties.total_memory / GIB, 1),
         "l2_mib": properties.L2_cache_size >> 20,
         "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "compute_sanitizer": shutil.which("compute-sanitizer") or "not on PATH",
     }
@@ -86,3 +95,5 @@ def probes(context: Context) -> None:
     n = 8192
     a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     context.result["bf16_tflops"] = 2 * n**3 / median_ms(lambda: a @ b) / 1e9
+    clocks = ("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,temperature.gpu,power.draw", "--format=csv,noheader")
+    context.result["clocks"] = _output(*clocks)  # just after the product

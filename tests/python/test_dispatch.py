@@ -212,7 +212,12 @@ def test_another_library(tmp_path):
     """DIFFQKV_LIBRARY names one that was built elsewhere."""
     library = tmp_path / "elsewhere.so"
     library.symlink_to(_library.path)
-    code = "import sys; sys.modules['transformers'] = None; import diffqkv; c = diffqkv.config(); print(c['library'], c['reason'])"
+    code = """
+import sys
+sys.modules["transformers"] = None
+import diffqkv
+print(diffqkv.config()["library"], diffqkv.config()["reason"])
+"""
     for path, expected in ((library, f"{library} None"), (tmp_path / "none.so", "None DIFFQKV_LIBRARY: got .*none.so")):
         environment = os.environ | {"PYTHONPATH": str(ROOT / "python"), "DIFFQKV_LIBRARY": str(path)}
         run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

@@ -1,0 +1,361 @@
+"""decode_attention and selective_v_attention on caches whose unused slots, pages and gaps are NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import gcd
+from random import Random
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffqkv import reference
+
+from ..compare import far, inaccurate
+from .base import HEADS, NAN, UNUSED_BLOCK, Case, Problem, Source, Subject, draws, rarely, some_dims
+
+_CAPACITIES = {True: (33, 64, 200, 500, 1100, 4096, 20000), False: (33, 64, 200, 300)}
+_TAILS = ("drop", "renorm", "mean")
+
+
+@dataclass(frozen=True)
+class CachedCase(Case):
+    batch: int = 2
+    s_q: int = 1
+    capacity: int = 200
+    page: int = 0  # tokens; 0: not paged
+    memory: str = "heads first"  # as diffqkv.Cache has it, or "tokens first"
+    gap: int = 0  # elements of NaN behind every row
+    padded: bool = False  # on the left
+    full: bool = False  # every entry has `capacity` tokens
+    scale: float | None = None
+
+
+@dataclass(frozen=True)
+class DecodeCase(CachedCase):
+    window: int = -1
+    softcap: float = 0.0
+    sinks: bool = False
+
+
+@dataclass(frozen=True)
+class SelectiveCase(CachedCase):
+    top_k: int = 30
+    tail: str = "drop"
+    keep_first: int = 0
+    keep_last: int = 0
+    stats: bool = False
+    bound: bool = True
+    max_error: float | None = None
+    ties: bool = False  # scores are small integers
+
+
+class Cached(NamedTuple):
+    """The arguments, and the same tokens as dense K and V, zero where there are none."""
+
+    args: dict[str, Any]
+    k: Tensor
+    v: Tensor
+    visible: Tensor  # [b, 1, s_q, capacity]
+
+
+def _draw_cached(dtypes: Sequence[torch.dtype], on_gpu: bool, random: Random) -> dict[str, Any]:
+    capacity = random.choice(_CAPACITIES[on_gpu])
+    return {
+        "dtype": random.choice(dtypes),
+        "heads": random.choice(HEADS),
+        "dims": some_dims(random),
+        "batch": random.choice((1, 2, 5)) if capacity < 4096 else 1,
+        "s_q": random.choice((1, 1, 1, 2, 5, 16)),
+        "capacity": capacity,
+        "page": rarely(random, random.choice((16, 32, 64, 5)), 0, 0.4),
+        "memory": random.choice(("heads first", "tokens first")),
+        "gap": rarely(random, random.choice((8, 3)), 0),
+        "padded": rarely(random, True, False),
+        "scale": rarely(random, random.choice((0.2, -0.25)), None),
+    }
+
+
+def _draw_decode(dtypes: Sequence[torch.dtype], on_gpu: bool, random: Random) -> DecodeCase:
+    return DecodeCase(
+        **_draw_cached(dtypes, on_gpu, random),
+        window=rarely(random, random.choice((0, 9, 130)), -1),
+        softcap=rarely(random, 1.5, 0.0),
+        sinks=rarely(random, True, False),
+    )
+
+
+def _draw_selective(dtypes: Sequence[torch.dtype], on_gpu: bool, random: Random) -> SelectiveCase:
+    return SelectiveCase(
+        **_draw_cached(dtypes, on_gpu, random),
+        top_k=random.choice((1, 7, 30, 100, 250, 3000) if on_gpu else (1, 7, 30, 250)),
+        tail=random.choice(_TAILS),
+        keep_first=rarely(random, 4, 0),
+        keep_last=rarely(random, 5, 0),
+        stats=rarely(random, True, False),
+        bound=rarely(random, True, False, 0.6),
+        max_error=rarely(random, random.choice((1e-4, 0.3, 2.0)), None),
+        ties=rarely(random, True, False),
+    )
+
+
+def cached(case: CachedCase, source: Source, values: Callable[..., Tensor] | None = None) -> Cached:
+    """values(*shape) draws Q and K; normal by default."""
+    draw = values or partial(source.normal, dtype=case.dtype)
+    (n_q, n_k, n_v), (d_k, d_v) = case.heads, case.dims
+    b, capacity, device = case.batch, case.capacity, source.device
+    lengths = source.integers(0, capacity, b)
+    lengths[0] = capacity
+    if case.full:
+        lengths.fill_(capacity)
+    start = (torch.rand(b, generator=source.generator) * 0.5 * lengths).int() if case.padded else None
+    q, k = draw(b, n_q, case.s_q, d_k), draw(b, n_k, capacity, d_k)
+    v = source.normal(b, n_v, capacity, d_v, dtype=case.dtype)
+    slot = torch.arange(capacity)
+    empty = slot >= lengths[:, None]
+    if start is not None:
+        empty |= slot < start[:, None]
+    empty = empty[:, None, :, None].to(device)
+    k, v = k.masked_fill(empty, NAN), v.masked_fill(empty, NAN)
+
+    table = None
+    groups = gcd(n_k, n_v)
+    if case.page:
+        blocks = -(-capacity // case.page)
+        pool = 2 * b * blocks
+        table = source.permutation(pool)[: b * blocks].view(b, blocks).int()
+
+    def store(x: Tensor) -> Tensor:
+        if case.page:
+            padded = torch.nn.functional.pad(x, (0, 0, 0, blocks * case.page - capacity), value=NAN)
+            pages = x.new_full((pool, x.shape[1], case.page, x.shape[3]), NAN)
+            pages[table.long().to(device)] = padded.unflatten(2, (blocks, case.page)).transpose(1, 2)
+            x = pages
+        rows = reference.group(x, groups)
+        # As it lies in memory, with the gap; then in the order of the arguments.
+        if case.memory == "heads first":
+            rows = rows.transpose(2, 3)
+        stored = rows.new_full((*rows.shape[:-1], rows.shape[-1] + case.gap), NAN)
+        stored[..., : rows.shape[-1]] = rows
+        stored = stored[..., : rows.shape[-1]]
+        return stored.transpose(2, 3) if case.memory == "heads first" else stored
+
+    k_cache, v_cache = store(k), store(v)
+    if table is not None:
+        begin = torch.arange(blocks) * case.page
+        unused = begin >= lengths[:, None]
+        if start is not None:
+            unused |= begin + case.page <= start[:, None]
+        table = torch.where(unused, UNUSED_BLOCK, table).to(device)
+    lengths = lengths.to(device)
+    start = None if start is None else start.to(device)
+    args = {
+        "q": q, "k_cache": k_cache, "v_cache": v_cache, "cache_seqlens": lengths, "cache_start": start,
+        "block_table": table, "softmax_scale": case.scale,
+    }  # fmt: skip
+    visible = reference.visible_keys(case.s_q, capacity, lengths, causal=True, start=start, device=device)
+    return Cached(args, k.nan_to_num(0), v.nan_to_num(0), visible)
+
+
+class _OnCache(Subject):
+    def alone(self, problem: Problem, entry: int):
+        one, part = super().alone(problem, entry)
+        if problem.args["block_table"] is None:
+            for name in ("k_cache", "v_cache"):
+                one.args[name] = one.args[name][entry : entry + 1]
+        return one, part
+
+
+class Decode(_OnCache):
+    op = "decode_attention"
+    by_entry = dict.fromkeys(("q", "cache_seqlens", "cache_start", "block_table", "out", "lse"), 0)
+
+    def cases(self, dtypes: Sequence[torch.dtype], on_gpu: bool) -> list[DecodeCase]:
+        known = [
+            DecodeCase(dtypes[0]),
+            DecodeCase(dtypes[0], batch=5, s_q=3, padded=True, page=16),
+            DecodeCase(dtypes[0], (12, 6, 4), (64, 128), window=9, sinks=True, softcap=1.5),
+            DecodeCase(dtypes[-1], (8, 1, 8), (40, 56), s_q=16, memory="tokens first", gap=3, scale=-0.25),
+        ]
+        if on_gpu:  # many splits
+            known += [DecodeCase(dtype, capacity=70000, batch=1, dims=dims) for dtype in dtypes for dims in DIMS_LONG]
+        return known + draws(self.op, 300 if on_gpu else 10, partial(_draw_decode, dtypes, on_gpu))
+
+    def stable_cases(self, dtypes: Sequence[torch.dtype], on_gpu: bool) -> list[DecodeCase]:
+        plain = DecodeCase(dtypes[0], batch=3, capacity=9000 if on_gpu else 200)
+        paged = DecodeCase(dtypes[-1], (12, 4, 6), (64, 128), batch=3, s_q=3, page=32, padded=True, capacity=1500)
+        return [plain, paged]
+
+    def make(self, case: DecodeCase, seed: int, device: torch.device) -> Problem:
+        source = Source(seed, device)
+        cache = cached(case, source)
+        sinks = source.normal(case.heads[0]) if case.sinks else None
+        options = {"softcap": case.softcap, "sinks": sinks}
+        args = cache.args | options | {"window_left": case.window, "window_right": -1}
+        known = cache.args | options | {"window": (case.window, -1)}
+
+        def verify(results: dict[str, Tensor]) -> list[str]:
+            exact, exact_lse = reference.decode_attention(**known, return_lse=True, dtype=torch.float64)
+            low = reference.decode_attention(**known, dtype=case.dtype)
+            return inaccurate("out", results["out"], exact, low) + far("lse", results["lse"], exact_lse)
+
+        return Problem(self.op, case, args, ("out", "lse"), verify)
+
+
+DIMS_LONG = [(64, 64), (64, 128)]
+
+
+class Selective(_OnCache):
+    op = "selective_v_attention"
+    results = ("out", "lse", "kept_mass", "indices", "rows_used", "error_bound")
+    by_entry = dict.fromkeys(("q", "cache_seqlens", "cache_start", "block_table", "v_stats", *results), 0)
+
+    def cases(self, dtypes: Sequence[torch.dtype], on_gpu: bool) -> list[SelectiveCase]:
+        known = [
+            SelectiveCase(dtypes[0]),
+            SelectiveCase(dtypes[0], tail="renorm", ties=True, top_k=33),
+            SelectiveCase(dtypes[0], (12, 4, 6), batch=5, s_q=3, page=16, padded=True, tail="mean", stats=True),
+            SelectiveCase(dtypes[0], (12, 6, 4), (64, 128), keep_first=4, keep_last=5, top_k=7),
+            SelectiveCase(dtypes[-1], max_error=0.3, top_k=20),
+            SelectiveCase(dtypes[-1], (5, 1, 5), (40, 56), top_k=250, bound=False),
+        ]
+        if on_gpu:
+            known += [SelectiveCase(dtype, capacity=70000, batch=1, top_k=100) for dtype in dtypes]
+        return known + draws(self.op, 250 if on_gpu else 10, partial(_draw_selective, dtypes, on_gpu))
+
+    def stable_cases(self, dtypes: Sequence[torch.dtype], on_gpu: bool) -> list[SelectiveCase]:
+        capacity = 9000 if on_gpu else 200
+        ties = SelectiveCase(dtypes[0], batch=3, capacity=capacity, ties=True, top_k=100)
+        return [
+            ties,
+            SelectiveCase(dtypes[-1], (12, 4, 6), (64, 128), batch=3, s_q=3, page=32, padded=True, tail="mean"),
+        ]
+
+    def make(self, case: SelectiveCase, seed: int, device: torch.device) -> Problem:
+        source = Source(seed, device)
+
+        def small_integers(*shape: int) -> Tensor:
+            return source.integers(-2, 2, *shape).to(case.dtype).to(device)
+
+        cache = cached(case, source, small_integers if case.ties else None)
+        tokens = cache.args["cache_seqlens"] - (0 if cache.args["cache_start"] is None else cache.args["cache_start"])
+        stats = torch.cat([cache.v.float().sum(2), cache.v.float().norm(dim=-1).amax(2)[..., None]], dim=-1)
+        options = {"keep_first": case.keep_first, "keep_last": case.keep_last, "max_error": case.max_error}
+        options |= {"v_stats": stats.contiguous() if case.stats else None}
+        args = cache.args | options | {"top_k": case.top_k, "tail": _TAILS.index(case.tail), "return_bound": case.bound}
+
+        def verify(results: dict[str, Tensor]) -> list[str]:
+            return _Selection(case, cache, stats.double(), tokens).wrong_with(results)
+
+        return Problem(self.op, case, args, self.results, verify)
+
+
+class _Selection:
+    """The definition in float64, given which rows the op chose: near ties may go either way, all else follows."""
+
+    def __init__(self, case: SelectiveCase, cache: Cached, stats: Tensor, tokens: Tensor):
+        self.case, self.cache = case, cache
+        n_q = case.heads[0]
+        self.q, self.k = cache.args["q"], cache.k.repeat_interleave(n_q // cache.k.shape[1], dim=1)
+        self.v = cache.v.repeat_interleave(n_q // cache.v.shape[1], dim=1)
+        stats = stats.repeat_interleave(n_q // stats.shape[1], dim=1)
+        self.v_mean = (stats[..., :-1] / tokens.clamp_min(1)[:, None, None])[:, :, None]
+        self.v_norm = stats[..., -1:]
+        self.scale = case.dims[0] ** -0.5 if case.scale is None else case.scale
+        self.scores = self.q.double() @ self.k.double().transpose(2, 3)
+        self.visible = cache.visible.expand_as(self.scores)
+        self.count = self.visible.sum(-1)
+
+    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        scores = self.scores if dtype == torch.float64 else self.q @ self.k.transpose(2, 3)
+        logits = (scores.to(dtype) * self.scale).masked_fill(~self.visible, float("-inf"))
+        lse = logits.logsumexp(-1)
+        return (logits - lse.masked_fill(lse == float("-inf"), 0)[..., None]).exp(), lse
+
+    def out(self, used: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Without the rows that are not used, and the mass of those that are."""
+        kept = torch.where(used, self.weights(dtype)[0], 0)
+        mass = kept.sum(-1)
+        out = kept @ self.v.to(dtype)
+        if self.case.tail == "renorm":
+            out = torch.where(self.count[..., None] > 0, out / mass[..., None], out)
+        elif self.case.tail == "mean":
+            rest = torch.where(self.count > 0, 1 - mass, 0).clamp_min(0)
+            out = out + rest[..., None] * self.v_mean.to(dtype)
+        return out, mass
+
+    def wrong_with(self, results: dict[str, Tensor]) -> list[str]:
+        case, capacity = self.case, self.case.capacity
+        indices, rows_used = results["indices"], results["rows_used"].long()
+        exact_lse = self.weights(torch.float64)[1]
+        wrong = far("lse", results["lse"], exact_lse)
+        listed = indices >= 0
+        if indices.dtype != torch.int64 or indices.shape != (*self.count.shape, case.top_k):
+            return [*wrong, f"indices: {indices.dtype} {list(indices.shape)}"]
+        if not torch.equal(listed.sum(-1), self.count.clamp_max(case.top_k)):
+            return [*wrong, "indices: not min(top_k, visible keys) of them"]
+        if not bool(((indices[..., 1:] > indices[..., :-1]) | ~listed[..., 1:]).all()):
+            return [*wrong, "indices: not ascending, then -1"]
+        at = torch.where(listed, indices, capacity)
+        if int(at.max()) > capacity:
+            return [*wrong, f"indices: {int(at.max())} in a cache of {capacity}"]
+        best = torch.zeros(*self.count.shape, capacity + 1, dtype=torch.bool, device=at.device).scatter(-1, at, True)
+        best = best[..., :capacity]
+        if bool((best & ~self.visible).any()):
+            wrong.append("indices: a key that the query does not see")
+        wrong += self._wrong_choice(best)
+
+        rank = self.visible.cumsum(-1)
+        last = rank > self.count[..., None] - case.keep_last
+        used = best | self.visible & ((rank <= case.keep_first) | last)
+        dense = self.out(self.visible, torch.float64)[0]
+        distance = (results["out"].double() - dense).norm(dim=-1)
+        rounding = 2 * torch.finfo(case.dtype).eps * dense.norm(dim=-1) + 1e-5
+        if case.max_error is None:
+            if not torch.equal(rows_used, used.sum(-1)):
+                wrong.append("rows_used: not those listed and forced")
+            exact, mass = self.out(used, torch.float64)
+            mass = torch.where(rows_used == self.count, (self.count > 0).double(), mass)
+            factor = 3 if case.tail == "renorm" else 2  # a quotient of two sums
+            wrong += inaccurate("out", results["out"], exact, self.out(used, case.dtype)[0], factor)
+            wrong += far("kept_mass", results["kept_mass"], mass, 5e-5)
+        else:
+            if not bool((rows_used >= used.sum(-1)).all()) or not bool((rows_used <= self.count).all()):
+                wrong.append("rows_used: fewer than listed and forced, or more than there are")
+            if not bool((distance <= case.max_error + rounding).all()):
+                wrong.append(f"out: {float(distance.max()):.3g} from dense attention, allowed {case.max_error}")
+        return wrong + self._wrong_bound(results, distance, rounding)
+
+    def _wrong_choice(self, best: Tensor) -> list[str]:
+        if self.case.ties:  # exact in float32, so the order is total
+            sign = -1 if self.scale < 0 else 1
+            key = torch.where(self.visible, sign * self.scores, float("-inf"))
+            order = key.argsort(dim=-1, descending=True, stable=True)[..., : self.case.top_k]
+            want = torch.zeros_like(best).scatter(-1, order, True) & self.visible
+            return [] if torch.equal(best, want) else ["indices: ties are not broken by index"]
+        key = self.scores * (-1 if self.scale < 0 else 1)
+        worst_in = key.masked_fill(~best, float("inf")).amin(-1)
+        best_out = key.masked_fill(best | ~self.visible, float("-inf")).amax(-1)
+        slack = 4e-6 * self.q.double().norm(dim=-1) * self.k.double().norm(dim=-1).amax(-1, keepdim=True)
+        bad = int((worst_in < best_out - slack).sum())
+        return [f"indices: {bad} rows leave out a better one"] if bad else []
+
+    def _wrong_bound(self, results: dict[str, Tensor], distance: Tensor, rounding: Tensor) -> list[str]:
+        bound = results["error_bound"].double()
+        if not self.case.bound and self.case.max_error is None:
+            return [] if bool((bound == float("inf")).all()) else ["error_bound: not inf where it was not asked for"]
+        wrong = []
+        if not bool((distance <= bound + rounding).all()):
+            wrong.append("error_bound: below the error")
+        if self.case.max_error is not None and not bool((bound <= self.case.max_error).all()):
+            wrong.append("error_bound: above max_error")
+        radius = self.v_norm + {"drop": 0, "renorm": results["out"].double().norm(dim=-1)}.get(
+            self.case.tail, self.v_mean.norm(dim=-1)
+        )
+        most = (1 - results["kept_mass"].double()).clamp_min(0) * radius * 1.001 + 1e-4 * radius
+        if self.case.max_error is None and not bool((bound <= most).all()):
+            wrong.append("error_bound: more than the rest of the mass allows")
+        return wrong
