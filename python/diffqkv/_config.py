@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from . import _dispatch, _library
+from ._checks import wrong
 from ._dispatch import OPS
 from ._version import __version__
 
@@ -70,6 +71,29 @@ def show_config() -> None:
             print(f"  {op if device == 'cpu' else '':<22} {device:<5} {path}")
 
 
+def _gpu(device: str | torch.device) -> tuple[str, Any]:
+    """Name and facts of a GPU: one that is here, or one of those that the planners know by name."""
+    if str(device) in _core.GPUS:
+        return str(device), _core.GPUS[str(device)]
+    known = f"one of {', '.join(_core.GPUS)}"
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise wrong("device", repr(device), f"'cpu', a CUDA device, or {known}") from None
+    if device.type != "cuda":
+        raise NotImplementedError(f"explain: device {device} has no kernels; its ops run in plain torch")
+    if not torch.cuda.is_available():
+        raise wrong("device", f"{device}, of which there is none here", known)
+    properties = torch.cuda.get_device_properties(device)
+    facts = _core.DeviceFacts()
+    facts.multiprocessors = properties.multi_processor_count
+    facts.capability = 10 * properties.major + properties.minor
+    facts.shared_per_block = properties.shared_memory_per_block_optin
+    facts.shared_per_multiprocessor = properties.shared_memory_per_multiprocessor
+    facts.registers_per_multiprocessor = properties.regs_per_multiprocessor
+    return properties.name, facts
+
+
 def explain(
     n_q: int,
     n_k: int,
@@ -84,26 +108,36 @@ def explain(
 ) -> str:
     """How `flash_attention` or `decode_attention` would run a shape: the plan that the op itself makes, as text.
 
+    device: "cpu"; "cuda" for the GPU at hand; or a GPU by name, which need not be there: "h100", "h200", "a100",
+    "rtx4090".
+
     Raises:
-        ValueError: the head counts are no head map.
+        ValueError: the head counts are no head map; there is no such GPU.
         NotImplementedError: the device has no attention kernel.
         RuntimeError: this installation has no `diffqkv._core`.
     """
     if _core is None:
         raise RuntimeError(f"explain needs the compiled planner: {_core_reason}")
-    device = torch.device(device)
-    if device.type != "cpu":
-        raise NotImplementedError(f"explain: device {device} has no attention kernel; its ops run in plain torch")
     name = str(dtype).removeprefix("torch.")
     plan = _core.plan_attention(n_q, n_k, n_v, d_k, d_v, s_q, s_k, batch, name, torch.get_num_threads())
-    flops, size = plan["flops"], plan["bytes"]
-    lines = {
-        "shape": f"heads {n_q}/{n_k}/{n_v}, d_k {d_k}, d_v {d_v}, s_q {s_q}, s_k {s_k}, batch {batch}, {name}",
-        "kernel": f"{plan['kernel']} ({plan['isa']})",
-        "tiles": f"{plan['block_q']} queries x {plan['block_k']} keys",
-        "work": f"{plan['items']} items, split {plan['split']}, on {plan['threads']} threads",
-        "FLOPs": f"{flops:.4g}",
-        "bytes": f"{size:.4g} ({flops / max(size, 1):.3g} FLOP/byte)",
-        "bound by": plan["bound"],
-    }
+    lines = {"shape": f"heads {n_q}/{n_k}/{n_v}, d_k {d_k}, d_v {d_v}, s_q {s_q}, s_k {s_k}, batch {batch}, {name}"}
+    if str(device) == "cpu":
+        lines |= {
+            "kernel": f"{plan['kernel']} ({plan['isa']})",
+            "tiles": f"{plan['block_q']} queries x {plan['block_k']} keys",
+            "work": f"{plan['items']} items, split {plan['split']}, on {plan['threads']} threads",
+        }
+    else:
+        gpu, facts = _gpu(device)
+        op = "decode_attention" if plan["kernel"] == "split" else "flash_attention"
+        lines |= {
+            "device": f"{gpu}, {facts.multiprocessors} multiprocessors, compute capability {facts.capability / 10:.1f}",
+            "kernel": f"{op}: {_cuda_path(op)}",
+        }
+    lines["FLOPs"] = f"{plan['flops']:.4g}"
+    lines["bytes"] = f"{plan['bytes']:.4g} ({plan['flops'] / max(plan['bytes'], 1):.3g} FLOP/byte)"
+    if str(device) == "cpu":
+        lines["bound by"] = plan["bound"]
+    elif facts.bandwidth_gb_s:
+        lines["floor"] = f"{plan['bytes'] / facts.bandwidth_gb_s / 1e3:.3g} µs at {facts.bandwidth_gb_s} GB/s"
     return "\n".join(f"{key:<10}{value}" for key, value in lines.items())

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -14,7 +15,7 @@ from helpers import DTYPES, LAYOUTS, assert_accurate, cache_of, int32, qkv
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffqkv
-from diffqkv import _library, reference
+from diffqkv import _dispatch, _library, reference
 
 HEADS, DIMS = (8, 2, 4), (16, 24)
 
@@ -358,8 +359,37 @@ def test_config_and_explain(library):
     assert "block" in diffqkv.explain(32, 4, 16, 64, 64, 2048, 2048)
     with pytest.raises(ValueError, match=r"n_q: got .+, want"):
         diffqkv.explain(32, 5, 16, 64, 64, 1, 1)
-    with pytest.raises(NotImplementedError, match="cuda"):
-        diffqkv.explain(32, 4, 16, 64, 64, 1, 1, device="cuda")
+
+
+def test_explain_for_a_gpu(library, monkeypatch):
+    shape, options = (32, 4, 16, 64, 64, 1, 32768), {"dtype": torch.bfloat16}
+    text = diffqkv.explain(*shape, **options, device="h200")
+    assert "h200, 132 multiprocessors, compute capability 9.0" in text and "decode_attention: " in text
+    assert "17.5 µs at 4800 GB/s" in text  # 84 MB
+    assert "flash_attention: " in diffqkv.explain(32, 4, 16, 64, 64, 2048, 2048, **options, device="rtx4090")
+    for device, message in (("h1000", "device: got 'h1000', want 'cpu', a CUDA device, or one of h100, h200"),):
+        with pytest.raises(ValueError, match=message):
+            diffqkv.explain(*shape, **options, device=device)
+    with pytest.raises(NotImplementedError, match="mps"):
+        diffqkv.explain(*shape, **options, device="mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"device: got cuda, of which there is none here, want one of h100"):
+        diffqkv.explain(*shape, **options, device="cuda")
+    facts = {
+        "name": "A GPU",
+        "multi_processor_count": 7,
+        "major": 8,
+        "minor": 6,
+        "shared_memory_per_block_optin": 1,
+        "shared_memory_per_multiprocessor": 2,
+        "regs_per_multiprocessor": 3,
+    }
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**facts))
+    monkeypatch.setattr(_dispatch, "_is_new_enough", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    text = diffqkv.explain(*shape, **options, device="cuda")
+    assert "A GPU, 7 multiprocessors, compute capability 8.6" in text and "floor" not in text
 
 
 def test_instruction_set_objects_have_no_symbol_that_the_linker_could_share():
