@@ -2,7 +2,7 @@
 
     python benchmarks/device_check.py --library build/libdiffqkv.so --out report/
 
-Needs torch >= 2.11, numpy and a libdiffqkv.so, which may have been built elsewhere; the package need not be installed.
+Needs torch >= 2.11 and a libdiffqkv.so, which may have been built elsewhere; the package need not be installed.
 Stages run in the order of their importance, each op in a process of its own with a time limit: neither a crash nor a
 hang takes the others along, and the report (device_check.json, device_check.md) is rewritten after each. An op that
 fails the first small call is not tried further; speed is measured of ops only whose results are right.

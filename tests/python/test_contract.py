@@ -288,6 +288,30 @@ def test_symbols(library):
     assert cuda.get("aoti_torch_get_current_cuda_stream", "w") == "w", cuda
 
 
+LARGEST = 40 * 2**20  # bytes, with the CUDA kernels of all architectures
+
+
+def test_size(library):
+    assert Path(_library.path).stat().st_size < LARGEST
+    has_machine_code = ".nv_fatbin" in tool("readelf", "--sections", "--wide", _library.path)
+    assert has_machine_code == any(_library.has_kernel(op, "cuda") for op in _dispatch.OPS)
+
+
+def test_loading_leaves_the_driver_alone(library):
+    """There may be none; where there is one, a process that only computes on the CPU must not start it."""
+    code = """
+import sys
+import torch
+def loaded():
+    return {line.split()[-1] for line in open("/proc/self/maps") if "cuda" in line.split()[-1]}
+before = loaded()
+torch.ops.load_library(sys.argv[1])
+torch.ops.diffqkv.swiglu(torch.ones(8), torch.ones(8))
+print("new:", *(loaded() - before))
+"""
+    assert tool(sys.executable, "-c", code, _library.path).strip() == "new:"
+
+
 def test_exports_nothing_but_our_own(library):
     exported = tool("nm", "--dynamic", "--defined-only", "--demangle", _library.path).splitlines()
     foreign = [line for line in exported if "diffqkv" not in line]

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from diffqkv import _dispatch
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -36,6 +38,14 @@ def test_commands_exist():
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
 def test_links_lead_somewhere(target):
     assert (ROOT / target).exists()
+
+
+def test_no_kernel_is_claimed_to_run_on_a_gpu_that_has_not():
+    rows = re.findall(r"^\| (`\w+`.*?) \| kernel, tested \| (.+) \|$", README, re.MULTILINE)
+    named = {op: cell for ops, cell in rows for op in re.findall(r"`(\w+)`", ops)}
+    assert set(named) == set(_dispatch.OPS)
+    for op, cell in named.items():
+        assert ("compiled, not run on a GPU" in cell) == (op not in _dispatch.CUDA_TESTED), op
 
 
 def test_settings_are_read_somewhere():
