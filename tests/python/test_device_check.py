@@ -133,6 +133,7 @@ def test_neither_a_crash_nor_a_hang_takes_the_others_along(tmp_path, monkeypatch
 
 
 def break_op(name, broken, monkeypatch):
+    from device_stages import context
     from device_stages.context import Context
 
     real = Context.op
@@ -141,6 +142,7 @@ def break_op(name, broken, monkeypatch):
         return partial(broken, real(self, asked)) if asked == name else real(self, asked)
 
     monkeypatch.setattr(Context, "op", op)
+    monkeypatch.setattr(context, "_TOO_MANY", 2)  # enough
 
 
 def run_stage(stage, name, monkeypatch, broken=None):

@@ -121,20 +121,27 @@ def test_panels_are_for_plain_torch(kernels):
 
 @pytest.mark.parametrize("op", _dispatch.OPS)
 def test_float32(kernels, op):
-    assert path_of(op, dtype=F32) == (KERNEL if op in ("kv_cache_update", "swiglu") else PLAIN)
+    assert path_of(op, dtype=F32) == (PLAIN if op == "decode_attention" else KERNEL)
+
+
+def test_many_queries(kernels):
+    with FakeTensorMode():
+        for queries, runs in ((1, True), (16, True), (17, False)):
+            q = torch.empty(2, 8, queries, 64, dtype=BF16, device="cuda")
+            assert _dispatch.uses_kernel("decode_attention", q) == runs
+            assert _dispatch.uses_kernel("flash_attention", q)
 
 
 def test_autocast_decides_on_the_dtype(kernels, monkeypatch):
     monkeypatch.setattr(torch.amp, "is_autocast_available", lambda device: True)
+    monkeypatch.setitem(_dispatch.CUDA_DTYPES, "flash_attention", (BF16,))
     before = torch.get_autocast_dtype("cuda")
     with FakeTensorMode():
         x = torch.empty(1, 4, 3, 16, device="cuda")
-        assert not _dispatch.uses_kernel("flash_attention", x)
         torch.set_autocast_enabled("cuda", True)
         torch.set_autocast_dtype("cuda", BF16)
         try:
             assert _dispatch.uses_kernel("flash_attention", x)
-            assert not _dispatch.uses_kernel("flash_attention", x.double())
             assert not _dispatch.uses_kernel("decode_attention", x)  # autocast leaves it alone
         finally:
             torch.set_autocast_dtype("cuda", before)
@@ -180,7 +187,9 @@ def test_config_says_which_path_and_why(kernels):
     assert paths() == dict.fromkeys(_dispatch.OPS, why)
     kernels(tested=(), untested=True)
     assert paths()["kv_cache_update"] == "compiled kernel (never run on a GPU)"
-    assert paths()["decode_attention"] == "compiled kernel (never run on a GPU; bfloat16 and float16 only)"
+    assert paths()["decode_attention"] == (
+        "compiled kernel (never run on a GPU; of bfloat16 and float16; of up to 16 queries)"
+    )
     kernels(tested={"swiglu"})
     assert paths()["swiglu"] == "compiled kernel (gradients in plain torch)"
     kernels()

@@ -62,7 +62,7 @@ class CacheUpdate(Subject):
 
     def stable_cases(self, dtypes: Sequence[torch.dtype], on_gpu: bool) -> list[UpdateCase]:
         plain = UpdateCase(dtypes[0], batch=3, s_new=70, rope="full", bad_positions=on_gpu)
-        return [plain, replace(plain, dtype=dtypes[-1], dims=(64, 256), k_layout="panels", paged=True)]
+        return [plain, replace(plain, dtype=dtypes[1], dims=(64, 256), k_layout="panels", paged=True)]
 
     def make(self, case: UpdateCase, seed: int, device: torch.device) -> Problem:
         source = Source(seed, device)

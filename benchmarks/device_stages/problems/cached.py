@@ -186,7 +186,7 @@ class Decode(_OnCache):
 
     def stable_cases(self, dtypes: Sequence[torch.dtype], on_gpu: bool) -> list[DecodeCase]:
         plain = DecodeCase(dtypes[0], batch=3, capacity=9000 if on_gpu else 200)
-        paged = DecodeCase(dtypes[-1], (12, 4, 6), (64, 128), batch=3, s_q=3, page=32, padded=True, capacity=1500)
+        paged = DecodeCase(dtypes[1], (12, 4, 6), (64, 128), batch=3, s_q=3, page=32, padded=True, capacity=1500)
         return [plain, paged]
 
     def make(self, case: DecodeCase, seed: int, device: torch.device) -> Problem:
@@ -231,7 +231,7 @@ class Selective(_OnCache):
         ties = SelectiveCase(dtypes[0], batch=3, capacity=capacity, ties=True, top_k=100)
         return [
             ties,
-            SelectiveCase(dtypes[-1], (12, 4, 6), (64, 128), batch=3, s_q=3, page=32, padded=True, tail="mean"),
+            SelectiveCase(dtypes[1], (12, 4, 6), (64, 128), batch=3, s_q=3, page=32, padded=True, tail="mean"),
         ]
 
     def make(self, case: SelectiveCase, seed: int, device: torch.device) -> Problem:
