@@ -39,9 +39,8 @@ class Context:
 
     def dtypes(self, name: str) -> tuple[torch.dtype, ...]:
         """bfloat16, float16, and what else the kernel takes."""
-        known = _dispatch.CUDA_DTYPES if self.on_gpu else _dispatch.CPU_DTYPES
         order = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-        return tuple(sorted(known[name.removesuffix("_backward")], key=order.index))
+        return tuple(sorted(_dispatch.KERNEL_DTYPES[name.removesuffix("_backward")], key=order.index))
 
     def problems(self, name: str, *, stable: bool = False) -> list[tuple[str, Callable[[], Problem]]]:
         """What the op is tried with: a text and a function that makes it."""

@@ -8,7 +8,6 @@
 #include "bindings/shapes.h"
 #include "core/cpu_isa.h"
 #include "diffqkv/attention_plan.h"
-#include "diffqkv/device_facts.h"
 
 namespace py = pybind11;
 using namespace diffqkv;
@@ -80,20 +79,6 @@ PYBIND11_MODULE(_core, m) {
   m.def("plan_attention", &plan, py::arg("n_q"), py::arg("n_k"), py::arg("n_v"), py::arg("d_k"), py::arg("d_v"),
         py::arg("s_q"), py::arg("s_k"), py::arg("batch"), py::arg("dtype"), py::arg("threads"),
         py::arg("causal") = true, "The CPU plan of an attention call, from the function that the op uses.");
-  py::class_<DeviceFacts>(m, "DeviceFacts", "What the CUDA planners know of a GPU.")
-      .def(py::init<>())
-      .def_readwrite("multiprocessors", &DeviceFacts::multiprocessors)
-      .def_readwrite("capability", &DeviceFacts::capability)
-      .def_readwrite("shared_per_block", &DeviceFacts::shared_per_block)
-      .def_readwrite("shared_per_multiprocessor", &DeviceFacts::shared_per_multiprocessor)
-      .def_readwrite("registers_per_multiprocessor", &DeviceFacts::registers_per_multiprocessor)
-      .def_readwrite("bandwidth_gb_s", &DeviceFacts::bandwidth_gb_s);
-  py::dict gpus;
-  gpus["h100"] = DeviceFacts::h100();
-  gpus["h200"] = DeviceFacts::h200();
-  gpus["a100"] = DeviceFacts::a100();
-  gpus["rtx4090"] = DeviceFacts::rtx4090();
-  m.attr("GPUS") = gpus;  // that explain can name
   m.def("cpu_isa", [] { return std::string(name_of(cpu_isa())); }, "The level of the CPU kernels in use.");
   m.def(
       "cpu_isa_levels",

@@ -20,7 +20,6 @@ py::dict common(const DeviceFacts& facts, int64_t threads, int64_t shared_bytes,
   result["shared_bytes"] = shared_bytes;
   result["blocks"] = blocks;
   result["blocks_per_multiprocessor"] = std::min(by_shared, 2048 / std::max<int64_t>(threads, 1));
-  result["multiprocessors"] = facts.multiprocessors;
   return result;
 }
 
@@ -59,35 +58,20 @@ py::dict prefill(const AttentionParams& p, const DeviceFacts& facts) {
 }  // namespace
 
 void bind_cuda_plans(py::module_& m) {
-  py::class_<DeviceFacts>(m, "DeviceFacts", "What the planners know of a GPU.")
-      .def(py::init([](int32_t multiprocessors, int32_t capability, int64_t shared_per_block,
-                       int64_t shared_per_multiprocessor, int64_t registers_per_multiprocessor) {
-             return DeviceFacts{multiprocessors,
-                                capability,
-                                shared_per_block,
-                                shared_per_multiprocessor,
-                                registers_per_multiprocessor,
-                                0};
-           }),
-           py::arg("multiprocessors"), py::arg("capability"), py::arg("shared_per_block"),
-           py::arg("shared_per_multiprocessor"), py::arg("registers_per_multiprocessor"))
-      .def_readonly("multiprocessors", &DeviceFacts::multiprocessors)
-      .def_readonly("capability", &DeviceFacts::capability)
-      .def_readonly("shared_per_block", &DeviceFacts::shared_per_block)
-      .def_readonly("shared_per_multiprocessor", &DeviceFacts::shared_per_multiprocessor)
-      .def_readonly("registers_per_multiprocessor", &DeviceFacts::registers_per_multiprocessor)
-      .def_readonly("bandwidth_gb_s", &DeviceFacts::bandwidth_gb_s);
-  m.def(
-      "known_devices",
-      [] {
-        py::dict devices;
-        devices["a100"] = DeviceFacts::a100();
-        devices["h100"] = DeviceFacts::h100();
-        devices["h200"] = DeviceFacts::h200();
-        devices["rtx4090"] = DeviceFacts::rtx4090();
-        return devices;
-      },
-      "GPUs that can be planned for without being there.");
+  py::class_<DeviceFacts>(m, "DeviceFacts", "What the CUDA planners know of a GPU.")
+      .def(py::init<>())
+      .def_readwrite("multiprocessors", &DeviceFacts::multiprocessors)
+      .def_readwrite("capability", &DeviceFacts::capability)
+      .def_readwrite("shared_per_block", &DeviceFacts::shared_per_block)
+      .def_readwrite("shared_per_multiprocessor", &DeviceFacts::shared_per_multiprocessor)
+      .def_readwrite("registers_per_multiprocessor", &DeviceFacts::registers_per_multiprocessor)
+      .def_readwrite("bandwidth_gb_s", &DeviceFacts::bandwidth_gb_s);
+  py::dict gpus;
+  gpus["h100"] = DeviceFacts::h100();
+  gpus["h200"] = DeviceFacts::h200();
+  gpus["a100"] = DeviceFacts::a100();
+  gpus["rtx4090"] = DeviceFacts::rtx4090();
+  m.attr("GPUS") = gpus;  // that explain can name
   m.def(
       "plan_cuda_attention",
       [](const DeviceFacts& facts, int64_t n_q, int64_t n_k, int64_t n_v, int64_t d_k, int64_t d_v, int64_t s_q,

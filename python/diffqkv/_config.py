@@ -119,25 +119,30 @@ def explain(
     if _core is None:
         raise RuntimeError(f"explain needs the compiled planner: {_core_reason}")
     name = str(dtype).removeprefix("torch.")
-    plan = _core.plan_attention(n_q, n_k, n_v, d_k, d_v, s_q, s_k, batch, name, torch.get_num_threads())
+    shape = (n_q, n_k, n_v, d_k, d_v, s_q, s_k, batch, name)
     lines = {"shape": f"heads {n_q}/{n_k}/{n_v}, d_k {d_k}, d_v {d_v}, s_q {s_q}, s_k {s_k}, batch {batch}, {name}"}
     if str(device) == "cpu":
+        plan = _core.plan_attention(*shape, torch.get_num_threads())
         lines |= {
             "kernel": f"{plan['kernel']} ({plan['isa']})",
             "tiles": f"{plan['block_q']} queries x {plan['block_k']} keys",
             "work": f"{plan['items']} items, split {plan['split']}, on {plan['threads']} threads",
+            "bound by": plan["bound"],
         }
     else:
         gpu, facts = _gpu(device)
-        op = "decode_attention" if plan["kernel"] == "split" else "flash_attention"
+        plan = _core.plan_cuda_attention(facts, *shape)
+        op = "decode_attention" if plan["kernel"].startswith("decode") else "flash_attention"
+        tiles = f"{plan['block_q']} query rows x {plan['block_k']} keys, {plan['stages']} stages"
         lines |= {
             "device": f"{gpu}, {facts.multiprocessors} multiprocessors, compute capability {facts.capability / 10:.1f}",
-            "kernel": f"{op}: {_cuda_path(op)}",
+            "kernel": f"{plan['kernel']}; {op}: {_cuda_path(op)}",
+            "tiles": f"{tiles}, {plan['shared_bytes']} bytes of shared memory",
+            "work": f"{plan['blocks']} blocks of {plan['threads']} threads, {plan['splits']} splits of a sequence",
+            "memory": f"{plan['workspace_bytes']} bytes of workspace, each K row read {plan['k_reads']} times",
         }
+        if facts.bandwidth_gb_s:
+            lines["floor"] = f"{plan['bytes'] / facts.bandwidth_gb_s / 1e3:.3g} µs at {facts.bandwidth_gb_s} GB/s"
     lines["FLOPs"] = f"{plan['flops']:.4g}"
     lines["bytes"] = f"{plan['bytes']:.4g} ({plan['flops'] / max(plan['bytes'], 1):.3g} FLOP/byte)"
-    if str(device) == "cpu":
-        lines["bound by"] = plan["bound"]
-    elif facts.bandwidth_gb_s:
-        lines["floor"] = f"{plan['bytes'] / facts.bandwidth_gb_s / 1e3:.3g} µs at {facts.bandwidth_gb_s} GB/s"
     return "\n".join(f"{key:<10}{value}" for key, value in lines.items())

@@ -27,10 +27,8 @@ OPS = (
 BACKWARD = {op: f"{op}_backward" for op in ("flash_attention", "flash_attention_varlen", "swiglu")}
 
 # What the kernels take. Panels are the CPU's layout.
-CPU_DTYPES = {op: TRAINING_DTYPES if op.startswith("flash_attention") else DTYPES for op in OPS}
-CUDA_DTYPES = CPU_DTYPES | {"decode_attention": (torch.bfloat16, torch.float16)}
+KERNEL_DTYPES = {op: TRAINING_DTYPES if op.startswith("flash_attention") else DTYPES for op in OPS}
 _TAKES_PANELS = frozenset({"kv_cache_update"})
-_MOST_QUERIES = {"decode_attention": 16}  # of an entry
 CUDA_CAPABILITY = (8, 0)  # at least
 
 
@@ -49,9 +47,8 @@ def uses_kernel(op: str, x: Tensor, *inputs: Tensor | None, k_layout: int = 0) -
         return _library.loaded and device in ("cpu", "meta")  # meta: the fake kernels
     return (
         op in _IN_USE
-        and compute_dtype(op, x) in CUDA_DTYPES[op]
+        and compute_dtype(op, x) in KERNEL_DTYPES[op]
         and (k_layout != PANELS or op in _TAKES_PANELS)
-        and (op not in _MOST_QUERIES or x.dim() < 3 or x.shape[2] <= _MOST_QUERIES[op])
         and (op not in BACKWARD or BACKWARD[op] in _IN_USE or not _records_graph(x, *inputs))
         # torch.compile cannot trace the question for the compute capability; the op itself then refuses an old GPU.
         and (torch.compiler.is_compiling() or _is_new_enough(x.device.index))
@@ -68,10 +65,6 @@ def cuda_path(op: str) -> tuple[bool, str]:
         got, want = (".".join(map(str, x)) for x in (torch.cuda.get_device_capability(), CUDA_CAPABILITY))
         return False, f"the GPU has compute capability {got}, the kernels need {want}"
     remarks = [] if op in CUDA_TESTED else ["never run on a GPU"]
-    if CUDA_DTYPES[op] != CPU_DTYPES[op]:
-        remarks.append("of " + " and ".join(str(dtype).removeprefix("torch.") for dtype in CUDA_DTYPES[op]))
-    if op in _MOST_QUERIES:
-        remarks.append(f"of up to {_MOST_QUERIES[op]} queries")
     if op in BACKWARD and BACKWARD[op] not in _IN_USE:
         remarks.append("gradients in plain torch")
     return True, "; ".join(remarks)
