@@ -187,9 +187,6 @@ def test_config_says_which_path_and_why(kernels):
     assert paths() == dict.fromkeys(_dispatch.OPS, why)
     kernels(tested=(), untested=True)
     assert paths()["kv_cache_update"] == "compiled kernel (never run on a GPU)"
-    assert paths()["decode_attention"] == (
-        "compiled kernel (never run on a GPU; of bfloat16 and float16; of up to 16 queries)"
-    )
     kernels(tested={"swiglu"})
     assert paths()["swiglu"] == "compiled kernel (gradients in plain torch)"
     kernels()
