@@ -73,8 +73,6 @@ CacheUpdatePlan plan_cache_update(const CacheUpdateParams& p) {
   const int64_t wanted = p.k_cache.layout == KLayout::panels ? kPanelTokens : std::max<int64_t>(kTileUnits / units, 1);
   const int64_t tile_tokens = std::min(p.s_new, wanted);
   const int64_t token_tiles = ceil_div(p.s_new, tile_tokens);
-  int64_t threads = std::min<int64_t>(ceil_div(tile_tokens * units, 32) * 32, kCacheUpdateThreads);
-  if (p.v_stats != nullptr) threads = std::max(threads, ceil_div(p.d_v, 32) * 32);  // one per dimension
 
   plan.groups = static_cast<int32_t>(h.groups());
   plan.k_heads = static_cast<int32_t>(h.k_per_group());
@@ -84,7 +82,6 @@ CacheUpdatePlan plan_cache_update(const CacheUpdateParams& p) {
   plan.width = static_cast<int32_t>(width);
   plan.tile_tokens = static_cast<int32_t>(tile_tokens);
   plan.token_tiles = static_cast<int32_t>(token_tiles);
-  plan.threads = static_cast<int32_t>(threads);
   plan.stats_blocks = p.v_stats != nullptr ? p.batch * h.n_v : 0;
   plan.blocks = plan.stats_blocks + p.batch * h.groups() * token_tiles;
   return plan;

@@ -6,7 +6,8 @@
 
 namespace diffqkv {
 
-inline constexpr int32_t kCacheUpdateThreads = 256;  // at most, per block
+inline constexpr int32_t kCacheUpdateThreads = 256;  // per block; v_stats take one per dimension
+static_assert(kCacheUpdateThreads >= kMaxHeadDim);
 
 // A unit is what a thread moves at once: `width` neighbouring dimensions of one head of one token, or of a K head under
 // RoPE the two such vectors that rotate together. A tile is `tile_tokens` new tokens of one (batch entry, KV group), K
@@ -16,7 +17,6 @@ struct CacheUpdatePlan {
   int32_t k_head_units = 0, v_head_units = 0;    // per head and token
   int32_t width = 1;                             // elements of a vector: 16 bytes, or 1
   int32_t tile_tokens = 1, token_tiles = 0;
-  int32_t threads = 0;                   // per block
   int64_t stats_blocks = 0, blocks = 0;  // blocks: in all
 };
 

@@ -1,12 +1,11 @@
-// What one thread of kv_cache_update does to a tile. Plain C++ but for the element types, so that the tests run it on
-// the host, thread by thread.
+// kv_cache_update in one launch: K (rotated) and V of the new tokens to their slots, and v_stats.
 #pragma once
-#include <cstdint>
-
 #include "core/cuda/cache_update_plan.h"
+#include "cuda/device.cuh"
 #include "diffqkv/layout.h"
 
-namespace diffqkv::cache_update {
+namespace diffqkv::device {
+namespace cache_update {
 
 template <class T, int N>
 struct __attribute__((may_alias, aligned(N * sizeof(T)))) Vector {
@@ -14,26 +13,20 @@ struct __attribute__((may_alias, aligned(N * sizeof(T)))) Vector {
 };
 
 template <class T, int N>
-DIFFQKV_LAYOUT Vector<T, N> load(const void* data, int64_t i) {
+DIFFQKV_DEVICE Vector<T, N> load(const void* data, int64_t i) {
   return *reinterpret_cast<const Vector<T, N>*>(static_cast<const T*>(data) + i);
 }
 template <class T, int N>
-DIFFQKV_LAYOUT void store(void* data, int64_t i, const Vector<T, N>& v) {
+DIFFQKV_DEVICE void store(void* data, int64_t i, const Vector<T, N>& v) {
   *reinterpret_cast<Vector<T, N>*>(static_cast<T*>(data) + i) = v;
 }
 
-// x * cos + y * sin, each operation rounded: the bits of the same formula in plain torch.
-DIFFQKV_LAYOUT float rotate(float x, float cos, float y, float sin) {
-#if defined(__CUDA_ARCH__)
-  return __fadd_rn(__fmul_rn(x, cos), __fmul_rn(y, sin));
-#else
-  return x * cos + y * sin;
-#endif
-}
+// x * cos + y * sin: the bits of the same formula in plain torch.
+DIFFQKV_DEVICE float rotate(float x, float cos, float y, float sin) { return add(mul(x, cos), mul(y, sin)); }
 
 // N values of cos or sin: fp32, or the element type E.
 template <class E, int N>
-DIFFQKV_LAYOUT void load_rope(const void* table, DType dtype, int64_t i, float (&out)[N]) {
+DIFFQKV_DEVICE void load_rope(const void* table, DType dtype, int64_t i, float (&out)[N]) {
   if (dtype == DType::f32) {
     constexpr int kChunk = N < 4 ? N : 4;  // 16 bytes
     for (int c = 0; c < N; c += kChunk) {
@@ -48,7 +41,7 @@ DIFFQKV_LAYOUT void load_rope(const void* table, DType dtype, int64_t i, float (
 
 // Writes dimensions [dim, dim + N) of a K row.
 template <class E, int N>
-DIFFQKV_LAYOUT void store_k(const KvView& cache, int64_t group, int64_t head, KvSlot slot, int64_t dim,
+DIFFQKV_DEVICE void store_k(const KvView& cache, int64_t group, int64_t head, KvSlot slot, int64_t dim,
                             const Vector<typename E::T, N>& v) {
   using T = typename E::T;
   if (cache.layout == KLayout::rows) {
@@ -71,7 +64,7 @@ DIFFQKV_LAYOUT void store_k(const KvView& cache, int64_t group, int64_t head, Kv
 // K: unit of one (batch entry, group, new token). The first units of a head rotate, the others copy. Rows are loaded
 // before the slot is known, to have both on their way at once.
 template <class E, int N>
-DIFFQKV_LAYOUT void write_k(const CacheUpdateParams& p, const CacheUpdatePlan& plan, int64_t entry, int64_t group,
+DIFFQKV_DEVICE void write_k(const CacheUpdateParams& p, const CacheUpdatePlan& plan, int64_t entry, int64_t group,
                             int64_t token, int32_t unit) {
   using T = typename E::T;
   const int32_t head = unit / plan.k_head_units, u = unit - head * plan.k_head_units;
@@ -106,7 +99,7 @@ DIFFQKV_LAYOUT void write_k(const CacheUpdateParams& p, const CacheUpdatePlan& p
 }
 
 template <class E, int N>
-DIFFQKV_LAYOUT void write_v(const CacheUpdateParams& p, const CacheUpdatePlan& plan, int64_t entry, int64_t group,
+DIFFQKV_DEVICE void write_v(const CacheUpdateParams& p, const CacheUpdatePlan& plan, int64_t entry, int64_t group,
                             int64_t token, int32_t unit) {
   using T = typename E::T;
   const int32_t head = unit / plan.v_head_units, dim = (unit - head * plan.v_head_units) * N;
@@ -117,18 +110,17 @@ DIFFQKV_LAYOUT void write_v(const CacheUpdateParams& p, const CacheUpdatePlan& p
   if (slot.page >= 0) store<T, N>(p.v_cache.data, kv_row(p.v_cache, group, head, slot) + dim, x);
 }
 
-// The share of one thread in a tile. Neighbouring threads take neighbouring vectors of a token, and in K panels
-// neighbouring tokens of a vector: what lies side by side in the cache.
+// Neighbouring threads take neighbouring vectors of a token, and in K panels neighbouring tokens of a vector: what lies
+// side by side in the cache.
 template <class E, int N>
-DIFFQKV_LAYOUT void write_tile(const CacheUpdateParams& p, const CacheUpdatePlan& plan, uint32_t tile, int32_t thread,
-                               int32_t threads) {
+DIFFQKV_DEVICE void write_tile(const CacheUpdateParams& p, const CacheUpdatePlan& plan, uint32_t tile) {
   const uint32_t tiles = plan.token_tiles, groups = plan.groups, entry_group = tile / tiles;
   const int64_t entry = entry_group / groups, group = entry_group % groups;
   const int64_t first = static_cast<int64_t>(tile % tiles) * plan.tile_tokens;
   const int32_t tokens = static_cast<int32_t>(p.s_new - first < plan.tile_tokens ? p.s_new - first : plan.tile_tokens);
   const int32_t k_units = plan.k_heads * plan.k_head_units, v_units = plan.v_heads * plan.v_head_units;
   const bool panels = p.k_cache.layout == KLayout::panels;
-  for (int32_t i = thread; i < tokens * (k_units + v_units); i += threads) {
+  for (int32_t i = thread(); i < tokens * (k_units + v_units); i += kCacheUpdateThreads) {
     if (i < tokens * k_units) {
       const int32_t token = panels ? i % tokens : i / k_units, unit = panels ? i / tokens : i % k_units;
       write_k<E, N>(p, plan, entry, group, first + token, unit);
@@ -139,4 +131,83 @@ DIFFQKV_LAYOUT void write_tile(const CacheUpdateParams& p, const CacheUpdatePlan
   }
 }
 
-}  // namespace diffqkv::cache_update
+// The larger one, and NaN where there is one: a bound that hides a NaN is none.
+DIFFQKV_DEVICE float max_norm(float a, float b) { return b > a || b != b ? b : a; }
+
+struct StatsShared {
+  bool written[kCacheUpdateThreads];
+  float warp_norms[kCacheUpdateThreads / 32];
+};
+
+// v_stats of one (batch entry, V head). Thread c adds dimension c token after token, so the sum does not depend on how
+// tokens are spread over calls; a warp takes a row for its norm.
+template <class E>
+DIFFQKV_DEVICE void update_stats(const CacheUpdateParams& p, const CacheUpdatePlan& plan, uint32_t block,
+                                 StatsShared& shared) {
+  constexpr int kThreads = kCacheUpdateThreads, kWarps = kThreads / 32, kAtOnce = 8;
+  const int d_v = static_cast<int>(p.d_v), c = thread();
+  const uint32_t n_v = plan.groups * plan.v_heads;
+  const int64_t entry = block / n_v, head = block % n_v;
+  const auto* rows =
+      static_cast<const typename E::T*>(p.v_new.data) + entry * p.v_new.stride_batch + head * p.v_new.stride_head;
+  float* stats = p.v_stats + static_cast<int64_t>(block) * (d_v + 1);
+
+  float sum = c < d_v ? stats[c] : 0.0f, norm = 0.0f;
+  for (int64_t first = 0; first < p.s_new; first += kThreads) {
+    const int count = static_cast<int>(p.s_new - first < kThreads ? p.s_new - first : kThreads);
+    if (c < count) shared.written[c] = new_token_slot(p, entry, first + c).page >= 0;
+    sync_block();
+    const auto* chunk = rows + first * p.v_new.stride_token;
+    for (int t = 0; c < d_v && t < count; t += kAtOnce) {
+      float x[kAtOnce];
+      DIFFQKV_UNROLL
+      for (int j = 0; j < kAtOnce; ++j) x[j] = t + j < count ? E::get(chunk[(t + j) * p.v_new.stride_token + c]) : 0.0f;
+      DIFFQKV_UNROLL
+      for (int j = 0; j < kAtOnce; ++j) sum = t + j < count && shared.written[t + j] ? sum + x[j] : sum;
+    }
+    for (int t = warp(); t < count; t += kWarps) {
+      if (!shared.written[t]) continue;
+      float square = 0.0f;
+      for (int i = lane(); i < d_v; i += 32) {
+        const float x = E::get(chunk[t * p.v_new.stride_token + i]);
+        square += x * x;
+      }
+      DIFFQKV_UNROLL
+      for (int mask = 16; mask > 0; mask /= 2) square += shuffle_xor(square, mask);
+      norm = max_norm(norm, sqrt(square));
+    }
+    sync_block();  // before written is overwritten
+  }
+  if (lane() == 0) shared.warp_norms[warp()] = norm;
+  sync_block();
+  if (c < d_v) stats[c] = sum;
+  if (c == 0) {
+    float best = stats[d_v];
+    for (int w = 0; w < kWarps; ++w) best = max_norm(best, shared.warp_norms[w]);
+    stats[d_v] = best;
+  }
+}
+
+}  // namespace cache_update
+
+// N: elements that a thread moves at once.
+template <class E, int N>
+struct CacheUpdate {
+  struct Params {
+    CacheUpdateParams p;
+    CacheUpdatePlan plan;
+  };
+  static constexpr int kThreads = kCacheUpdateThreads, kMinBlocks = 4;
+  static constexpr int kSharedBytes = sizeof(cache_update::StatsShared);
+
+  static DIFFQKV_DEVICE void run(const Params& params, char* shared) {
+    const auto block = static_cast<uint32_t>(block_x()), stats_blocks = static_cast<uint32_t>(params.plan.stats_blocks);
+    if (block < stats_blocks) {
+      auto& stats = *reinterpret_cast<cache_update::StatsShared*>(shared);
+      return cache_update::update_stats<E>(params.p, params.plan, block, stats);
+    }
+    cache_update::write_tile<E, N>(params.p, params.plan, block - stats_blocks);
+  }
+};
+
+}  // namespace diffqkv::device

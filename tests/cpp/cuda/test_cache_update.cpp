@@ -1,5 +1,4 @@
-// The CUDA cache update, run on the host: the plan's blocks and threads one after another, over the code that each GPU
-// thread runs, against the definition of the op. What is left for a GPU is the launch and v_stats.
+// kv_cache_update on the emulated GPU, against the definition of the op: every slot, and v_stats.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -13,44 +12,26 @@
 #include "cuda/cache/kv_cache_update.cuh"
 
 using namespace diffqkv;
+using namespace diffqkv::device;
 
 namespace {
 
-struct F32 {
-  using T = float;
-  static constexpr DType kDType = DType::f32;
-  static constexpr double kTolerance = 1e-6;
-  static float get(T x) { return x; }
-  static T put(float x) { return x; }
-};
-struct BF16 {
-  using T = uint16_t;
-  static constexpr DType kDType = DType::bf16;
-  static constexpr double kTolerance = 1.0 / 256;
-  static float get(T x) {
-    const uint32_t bits = static_cast<uint32_t>(x) << 16;
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
-  }
-  static T put(float x) {  // to nearest, ties to even; no NaN is put here
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return static_cast<T>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-  }
-};
+// Of one rounding of a result near 1.
+template <class E>
+constexpr double kTolerance = E::kDType == DType::f32   ? 1e-6
+                              : E::kDType == DType::f16 ? 1.0 / 2048
+                                                        : 1.0 / 256;
 
 template <class E>
-constexpr typename E::T poison() {
-  if constexpr (sizeof(typename E::T) == 4) return std::numeric_limits<float>::quiet_NaN();
-  return static_cast<typename E::T>(0x7fc1);
+typename E::T poison() {
+  return E::put(std::numeric_limits<float>::quiet_NaN());
 }
 
 struct Case {
   HeadGroups heads;
   int64_t d_k, d_v, d_rot, batch, s_new;
   KLayout layout;
-  bool paged, int64_positions, rope_f32;
+  bool paged, int64_positions, rope_f32, stats;
   int64_t offset;  // elements before the first one of k and v; odd ones forbid 16-byte loads
 };
 
@@ -65,6 +46,7 @@ struct Problem {
   std::vector<float> rope_f[2];
   std::vector<int32_t> table, positions32;
   std::vector<int64_t> positions;
+  std::vector<float> stats_before, stats;  // [batch, n_v, d_v + 1]
   CacheUpdateParams p;
 
   explicit Problem(const Case& the_case) : c(the_case) {
@@ -110,6 +92,10 @@ struct Problem {
       for (const T x : rope_e[i]) rope_f[i].push_back(E::get(x));
     }
 
+    for (int64_t i = 0; i < c.batch * h.n_v * (c.d_v + 1); ++i)  // the norm: sometimes larger than any new one
+      stats_before.push_back((i + 1) % (c.d_v + 1) != 0 ? normal(random) : (i / (c.d_v + 1)) % 3 == 0 ? 100.0f : 0.0f);
+    stats = stats_before;
+
     p.heads = h;
     p.batch = c.batch;
     p.s_new = c.s_new;
@@ -142,6 +128,7 @@ struct Problem {
     p.paging.page_size = page_size;
     p.pages = pages;
     p.capacity = kCapacity;
+    if (c.stats) p.v_stats = stats.data();
   }
 
   // [pages, G, page_size, heads / G, dim]
@@ -156,19 +143,14 @@ struct Problem {
     return view;
   }
 
-  // Runs the launch: all blocks, all threads.
-  void run() const {
+  void run(emulator::Schedule schedule) {
     const CacheUpdatePlan plan = plan_cache_update(p);
-    for (int64_t block = 0; block < plan.blocks; ++block) {
-      for (int32_t thread = 0; thread < plan.threads; ++thread) {
-        constexpr int kWidth = 16 / sizeof(T);
-        if (plan.width == kWidth) {
-          cache_update::write_tile<E, kWidth>(p, plan, static_cast<uint32_t>(block), thread, plan.threads);
-        } else {
-          cache_update::write_tile<E, 1>(p, plan, static_cast<uint32_t>(block), thread, plan.threads);
-        }
-      }
-    }
+    plan.width == 1 ? run<1>(plan, schedule) : run<16 / sizeof(T)>(plan, schedule);
+  }
+  template <int N>
+  void run(const CacheUpdatePlan& plan, emulator::Schedule schedule) {
+    REQUIRE(plan.width == N);
+    emulate<CacheUpdate<E, N>>({p, plan}, {plan.blocks}, CacheUpdate<E, N>::kSharedBytes, schedule);
   }
 
   // Page and token of a new token, by the definition; page -1 where it has none.
@@ -222,8 +204,30 @@ struct Problem {
       }
       return written;
     };
-    CHECK(same(k_cache, want_k, c.d_rot > 0 ? E::kTolerance : 0.0) > 0);
+    CHECK(same(k_cache, want_k, c.d_rot > 0 ? kTolerance<E> : 0.0) > 0);
     CHECK(same(v_cache, want_v, 0.0) > 0);
+    if (c.stats) check_stats();
+  }
+
+  void check_stats() const {
+    for (int64_t b = 0; b < c.batch; ++b)
+      for (int64_t head = 0; head < c.heads.n_v; ++head) {
+        const size_t at = static_cast<size_t>((b * c.heads.n_v + head) * (c.d_v + 1));
+        std::vector<double> want(stats_before.begin() + int64_t(at), stats_before.begin() + int64_t(at) + c.d_v + 1);
+        for (int64_t t = 0; t < c.s_new; ++t) {
+          if (slot(b, t).page < 0) continue;
+          const T* row = v.data() + c.offset + ((b * c.s_new + t) * c.heads.n_v + head) * c.d_v;
+          double square = 0.0;
+          for (int64_t i = 0; i < c.d_v; ++i) {
+            want[size_t(i)] += E::get(row[i]);
+            square += double(E::get(row[i])) * E::get(row[i]);
+          }
+          want.back() = std::max(want.back(), std::sqrt(square));
+        }
+        double error = 0.0;
+        for (size_t i = 0; i < want.size(); ++i) error = std::max(error, std::abs(stats[at + i] - want[i]));
+        CHECK(error <= 1e-5 * double(c.s_new + 10));
+      }
   }
 };
 
@@ -231,13 +235,14 @@ template <class E>
 void run_grid() {
   const KLayout layout = GENERATE(KLayout::rows, KLayout::panels);
   const bool paged = GENERATE(false, true);
+  int64_t turn = 0;
   for (const HeadGroups heads : {HeadGroups{32, 4, 16}, {12, 4, 6}, {8, 1, 8}, {5, 1, 5}}) {
     for (const int64_t s_new : {1, 3, 70, 128}) {
       for (const int64_t d_rot : {0, 12, 32, 40}) {
         for (const int64_t offset : {0, 1}) {
-          const bool odd = s_new % 2 == 1;
-          Problem<E> problem({heads, 40, 24, d_rot, 3, s_new, layout, paged, odd, offset == 0, offset});
-          problem.run();
+          const bool odd = s_new % 2 == 1, stats = ++turn % 4 == 0 || s_new < 70;
+          Problem<E> problem({heads, 40, 24, d_rot, 3, s_new, layout, paged, odd, offset == 0, stats, offset});
+          problem.run(emulator::kSchedules[turn % 3]);
           problem.check();
         }
       }
@@ -247,12 +252,51 @@ void run_grid() {
 
 }  // namespace
 
-TEST_CASE("cache update writes every new token to its slot and nothing else: fp32") { run_grid<F32>(); }
-TEST_CASE("cache update writes every new token to its slot and nothing else: bf16") { run_grid<BF16>(); }
+TEST_CASE("emulated: cache update writes every new token to its slot and nothing else: fp32") { run_grid<F32>(); }
+TEST_CASE("emulated: cache update writes every new token to its slot and nothing else: bf16") { run_grid<BF16>(); }
+TEST_CASE("emulated: cache update writes every new token to its slot and nothing else: fp16") {
+  for (const KLayout layout : {KLayout::rows, KLayout::panels}) {
+    Problem<F16> problem({{32, 4, 16}, 64, 64, 32, 2, 7, layout, true, true, true, true, 0});
+    problem.run(emulator::Schedule::shuffled);
+    problem.check();
+  }
+}
+
+TEST_CASE("emulated: v_stats of many tokens do not depend on the schedule nor on the calls that bring them") {
+  std::vector<float> first;
+  for (const emulator::Schedule schedule : emulator::kSchedules) {
+    Problem<BF16> problem({{4, 1, 2}, 8, 256, 0, 1, 128, KLayout::rows, false, true, true, true, 0});
+    problem.run(schedule);
+    problem.check();
+    if (first.empty()) first = problem.stats;
+    CHECK(first == problem.stats);
+  }
+  Problem<BF16> parts({{4, 1, 2}, 8, 256, 0, 1, 128, KLayout::rows, false, true, true, true, 0});
+  for (const auto& [begin, count] : {std::pair<int64_t, int64_t>{0, 40}, {40, 1}, {41, 87}}) {
+    CacheUpdateParams& p = parts.p;
+    const CacheUpdateParams whole = p;
+    p.s_new = count;
+    p.k_new.data = static_cast<uint16_t*>(p.k_new.data) + begin * p.k_new.stride_token;
+    p.v_new.data = static_cast<uint16_t*>(p.v_new.data) + begin * p.v_new.stride_token;
+    p.positions = static_cast<const int64_t*>(p.positions) + begin;
+    parts.run(emulator::Schedule::forward);
+    p = whole;
+  }
+  CHECK(first == parts.stats);
+}
+
+TEST_CASE("emulated: v_stats keep a NaN") {
+  Problem<F32> problem({{4, 1, 2}, 8, 8, 0, 1, 3, KLayout::rows, false, true, true, true, 0});
+  problem.v[8] = std::numeric_limits<float>::quiet_NaN();  // dimension 0 of V head 1 of token 0
+  problem.run(emulator::Schedule::forward);
+  CHECK(std::isnan(problem.stats[9]));
+  CHECK(std::isnan(problem.stats[9 + 8]));
+  for (int i = 0; i < 9; ++i) CHECK_FALSE(std::isnan(problem.stats[size_t(i)]));
+}
 
 TEST_CASE("cache update plan: width") {
   const auto width = [](int64_t d_rot, int64_t offset) {
-    const Problem<BF16> problem({{32, 4, 16}, 64, 64, d_rot, 2, 5, KLayout::rows, true, true, true, offset});
+    const Problem<BF16> problem({{32, 4, 16}, 64, 64, d_rot, 2, 5, KLayout::rows, true, true, true, false, offset});
     return plan_cache_update(problem.p).width;
   };
   CHECK(width(0, 0) == 8);
@@ -260,7 +304,7 @@ TEST_CASE("cache update plan: width") {
   CHECK(width(64, 8) == 8);
   CHECK(width(64, 1) == 1);
   CHECK(width(8, 0) == 1);  // half of 8 is not a vector
-  Problem<BF16> single({{32, 4, 16}, 64, 64, 0, 1, 1, KLayout::rows, false, true, true, 0});
+  Problem<BF16> single({{32, 4, 16}, 64, 64, 0, 1, 1, KLayout::rows, false, true, true, false, 0});
   single.p.k_new.stride_batch = 1;  // of a batch of one: never used
   CHECK(plan_cache_update(single.p).width == 8);
   single.p.k_new.stride_head = 65;
@@ -268,11 +312,9 @@ TEST_CASE("cache update plan: width") {
 }
 
 TEST_CASE("cache update plan: blocks") {
-  Problem<F32> problem({{32, 4, 16}, 64, 64, 64, 2, 100, KLayout::rows, false, true, true, 0});
+  Problem<F32> problem({{32, 4, 16}, 64, 64, 64, 2, 100, KLayout::rows, false, true, true, false, 0});
   CacheUpdatePlan plan = plan_cache_update(problem.p);
   CHECK(plan.stats_blocks == 0);
-  CHECK(plan.threads <= kCacheUpdateThreads);
-  CHECK(plan.threads % 32 == 0);
   CHECK(int64_t{plan.tile_tokens} * plan.token_tiles >= 100);
   CHECK(plan.blocks == 2 * 4 * plan.token_tiles);
 
@@ -282,10 +324,6 @@ TEST_CASE("cache update plan: blocks") {
   CHECK(plan.stats_blocks == 2 * 16);
   CHECK(plan.blocks == 2 * 16 + 2 * 4 * plan.token_tiles);
 
-  problem.p.s_new = 1;  // a thread per dimension, however little there is to copy
-  problem.p.d_v = 256;
-  problem.p.heads = {1, 1, 1};
-  CHECK(plan_cache_update(problem.p).threads == 256);
   problem.p.batch = 0;
   CHECK(plan_cache_update(problem.p).blocks == 0);
 }
