@@ -2,15 +2,13 @@
 // Three kinds of items: scores of a range of keys for the rows of a group, which leave each row's best candidates and
 // the mass of every split; sum and largest norm of a V head's rows, where the caller does not keep them; selection and
 // fetch for a few query rows of one V head.
+#include "core/selective.h"
 #include "cpu/group_split.h"
 #include "cpu/kernels.h"
 #include "cpu/top_k.h"
 
 namespace diffqkv {
 namespace {
-
-// Allowance for what the rounding of fp32 sums takes from 1 - kept mass.
-constexpr float kMassRounding = 0x1p-18f;
 
 // ---- scores and candidates ------------------------------------------------------------------------------------------
 
@@ -29,18 +27,6 @@ inline RowState mass_of(float* s, KeyRange own, float c) {
   const float sum = vsum(vadd(sum0, sum1));
   return {maximum, sum, sum};
 }
-
-// The keys that a query reads whatever their scores: the first ones up to first_end, the last ones from last_begin.
-struct Forced {
-  int64_t first, first_end, last_begin, last_end;
-  Forced(const SelectiveVParams& sp, KeyRange keys)
-      : first(keys.lo),
-        first_end(keys.lo + min_of(sp.keep_first, keys.hi - keys.lo)),
-        last_begin(max_of(first_end, keys.hi - min_of(sp.keep_last, keys.hi))),
-        last_end(keys.hi) {}
-  bool has(int64_t key) const { return key < first_end || key >= last_begin; }
-  int64_t place(int64_t key) const { return key < first_end ? key - first : first_end - first + key - last_begin; }
-};
 
 template <bool kDot>
 void score(const SelectiveVParams& sp, const SelectivePlan& plan, const SelectiveWorkspace& work, int64_t item,
@@ -73,7 +59,7 @@ void score(const SelectiveVParams& sp, const SelectivePlan& plan, const Selectiv
       if (best[r].count + kSplitTokens + VL > plan.candidate_room) keep_best(best[r], plan.candidates);
       nan[r] |= append_candidates(best[r], s, own.lo, own.hi, uint32_t(t0));
       if (plan.forced > 0) {
-        const Forced forced(sp, keys_of_query(p, part.entry, part.query(r)));
+        const ForcedKeys forced(sp, keys_of_query(p, part.entry, part.query(r)));
         for (int64_t j = own.lo; j < own.hi; ++j)
           if (forced.has(t0 + j)) work.forced[(row0 + r) * plan.forced + forced.place(t0 + j)] = s[j];
       }
@@ -234,7 +220,7 @@ struct SelectedRow {
   }
   // Brings in the forced rows that are not among the best.
   void add_forced() {
-    const Forced forced(sp, keys);
+    const ForcedKeys forced(sp, keys);
     const int64_t first = forced.first_end - forced.first, last = forced.last_end - forced.last_begin;
     if (first + last == 0) return;
     int64_t m = 0;

@@ -73,6 +73,13 @@ DIFFQKV_DEVICE uint64_t load_shared_by_blocks(const uint64_t* p) {
   return __ldcg(reinterpret_cast<const unsigned long long*>(p));
 }
 
+// 16 bytes at once, aligned to as many.
+template <class Vector>
+DIFFQKV_DEVICE Vector load_vector(const void* p) {
+  static_assert(sizeof(Vector) == 16 && alignof(Vector) == 16);
+  return *static_cast<const Vector*>(p);
+}
+
 // ---- arithmetic -----------------------------------------------------------------------------------------------------
 
 // 2^x and log2(x) to about 2 ulp; exp2(-inf) = 0.
@@ -93,6 +100,8 @@ DIFFQKV_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 // Each rounded by itself, never contracted to a multiply-add.
 DIFFQKV_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 DIFFQKV_DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
+// a b + c, rounded once.
+DIFFQKV_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DIFFQKV_DEVICE int count_ones(uint32_t x) { return __popc(x); }
 
 // ---- matrix fragments -----------------------------------------------------------------------------------------------

@@ -7,12 +7,14 @@
 namespace diffqkv::device {
 
 // The elements of a piece one by one, at once; zeros where it is not valid.
-DIFFQKV_DEVICE void copy_elements(uint16_t* shared, const uint16_t* global, bool valid) {
+template <class T>
+DIFFQKV_DEVICE void copy_elements(T* shared, const T* global, bool valid) {
   DIFFQKV_UNROLL_BY(1)
-  for (int i = 0; i < kPiece; ++i) shared[i] = valid ? global[i] : uint16_t(0);
+  for (int i = 0; i < 16 / int(sizeof(T)); ++i) shared[i] = valid ? global[i] : T(0);
 }
 // Starts a copy of a piece where the source is aligned to 16 bytes.
-DIFFQKV_DEVICE void copy_piece(uint16_t* shared, const uint16_t* global, bool valid, bool aligned) {
+template <class T>
+DIFFQKV_DEVICE void copy_piece(T* shared, const T* global, bool valid, bool aligned) {
   if (aligned)
     copy_async(shared, global, valid);
   else

@@ -15,6 +15,12 @@ namespace diffqkv {
 // exceeds kMaxHeadDim.
 DIFFQKV_API int cuda_kv_cache_update(const CacheUpdateParams& p, void* stream);
 
+// selective_v_attention of a cache in rows, of fp32, fp16 or bf16. plan: plan_cuda_select(...) of the same params;
+// workspace: plan.workspace_bytes, aligned to 256, of any content.
+struct CudaSelectPlan;
+DIFFQKV_API int cuda_selective_v_attention(const SelectiveVParams& p, const CudaSelectPlan& plan, void* workspace,
+                                           void* stream);
+
 // Contiguous operands of fp32, fp16 or bf16.
 DIFFQKV_API int cuda_swiglu(const SwigluParams& p, const DeviceFacts& facts, void* stream);
 DIFFQKV_API int cuda_swiglu_backward(const SwigluParams& p, const DeviceFacts& facts, void* stream);

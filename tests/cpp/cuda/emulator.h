@@ -143,6 +143,14 @@ T load_shared_by_blocks(const T* p) {
   return *p;
 }
 
+template <class Vector>
+Vector load_vector(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 != 0) emulator::fail("load_vector: misaligned");
+  Vector v;
+  std::memcpy(&v, p, 16);
+  return v;
+}
+
 inline float exp2(float x) { return std::exp2(x); }
 inline float log2(float x) { return std::log2(x); }
 inline double exp2(double x) { return std::exp2(x); }
@@ -162,6 +170,7 @@ inline float float_of(uint32_t bits) {
 }
 inline float add(float a, float b) { return a + b; }
 inline float mul(float a, float b) { return a * b; }
+inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 inline int count_ones(uint32_t x) { return __builtin_popcount(x); }
 
 namespace emulator {
