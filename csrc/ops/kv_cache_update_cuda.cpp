@@ -11,7 +11,7 @@ void check_slots_on_host(CacheUpdateParams p, const Tensor& positions, const std
   p.positions = host_positions.data_ptr();
   p.positions_stride_batch = host_positions.stride(0);
   p.positions_stride_token = host_positions.stride(1);
-  const std::optional<Tensor> host_table = block_table ? std::optional(on_host(*block_table)) : std::nullopt;
+  const std::optional<Tensor> host_table = on_host(block_table);
   if (host_table) {
     p.paging.block_table = static_cast<const int32_t*>(host_table->data_ptr());
     p.paging.stride = host_table->stride(0);

@@ -29,16 +29,6 @@ void kv_cache_update_cpu(Tensor k_cache, Tensor v_cache, const Tensor& k, const 
                          const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
                          const std::optional<Tensor>& block_table, std::optional<Tensor> v_stats, int64_t k_layout);
 
-#define DIFFQKV_SELECTIVE_PARAMETERS                                                                         \
-  const Tensor &q, const Tensor &k_cache, const Tensor &v_cache, const Tensor &cache_seqlens, int64_t top_k, \
-      int64_t tail, int64_t keep_first, int64_t keep_last, const std::optional<Tensor>&v_stats,              \
-      const std::optional<Tensor>&cache_start, const std::optional<Tensor>&block_table,                      \
-      std::optional<double> softmax_scale, int64_t k_layout, std::optional<double> max_error, bool return_bound
-#define DIFFQKV_SELECTIVE_ARGUMENTS                                                                          \
-  q, k_cache, v_cache, cache_seqlens, top_k, tail, keep_first, keep_last, v_stats, cache_start, block_table, \
-      softmax_scale, k_layout, max_error, return_bound
-// out, lse, kept_mass, indices, rows_used, error_bound
-using SelectiveResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 SelectiveResults selective_v_attention_cpu(DIFFQKV_SELECTIVE_PARAMETERS);
 
 Tensor swiglu_cpu(const Tensor& gate, const Tensor& up);

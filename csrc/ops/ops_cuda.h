@@ -25,6 +25,8 @@ std::tuple<Tensor, Tensor> decode_attention_cuda(const Tensor& q, const Tensor& 
                                                  std::optional<double> softmax_scale, int64_t k_layout,
                                                  int64_t window_left, int64_t window_right, double softcap,
                                                  const std::optional<Tensor>& sinks);
+// Never synchronises, unless DIFFQKV_DEBUG=1 asks it to check lengths and blocks.
+SelectiveResults selective_v_attention_cuda(DIFFQKV_SELECTIVE_PARAMETERS);
 Tensor swiglu_cuda(const Tensor& gate, const Tensor& up);
 std::tuple<Tensor, Tensor> swiglu_backward_cuda(const Tensor& dout, const Tensor& gate, const Tensor& up);
 

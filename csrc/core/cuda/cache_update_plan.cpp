@@ -1,30 +1,43 @@
 #include "core/cuda/cache_update_plan.h"
 
 #include <algorithm>
-
-#include "core/cuda/aligned.h"
+#include <initializer_list>
 
 namespace diffqkv {
 namespace {
 
+constexpr int64_t kVectorBytes = 16;
 constexpr int64_t kTileUnits = 512;  // two per thread: loads in flight without many idle threads at small batches
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+struct Stride {
+  int64_t elements, extent;
+};
+
+bool aligned(const void* data, int64_t element_bytes, int64_t bytes, std::initializer_list<Stride> strides) {
+  if (reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(bytes) != 0) return false;
+  return std::all_of(strides.begin(), strides.end(), [&](Stride s) {
+    return s.extent <= 1 || s.elements * element_bytes % bytes == 0;  // the stride of a single element is never used
+  });
+}
+
 bool aligned(const TokenView& view, int64_t element_bytes, int64_t batch, int64_t heads, int64_t tokens) {
-  return aligned_strides(view.data, element_bytes, kVectorBytes,
-                         {{view.stride_batch, batch}, {view.stride_head, heads}, {view.stride_token, tokens}});
+  return aligned(view.data, element_bytes, kVectorBytes,
+                 {{view.stride_batch, batch}, {view.stride_head, heads}, {view.stride_token, tokens}});
 }
 
 bool aligned(const KvView& view, int64_t element_bytes, int64_t pages, int64_t groups, int64_t heads, int64_t tokens) {
   if (view.layout == KLayout::panels) {  // written element by element, bf16 by words of two
-    return view.dtype != DType::bf16 || aligned_strides(view.data, element_bytes, 4,
-                                                        {{view.stride_page, pages},
-                                                         {view.stride_group, groups},
-                                                         {view.stride_head, heads},
-                                                         {view.stride_panel, ceil_div(tokens, kPanelTokens)}});
+    return view.dtype != DType::bf16 || aligned(view.data, element_bytes, 4,
+                                                {{view.stride_page, pages},
+                                                 {view.stride_group, groups},
+                                                 {view.stride_head, heads},
+                                                 {view.stride_panel, ceil_div(tokens, kPanelTokens)}});
   }
-  return aligned_rows(view, element_bytes, pages, groups, heads, tokens);
+  return aligned(
+      view.data, element_bytes, kVectorBytes,
+      {{view.stride_page, pages}, {view.stride_group, groups}, {view.stride_head, heads}, {view.stride_token, tokens}});
 }
 
 // Elements that a thread may move at once.
@@ -39,8 +52,8 @@ int64_t vector_width(const CacheUpdateParams& p) {
   if (p.d_rot > 0) {
     const int64_t rope_size = p.rope_dtype == DType::f32 ? 4 : 2;
     for (const void* table : {p.cos, p.sin}) {
-      ok = ok && aligned_strides(table, rope_size, kVectorBytes,
-                                 {{p.rope_stride_batch, p.batch}, {p.rope_stride_token, p.s_new}});
+      ok = ok &&
+           aligned(table, rope_size, kVectorBytes, {{p.rope_stride_batch, p.batch}, {p.rope_stride_token, p.s_new}});
     }
   }
   return ok ? width : 1;

@@ -1,10 +1,9 @@
-#include "core/cuda/select_plan.h"
-
 #include <algorithm>
 #include <cmath>
 
-#include "core/cuda/aligned.h"
 #include "diffqkv/attention_plan.h"
+#include "diffqkv/cuda_decode_plan.h"
+#include "diffqkv/cuda_select_plan.h"
 
 namespace diffqkv {
 namespace {
@@ -25,13 +24,13 @@ int32_t chunk_tokens(const AttentionParams& p, const DeviceFacts& facts) {
 
 CudaSelectPlan plan_cuda_select(const SelectiveVParams& params, const DeviceFacts& facts, int64_t workspace_bytes) {
   const AttentionParams& p = params.attention;
-  const int64_t element = dtype_size(p.k.dtype), pages = p.paging.block_table != nullptr ? 2 : p.batch;
+  const int64_t element = dtype_size(p.k.dtype);
   const HeadGroups& heads = p.heads;
   CudaSelectPlan plan;
   const double scale = std::abs(p.softmax_scale) * 1.44269504088896341;
   plan.exp2_scale = std::max(static_cast<float>(scale), 1e-37f);  // 0 times a score of -inf would be NaN
-  plan.k_vectors = aligned_rows(p.k, element, pages, heads.groups(), heads.k_per_group(), p.paging.page_size);
-  plan.v_vectors = aligned_rows(p.v, element, pages, heads.groups(), heads.v_per_group(), p.paging.page_size);
+  plan.k_vectors = rows_aligned(p.k, element);
+  plan.v_vectors = rows_aligned(p.v, element);
 
   plan.chunk_tokens = chunk_tokens(p, facts);
   plan.chunks = static_cast<int32_t>(ceil_div(p.s_k, plan.chunk_tokens));

@@ -1,9 +1,9 @@
 // What the kernels of selective V are given.
 #pragma once
-#include "core/cuda/select_plan.h"
 #include "core/key_range.h"
 #include "core/selective.h"
 #include "cuda/device.cuh"
+#include "diffqkv/cuda_select_plan.h"
 
 namespace diffqkv::device::selective {
 

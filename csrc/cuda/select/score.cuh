@@ -262,9 +262,9 @@ struct Score {
           DIFFQKV_UNROLL_BY(1)
           for (int slice = 0; slice < slices; ++slice) {
             copy_wait<kSelectStages - 2>();
-            sync_warp();  // all have the new stage, and have read the one before it
-            copies.issue();
+            sync_warp();  // all have the new stage, and have read the one before it, which the next copies replace
             multiply(ring + stage * kStage, q + slice * kSelectSliceBytes, q_bytes, int(p.d_k) - slice * kSlice, acc);
+            copies.issue();
             stage = (stage + 1) % kSelectStages;
           }
         }

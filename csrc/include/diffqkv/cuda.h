@@ -4,6 +4,7 @@
 #pragma once
 #include "diffqkv/cuda_decode_plan.h"
 #include "diffqkv/cuda_prefill_plan.h"
+#include "diffqkv/cuda_select_plan.h"
 #include "diffqkv/device_facts.h"
 #include "diffqkv/params.h"
 
@@ -14,12 +15,6 @@ namespace diffqkv {
 // written. Two tokens of a call must not have the same slot. cudaErrorInvalidValue where K and V dtypes differ or d_v
 // exceeds kMaxHeadDim.
 DIFFQKV_API int cuda_kv_cache_update(const CacheUpdateParams& p, void* stream);
-
-// selective_v_attention of a cache in rows, of fp32, fp16 or bf16. plan: plan_cuda_select(...) of the same params;
-// workspace: plan.workspace_bytes, aligned to 256, of any content.
-struct CudaSelectPlan;
-DIFFQKV_API int cuda_selective_v_attention(const SelectiveVParams& p, const CudaSelectPlan& plan, void* workspace,
-                                           void* stream);
 
 // Contiguous operands of fp32, fp16 or bf16.
 DIFFQKV_API int cuda_swiglu(const SwigluParams& p, const DeviceFacts& facts, void* stream);
@@ -33,6 +28,11 @@ DIFFQKV_API int cuda_decode_attention(const AttentionParams& p, const CudaDecode
 // K in rows. plan: plan_cuda_prefill of the same params. Head dimensions up to kMaxHeadDim, sequences up to
 // kMaxPrefillTokens; cudaErrorInvalidValue beyond them, cudaErrorInvalidConfiguration for 2^31 blocks or more.
 DIFFQKV_API int cuda_flash_attention(const AttentionParams& p, const CudaPrefillPlan& plan, void* stream);
+
+// A cache in rows, of fp32, fp16 or bf16. plan: plan_cuda_select of the same params. workspace: plan.workspace_bytes,
+// aligned to 256, of any content. cudaErrorInvalidConfiguration for 2^31 blocks or more.
+DIFFQKV_API int cuda_selective_v_attention(const SelectiveVParams& p, const CudaSelectPlan& plan, void* workspace,
+                                           void* stream);
 
 // Zeros for the tickets of a kernel about to be launched on the current device, whose number this is; null where the
 // caller has to bring zeros of its own. captured: the launch becomes part of a graph.
