@@ -2,6 +2,7 @@
 // is on. Launches never allocate and never synchronise, so they can be captured in a CUDA graph. No torch and no CUDA
 // header here. A stream is a cudaStream_t; the current device must be the stream's.
 #pragma once
+#include "diffqkv/cuda_backward_plan.h"
 #include "diffqkv/cuda_decode_plan.h"
 #include "diffqkv/cuda_prefill_plan.h"
 #include "diffqkv/cuda_select_plan.h"
@@ -33,6 +34,11 @@ DIFFQKV_API int cuda_flash_attention(const AttentionParams& p, const CudaPrefill
 // aligned to 256, of any content. cudaErrorInvalidConfiguration for 2^31 blocks or more.
 DIFFQKV_API int cuda_selective_v_attention(const SelectiveVParams& p, const CudaSelectPlan& plan, void* workspace,
                                            void* stream);
+
+// dtypes, dimensions and heads as in the plan: plan_cuda_backward of the same params. Without a block table; gradients
+// are contiguous. workspace: plan.workspace_bytes, aligned to 256.
+DIFFQKV_API int cuda_flash_attention_backward(const AttentionBackwardParams& p, const CudaBackwardPlan& plan,
+                                              void* workspace, void* stream);
 
 // Zeros for the tickets of a kernel about to be launched on the current device, whose number this is; null where the
 // caller has to bring zeros of its own. captured: the launch becomes part of a graph.
