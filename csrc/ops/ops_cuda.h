@@ -27,6 +27,18 @@ std::tuple<Tensor, Tensor> decode_attention_cuda(const Tensor& q, const Tensor& 
                                                  const std::optional<Tensor>& sinks);
 // Never synchronises, unless DIFFQKV_DEBUG=1 asks it to check lengths and blocks.
 SelectiveResults selective_v_attention_cuda(DIFFQKV_SELECTIVE_PARAMETERS);
+
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward_cuda(const Tensor& dout,
+                                                                         const std::optional<Tensor>& dlse,
+                                                                         const Tensor& q, const Tensor& k,
+                                                                         const Tensor& v, const Tensor& out,
+                                                                         const Tensor& lse, DIFFQKV_OPTION_PARAMETERS);
+// With DIFFQKV_DEBUG=1 the call reads cu_seqlens back, and throws before it writes.
+std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_varlen_backward_cuda(
+    const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& out, const Tensor& lse, DIFFQKV_PACKED_PARAMETERS, DIFFQKV_OPTION_PARAMETERS);
+
 Tensor swiglu_cuda(const Tensor& gate, const Tensor& up);
 std::tuple<Tensor, Tensor> swiglu_backward_cuda(const Tensor& dout, const Tensor& gate, const Tensor& up);
 

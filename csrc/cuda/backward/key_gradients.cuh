@@ -11,7 +11,7 @@ struct KeyGradients {
   static constexpr int kThreads = kBackwardThreads, kMinBlocks = 2;
   static constexpr BackwardVariant kVariant = backward_variant<kDk, kDv>();
   static constexpr int kKeys = kVariant.keys.rows, kQueries = kVariant.keys.step;
-  static constexpr int kM = kKeys / (16 * kBackwardWarps), kN = kQueries / 8;
+  static constexpr int kWarpKeys = kKeys / kBackwardWarps, kM = kWarpKeys / 16, kN = kQueries / 8;
   static constexpr int kStrideK = tile_stride(kDk), kStrideV = tile_stride(kDv);
 
   // What a block knows of itself lies in shared memory too: registers are for the gradients.
@@ -123,14 +123,16 @@ struct KeyGradients {
     template <int kK8, int kV8>
     DIFFQKV_DEVICE void add(float (&dk)[kM][kK8][4], float (&dv)[kM][kV8][4], int64_t head, int64_t i,
                             const Queries& queries) const {
-      const int row = warp() * 16 * kM;
+      const int row = warp() * kWarpKeys;
+      const int64_t j = block.j0 + row;
+      const KeyRange of_first = keys_of_query(p, block.entry, i);
+      const KeyRange of_last = keys_of_query(p, block.entry, min_of(i + kQueries, block.entry.s_q) - 1);
+      if (of_last.hi <= j || of_first.lo >= j + kWarpKeys) return;  // no query sees a key of this warp
       uint32_t a[kM][kN / 2][4], kept[kM] = {};
       float s[kM][kN][4];
       clear(s);
       multiply_rows<E, kM, kN, kDk>(s, shared.k + row * kStrideK, queries.q);
-      const KeyRange of_last = keys_of_query(p, block.entry, min_of(i + kQueries, block.entry.s_q) - 1);
-      const bool whole = of_last.lo <= block.j0 && keys_of_query(p, block.entry, i).hi >= block.j0 + kKeys;
-      if (!whole) hide(s, i);
+      if (of_last.lo > j || of_first.hi < j + kWarpKeys) hide(s, i, j);
       const bool dropout = kFeatures && p.dropout.threshold > 0;
       if (dropout) draw(kept, head, i);
       // s becomes P times the slope of the softcap, a becomes P as dropout leaves it.
@@ -177,7 +179,7 @@ struct KeyGradients {
     }
 
     // Takes keys away from queries that do not see them.
-    DIFFQKV_DEVICE void hide(float (&s)[kM][kN][4], int64_t i) const {
+    DIFFQKV_DEVICE void hide(float (&s)[kM][kN][4], int64_t i, int64_t j) const {
       DIFFQKV_UNROLL
       for (int n = 0; n < kN; ++n) {
         DIFFQKV_UNROLL
@@ -187,7 +189,7 @@ struct KeyGradients {
           for (int m = 0; m < kM; ++m) {
             DIFFQKV_UNROLL
             for (int e = odd; e < 4; e += 2) {
-              const int64_t key = block.j0 + warp() * 16 * kM + product_row(m, e);
+              const int64_t key = j + product_row(m, e);
               if (key < seen.lo || key >= seen.hi) s[m][n][e] = call.factors.hidden;
             }
           }
@@ -201,7 +203,7 @@ struct KeyGradients {
       DIFFQKV_UNROLL
       for (int m = 0; m < kM; ++m) {
         kept[m] = 0;
-        const int64_t first = (block.j0 + (warp() * kM + m) * 16) / kKeysPerDraw;
+        const int64_t first = (block.j0 + warp() * kWarpKeys + m * 16) / kKeysPerDraw;
         DIFFQKV_UNROLL
         for (int n = 0; n < kN; n += 2) {
           uint32_t words[4], bits = 0;

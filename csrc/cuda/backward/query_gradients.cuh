@@ -10,7 +10,7 @@ struct QueryGradients {
   static constexpr int kThreads = kBackwardThreads, kMinBlocks = 2;
   static constexpr BackwardVariant kVariant = backward_variant<kDk, kDv>();
   static constexpr int kQueries = kVariant.queries.rows, kKeys = kVariant.queries.step;
-  static constexpr int kM = kQueries / (16 * kBackwardWarps), kN = kKeys / 8;
+  static constexpr int kWarpQueries = kQueries / kBackwardWarps, kM = kWarpQueries / 16, kN = kKeys / 8;
   static constexpr int kStrideK = tile_stride(kDk), kStrideV = tile_stride(kDv);
 
   // What a block knows of itself lies in shared memory too: registers are for the gradients.
@@ -108,13 +108,15 @@ struct QueryGradients {
 
   // dq += dS K for the keys of a tile, from j on.
   DIFFQKV_DEVICE void add(float (&dq)[kM][kDk / 8][4], int64_t j, const Keys& keys) const {
-    const int row = warp() * 16 * kM;
+    const int row = warp() * kWarpQueries;
+    const int64_t i = block.i0 + row;
+    const KeyRange of_first = keys_of_query(p, block.entry, i);
+    const KeyRange of_last = keys_of_query(p, block.entry, i + kWarpQueries - 1);
+    if (of_last.hi <= j || of_first.lo >= j + kKeys) return;  // no query of this warp sees a key
     float s[kM][kN][4], dp[kM][kN][4];
     clear(s);
     multiply_rows<E, kM, kN, kDk>(s, shared.q + row * kStrideK, keys.k);
-    const bool whole = keys_of_query(p, block.entry, block.i0 + block.queries - 1).lo <= j &&
-                       keys_of_query(p, block.entry, block.i0).hi >= j + kKeys;
-    if (!whole) hide(s, j);
+    if (of_last.lo > j || of_first.hi < j + kKeys) hide(s, i, j);
     DIFFQKV_UNROLL
     for (int m = 0; m < kM; ++m) {
       DIFFQKV_UNROLL
@@ -146,13 +148,12 @@ struct QueryGradients {
   }
 
   // Takes keys away from queries that do not see them.
-  DIFFQKV_DEVICE void hide(float (&s)[kM][kN][4], int64_t j) const {
+  DIFFQKV_DEVICE void hide(float (&s)[kM][kN][4], int64_t i, int64_t j) const {
     DIFFQKV_UNROLL
     for (int m = 0; m < kM; ++m) {
       DIFFQKV_UNROLL
       for (int half = 0; half < 4; half += 2) {
-        const int64_t query = block.i0 + warp() * 16 * kM + product_row(m, half);
-        const KeyRange seen = keys_of_query(p, block.entry, query);
+        const KeyRange seen = keys_of_query(p, block.entry, i + product_row(m, half));
         DIFFQKV_UNROLL
         for (int n = 0; n < kN; ++n) {
           DIFFQKV_UNROLL
@@ -170,7 +171,7 @@ struct QueryGradients {
     for (int m = 0; m < kM; ++m) {
       DIFFQKV_UNROLL
       for (int half = 0; half < 4; half += 2) {
-        const int64_t query = block.i0 + warp() * 16 * kM + product_row(m, half);
+        const int64_t query = block.i0 + warp() * kWarpQueries + product_row(m, half);
         DIFFQKV_UNROLL
         for (int n = 0; n < kN; n += 4) {
           uint32_t words[4];
