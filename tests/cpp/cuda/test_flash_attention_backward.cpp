@@ -163,7 +163,10 @@ TEST_CASE("emulated gradients: lengths") {
        {std::pair{0, 5}, {5, 0}, {1, 1}, {31, 33}, {33, 31}, {113, 203}, {203, 113}, {1, 300}, {300, 1}})
     check<BF16>({.heads = {4, 2, 4}, .batch = 2, .s_q = s_q, .s_k = s_k, .causal = true});
   check<F16>({.heads = {2, 1, 2}, .s_q = 203, .s_k = 140});
-  check<F16>({.heads = {2, 1, 2}, .s_q = 70, .s_k = 140, .d_v = 128}, DeviceFacts::rtx4090());
+  const CudaBackwardPlan small =
+      check<F16>({.heads = {2, 1, 2}, .s_q = 70, .s_k = 140, .d_k = 256}, DeviceFacts::rtx4090());
+  REQUIRE(small.key_stages == 1);
+  REQUIRE(small.query_stages == 1);
 }
 
 TEST_CASE("emulated gradients: windows, softcap, sinks, dropout") {
