@@ -47,8 +47,8 @@ struct FlashAttention {
           block(reinterpret_cast<Block*>(rows + 2 * kBlockN)) {}
   };
 
-  // The rows of the keys [first_key, first_key + kBlockN): found once for all their pieces, wherever a cache keeps
-  // them.
+  // The rows of the keys [first_key, first_key + kBlockN): found once for all pieces of a row, however tokens are
+  // paged.
   static DIFFQKV_DEVICE void find_rows(const AttentionParams& p, const Block& b, int first_key, KeyRows* rows) {
     if (thread() < kBlockN) rows[thread()] = key_rows(p, b, first_key + thread());
   }
@@ -344,6 +344,7 @@ struct FlashAttention {
     if (two) load_v(first_tile, 0);
     arrive();
     if (factors.negative) {
+      DIFFQKV_UNROLL_BY(1)
       for (int i = thread(); i < kBlockM * kStrideK; i += kThreads) tiles.q[i] ^= 0x8000;
       sync_block();
     }
