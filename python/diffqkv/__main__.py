@@ -1,10 +1,11 @@
-"""`python -m diffqkv`: prints the configuration; `python -m diffqkv bench`: measures."""
+"""`python -m diffqkv`: prints the configuration; `bench` measures, `convert` makes checkpoints of others."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from . import show_config
+from ._convert import cli as convert
 from .benchmarks import cli as bench
 
 
@@ -14,6 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     bench.add_parser(commands)
+    convert.add_parser(commands)
     args = parser.parse_args(arguments)
     if "run" in args:
         return args.run(args)

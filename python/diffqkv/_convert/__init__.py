@@ -1,0 +1,1 @@
+"""What `diffqkv.convert` is made of."""
