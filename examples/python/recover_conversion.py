@@ -52,27 +52,31 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def train(model: torch.nn.Module, folder: Path, args: argparse.Namespace, steps: int, learning_rate: float) -> None:
-    windows = PackedDataset(
-        args.out / "train.npy", args.context, end_of_text=None, seed=0, samples=steps * args.batch_size
+def options(args: argparse.Namespace, **training: object) -> TrainingArguments:
+    return TrainingArguments(
+        args.out / "trainer",
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        report_to=[],
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **training,
     )
-    Trainer(
-        model,
-        TrainingArguments(
-            folder,
-            max_steps=steps,
-            per_device_train_batch_size=args.batch_size,
-            learning_rate=learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=max(1, steps // 20),
-            weight_decay=0.1,
-            logging_steps=50,
-            save_strategy="no",
-            report_to=[],
-            dataloader_pin_memory=torch.cuda.is_available(),
-        ),
-        train_dataset=windows,
-    ).train()
+
+
+def train(model: torch.nn.Module, args: argparse.Namespace, steps: int, learning_rate: float) -> None:
+    samples = steps * args.batch_size
+    windows = PackedDataset(args.out / "train.npy", args.context, end_of_text=None, seed=0, samples=samples)
+    recipe = options(
+        args,
+        max_steps=steps,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 20),
+        weight_decay=0.1,
+        logging_steps=50,
+        save_strategy="no",
+    )
+    Trainer(model, recipe, train_dataset=windows).train()
 
 
 def loss(folder: Path, args: argparse.Namespace) -> float:
@@ -80,13 +84,7 @@ def loss(folder: Path, args: argparse.Namespace) -> float:
     held_out = PackedDataset(args.out / "held_out.npy", args.context, end_of_text=None)
     few = torch.utils.data.Subset(held_out, range(min(len(held_out), HELD_OUT_WINDOWS)))
     model = AutoModelForCausalLM.from_pretrained(folder)
-    options = TrainingArguments(
-        folder,
-        per_device_eval_batch_size=args.batch_size,
-        report_to=[],
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    return Trainer(model, options, eval_dataset=few).evaluate()["eval_loss"]
+    return Trainer(model, options(args), eval_dataset=few).evaluate()["eval_loss"]
 
 
 def train_source(tokenizer, args: argparse.Namespace) -> Path:
@@ -102,7 +100,7 @@ def train_source(tokenizer, args: argparse.Namespace) -> Path:
         )
     )
     folder = args.out / "source"
-    train(model, folder, args, args.source_steps, SOURCE_LEARNING_RATE)
+    train(model, args, args.source_steps, SOURCE_LEARNING_RATE)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -130,8 +128,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         context=args.context,
         overwrite=True,
     )
-    model = AutoModelForCausalLM.from_pretrained(args.out / "converted")
-    train(model, args.out / "recovered", args, args.steps, args.learning_rate)
+    model = AutoModelForCausalLM.from_pretrained(args.out / "converted", dtype=torch.float32)
+    train(model, args, args.steps, args.learning_rate)
     model.save_pretrained(args.out / "recovered")
     AutoTokenizer.from_pretrained(source).save_pretrained(args.out / "recovered")
 

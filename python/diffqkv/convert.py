@@ -348,7 +348,7 @@ def _copy_companions(source: Path, folder: Path) -> None:
         if any(fnmatch(path.name, pattern) for pattern in _COMPANIONS):
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except Exception:  # a source may have none, or one that needs packages of its own
         return
     # The class follows from the kind of model too, which is another now.

@@ -26,7 +26,7 @@ def read_windows(
             `least`.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"text: got a source without tokenizer ({error}), want its files beside the weights"
