@@ -236,11 +236,11 @@ DIFFQKV_DEVICE void barrier_init(Barrier* b, int arrivals) {
   DIFFQKV_SM90("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
 }
 // After barrier_init, before a sync_block: the copy engine sees the barriers too.
-DIFFQKV_DEVICE void barrier_init_done() { DIFFQKV_SM90("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DIFFQKV_DEVICE void barrier_init_done() { DIFFQKV_SM90("fence.mbarrier_init.release.cluster;" :: : "memory"); }
 // Arrives, and announces bytes that copies will bring.
 DIFFQKV_DEVICE void barrier_arrive_expecting(Barrier* b, int bytes) {
-  DIFFQKV_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes)
-               : "memory");
+  DIFFQKV_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)),
+               "r"(bytes) : "memory");
 }
 // Until the phase of this parity has ended.
 DIFFQKV_DEVICE void barrier_wait(Barrier* b, int parity) {
@@ -251,19 +251,17 @@ DIFFQKV_DEVICE void barrier_wait(Barrier* b, int parity) {
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
       "}\n" ::"r"(shared_address(b)),
-      "r"(parity)
-      : "memory");
+      "r"(parity) : "memory");
 }
 // A multiple of 16 bytes, both sides aligned to 16; counts at the barrier when they have come.
 DIFFQKV_DEVICE void copy_bulk(void* shared, const void* global, int bytes, Barrier* b) {
   DIFFQKV_SM90("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(shared)),
-               "l"(global), "r"(bytes), "r"(shared_address(b))
-               : "memory");
+               "l"(global), "r"(bytes), "r"(shared_address(b)) : "memory");
 }
 // Ordinary writes to shared memory of this thread come before bulk copies to the same place issued after it and a
 // sync_block.
-DIFFQKV_DEVICE void fence_before_bulk() { DIFFQKV_SM90("fence.proxy.async.shared::cta;" ::: "memory"); }
+DIFFQKV_DEVICE void fence_before_bulk() { DIFFQKV_SM90("fence.proxy.async.shared::cta;" :: : "memory"); }
 #undef DIFFQKV_SM90
 
 }  // namespace diffqkv::device

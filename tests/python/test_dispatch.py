@@ -121,20 +121,12 @@ def test_panels_are_for_plain_torch(kernels):
 
 @pytest.mark.parametrize("op", _dispatch.OPS)
 def test_float32(kernels, op):
-    assert path_of(op, dtype=F32) == (PLAIN if op == "decode_attention" else KERNEL)
-
-
-def test_many_queries(kernels):
-    with FakeTensorMode():
-        for queries, runs in ((1, True), (16, True), (17, False)):
-            q = torch.empty(2, 8, queries, 64, dtype=BF16, device="cuda")
-            assert _dispatch.uses_kernel("decode_attention", q) == runs
-            assert _dispatch.uses_kernel("flash_attention", q)
+    assert path_of(op, dtype=F32) == KERNEL
 
 
 def test_autocast_decides_on_the_dtype(kernels, monkeypatch):
     monkeypatch.setattr(torch.amp, "is_autocast_available", lambda device: True)
-    monkeypatch.setitem(_dispatch.CUDA_DTYPES, "flash_attention", (BF16,))
+    monkeypatch.setitem(_dispatch.KERNEL_DTYPES, "flash_attention", (BF16,))
     before = torch.get_autocast_dtype("cuda")
     with FakeTensorMode():
         x = torch.empty(1, 4, 3, 16, device="cuda")
