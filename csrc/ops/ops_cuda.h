@@ -28,7 +28,6 @@ std::tuple<Tensor, Tensor> decode_attention_cuda(const Tensor& q, const Tensor& 
 // Never synchronises, unless DIFFQKV_DEBUG=1 asks it to check lengths and blocks.
 SelectiveResults selective_v_attention_cuda(DIFFQKV_SELECTIVE_PARAMETERS);
 
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward_cuda(const Tensor& dout,
                                                                          const std::optional<Tensor>& dlse,
                                                                          const Tensor& q, const Tensor& k,

@@ -126,7 +126,8 @@ def test_float32(kernels, op):
 
 def test_autocast_decides_on_the_dtype(kernels, monkeypatch):
     monkeypatch.setattr(torch.amp, "is_autocast_available", lambda device: True)
-    monkeypatch.setitem(_dispatch.KERNEL_DTYPES, "flash_attention", (BF16,))
+    for op in ("flash_attention", "decode_attention"):
+        monkeypatch.setitem(_dispatch.KERNEL_DTYPES, op, (BF16,))
     before = torch.get_autocast_dtype("cuda")
     with FakeTensorMode():
         x = torch.empty(1, 4, 3, 16, device="cuda")

@@ -12,7 +12,7 @@ inline constexpr int32_t kDecodeWarps = kDecodeThreads / 32;
 inline constexpr int32_t kDecodeColumns = 8;      // of a matrix product's right operand: one tile of query rows
 inline constexpr int64_t kMaxDecodeQueries = 16;  // per q head; more go to flash_attention's kernel
 
-inline constexpr int64_t kMaxGrid = 65535;        // blocks in the second and third direction
+inline constexpr int64_t kMaxGrid = 65535;  // blocks in the second and third direction
 
 // What a kernel of each size holds in registers.
 struct DecodeSize {
@@ -60,12 +60,11 @@ struct CudaDecodePlan {
   double flops = 0, bytes = 0;  // at full capacity
 };
 
-// Whether the kernel takes a call; others go to that of flash_attention. A packed sequence takes the same kernel whatever
-// lies beside it.
+// Whether the kernel takes a call; others go to that of flash_attention. A packed sequence takes the same kernel
+// whatever lies beside it.
 constexpr bool cuda_decode_takes(const AttentionParams& p) {
   return (p.q.dtype == DType::f16 || p.q.dtype == DType::bf16) && p.s_q <= kMaxDecodeQueries &&
-         p.cu_seqlens_q == nullptr && p.dropout.threshold == 0 && p.batch <= kMaxGrid &&
-         p.heads.n_q <= kMaxGrid;
+         p.cu_seqlens_q == nullptr && p.dropout.threshold == 0 && p.batch <= kMaxGrid && p.heads.n_q <= kMaxGrid;
 }
 
 DIFFQKV_API CudaDecodePlan plan_cuda_decode(const AttentionParams& params, const DeviceFacts& facts);
