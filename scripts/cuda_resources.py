@@ -3,7 +3,8 @@
 
     scripts/cuda_resources.py build/cmake --out benchmarks/results/cuda_resources
 
-Compiles the CUDA sources of a configured build once more, by its compile_commands.json, and writes OUT.json and OUT.md.
+Compiles the CUDA sources of a configured build once more, by its compile_commands.json, and writes OUT.json and OUT.md;
+the latter also with what the planners make of Sigma's calls, and how fast those can be at best.
 Exit status: 0, or 1 if a kernel spills registers or keeps anything else in local memory.
 """
 
@@ -45,6 +46,23 @@ _ARCHS = {
     "sm_89": Arch(65536, 1536, 24, 100 << 10),
     "sm_90a": Arch(65536, 2048, 32, 228 << 10),
 }
+
+
+# (n_q, n_k, n_v, d_k, d_v, s_q, s_k, batch) of what is planned.
+_CALLS = (
+    (32, 4, 16, 64, 64, 1, 4096, 1),
+    (32, 4, 16, 64, 64, 1, 32768, 1),
+    (32, 4, 16, 64, 64, 1, 8192, 64),
+    (32, 4, 16, 64, 64, 8, 32768, 1),
+    (32, 4, 16, 64, 128, 1, 32768, 1),
+    (32, 4, 16, 128, 128, 1, 32768, 1),
+    (32, 16, 16, 64, 64, 1, 32768, 1),
+    (32, 4, 16, 64, 64, 4096, 4096, 1),
+    (32, 4, 16, 64, 128, 4096, 4096, 1),
+    (32, 4, 16, 128, 128, 4096, 4096, 1),
+)
+_TFLOPS = {"a100": 312, "h100": 989, "h200": 989}  # of bf16, by the data sheet
+_LATENCY_US = 1.0  # of memory under load
 
 
 class Kernel(NamedTuple):
@@ -152,6 +170,53 @@ def table(kernels: list[Kernel], facts: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def limits(plan: dict, gpu: str, multiprocessors: int, bandwidth: float, resident: int) -> dict[str, float]:
+    """Least microseconds of a call, by the bytes of its tensors, by what its blocks keep under way, by arithmetic.
+
+    resident: blocks of a multiprocessor. bandwidth: GB/s. Bytes under way come once in a memory latency (Little's law);
+    blocks that do not fill their last wave leave tensor cores idle.
+    """
+    busy = min(plan["blocks"], multiprocessors * resident)
+    waves = -(-plan["blocks"] // (multiprocessors * resident))
+    return {
+        "memory": plan["bytes"] / bandwidth / 1e3,
+        "latency": plan["bytes"] / (busy * plan["bytes_under_way"]) * _LATENCY_US,
+        "arithmetic": plan["flops"] / _TFLOPS[gpu] / 1e6 * waves * multiprocessors * resident / plan["blocks"],
+    }
+
+
+def plans(kernels: list[Kernel]) -> str:
+    """What the planners make of calls in bf16: a line for each, and GPU."""
+    from diffqkv import _core
+
+    columns = ["GPU", "heads", "d_k, d_v", "s_q", "s_k", "batch", "kernel", "registers", "shared, KiB"]
+    columns += ["blocks resident", "blocks", "KiB under way", "memory, µs", "latency, µs", "arithmetic, µs"]
+    lines = [
+        "",
+        "## What the planners make of it",
+        "",
+        "bf16, causal. Resident: blocks of a multiprocessor, by registers, threads and shared memory. Under way: "
+        f"copies of a block while it computes, which come once in {_LATENCY_US:g} µs. The largest of the last three "
+        "is the limit that the plan leaves; memory and arithmetic by the data sheet.",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+    ]
+    for gpu, arch in (("h200", "sm_90a"), ("a100", "sm_80")):
+        facts = _core.GPUS[gpu]
+        for n_q, n_k, n_v, d_k, d_v, s_q, s_k, batch in _CALLS:
+            plan = _core.plan_cuda_attention(facts, n_q, n_k, n_v, d_k, d_v, s_q, s_k, batch, "bfloat16")
+            kernel = next(k for k in kernels if (k.name, k.arch) == (plan["instance"], arch))
+            by_shared = facts.shared_per_multiprocessor // (plan["shared_bytes"] + 1024)
+            resident = min(kernel.blocks(), by_shared)
+            least = limits(plan, gpu, facts.multiprocessors, facts.bandwidth_gb_s, resident)
+            cells = [gpu, f"{n_q}/{n_k}/{n_v}", f"{d_k}, {d_v}", s_q, s_k, batch, f"`{plan['instance']}`"]
+            cells += [kernel.registers, f"{plan['shared_bytes'] / 1024:.0f}", resident, plan["blocks"]]
+            cells += [f"{plan['bytes_under_way'] / 1024:.0f}", *(f"{us:.1f}" for us in least.values())]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
 def _output(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -175,7 +240,7 @@ def main() -> int:
     facts = f"nvcc {release[1]}, commit {commit}."
     rows = [kernel._asdict() | {"blocks": kernel.blocks(), "shared_left": kernel.shared_left()} for kernel in kernels]
     args.out.with_suffix(".json").write_text(json.dumps({"compiler": facts, "kernels": rows}, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(table(kernels, facts))
+    args.out.with_suffix(".md").write_text(table(kernels, facts) + plans(kernels))
     spilling = [f"{k.name} ({k.arch}): stack {k.stack}, spills {k.spills}" for k in kernels if k.stack or k.spills]
     print("\n".join(spilling) or f"{len(kernels)} kernels, none spills: {args.out.with_suffix('.md')}")
     return 1 if spilling else 0

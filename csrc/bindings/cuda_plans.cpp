@@ -1,4 +1,5 @@
 // The GPU plans of an attention call, from the functions that the ops use.
+#include <fmt/format.h>
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -23,10 +24,18 @@ py::dict common(const DeviceFacts& facts, int64_t threads, int64_t shared_bytes,
   return result;
 }
 
+const char* element_name(const AttentionParams& p) { return p.q.dtype == DType::f16 ? "F16" : "BF16"; }
+
 py::dict decode(const AttentionParams& p, const DeviceFacts& facts) {
   const CudaDecodePlan plan = plan_cuda_decode(p, facts);
   py::dict result = common(facts, kDecodeThreads, plan.shared_bytes, plan.blocks);
   result["kernel"] = plan.bulk ? "decode, bulk copies" : "decode";
+  const DecodeSize size = plan.large ? kLargeDecode : kSmallDecode;
+  result["instance"] =
+      fmt::format("DecodeAttention<{}, DecodeSize{{{}, {}}}, {}>", element_name(p), size.tiles, size.jobs, plan.bulk);
+  const DecodeChunk chunk = DecodeChunk::of(p.heads, 0, plan.heads_per_chunk, 0);
+  result["bytes_under_way"] =
+      int64_t{2} * (plan.stages - 1) * plan.tile_tokens * (chunk.k_heads * p.d_k + chunk.v_heads * p.d_v);
   result["block_q"] = plan.columns;
   result["block_k"] = plan.tile_tokens;
   result["stages"] = plan.stages;
@@ -43,6 +52,11 @@ py::dict prefill(const AttentionParams& p, const DeviceFacts& facts) {
   const CudaPrefillPlan plan = plan_cuda_prefill(p, facts);
   py::dict result = common(facts, plan.threads, plan.shared_bytes, plan.blocks);
   result["kernel"] = plan.variant < 0 ? "plain" : "prefill";
+  if (plan.variant >= 0) {
+    const PrefillVariant& v = kPrefillVariants[plan.variant];
+    result["instance"] = fmt::format("FlashAttention<{}, {}, {}, {}>", element_name(p), v.d_k, v.d_v, plan.features);
+    result["bytes_under_way"] = int64_t{2} * plan.block_n * p.d_k;  // the shorter of K's and V's tiles
+  }
   result["block_q"] = plan.block_m;
   result["block_k"] = plan.block_n;
   result["stages"] = plan.stages;

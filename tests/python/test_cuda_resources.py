@@ -65,3 +65,23 @@ def test_a_build_without_kernels_is_refused(tmp_path):
     command = [sys.executable, SCRIPT, tmp_path, "--out", tmp_path / "out"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 2 and "without CUDA sources" in run.stderr
+
+
+def test_limits(script):
+    plan = {"blocks": 66, "bytes": 4.8e9, "flops": 989e12, "bytes_under_way": 48_000}
+    least = script.limits(plan, "h200", 132, 4800, 2)
+    assert least["memory"] == pytest.approx(1e6)  # a second at 4.8 TB/s
+    assert least["latency"] == pytest.approx(4.8e9 / (66 * 48_000))  # 66 blocks at a time, a microsecond each
+    assert least["arithmetic"] == pytest.approx(4e6)  # a quarter of the 264 places is taken
+    plan["blocks"] = 265  # two waves
+    assert script.limits(plan, "h200", 132, 4800, 2)["arithmetic"] == pytest.approx(2e6 * 264 / 265)
+
+
+def test_every_planned_call_names_a_kernel(script, library):
+    from diffqkv import _core
+
+    for name in ("h200", "a100"):
+        for *shape, s_q, s_k, batch in script._CALLS:
+            plan = _core.plan_cuda_attention(_core.GPUS[name], *shape, s_q, s_k, batch, "bfloat16")
+            assert plan["instance"].startswith("DecodeAttention<BF16" if s_q <= 16 else "FlashAttention<BF16")
+            assert plan["bytes_under_way"] > 0
