@@ -45,6 +45,16 @@ TEST_CASE("splits depend on the capacity, never on the batch") {
     }
 }
 
+TEST_CASE("a block that is alone on its multiprocessor keeps more tiles under way, of the same size") {
+  const CudaDecodePlan alone = plan_cuda_decode(params(kSigma, 32768, 64, 64), DeviceFacts::h200());
+  const CudaDecodePlan many = plan_cuda_decode(params(kSigma, 32768, 64, 64, 1, 8), DeviceFacts::h200());
+  CHECK(alone.blocks <= DeviceFacts::h200().multiprocessors);
+  CHECK(alone.stages == 4);
+  CHECK(many.stages == 2);
+  CHECK(2 * (many.shared_bytes + 1024) <= DeviceFacts::h200().shared_per_multiprocessor);
+  CHECK(alone.tile_tokens == many.tile_tokens);  // which the bits depend on
+}
+
 TEST_CASE("every shape fits the device: shared memory, registers, tiles inside their split") {
   for (const DeviceFacts& facts : {DeviceFacts::h200(), DeviceFacts::a100(), DeviceFacts::rtx4090()})
     for (const HeadGroups heads :

@@ -9,7 +9,6 @@ namespace {
 
 constexpr int64_t kElementBytes = 2;
 constexpr int64_t kLeastSplitTokens = 128, kMostSplitTokens = 1024;
-// Blocks of one sequence, to give every multiprocessor one.
 constexpr int64_t kBlocksPerSequence = 128;
 constexpr int32_t kTileTokens[] = {64, 32, 16};
 constexpr int32_t kMostStages = 4;
@@ -52,6 +51,16 @@ bool rows_aligned(const KvView& view, int64_t element_bytes) {
 
 namespace {
 
+// Blocks: enough of one sequence to give every multiprocessor one, whatever the batch.
+void cut(CudaDecodePlan& plan, const AttentionParams& p) {
+  const int64_t capacity = std::max<int64_t>(p.s_k, 1), chunks = p.heads.groups() * plan.chunks;
+  const int64_t wanted = ceil_div(capacity * chunks, kBlocksPerSequence);
+  plan.split_tokens =
+      static_cast<int32_t>(std::clamp(round_up(wanted, kTileTokens[0]), kLeastSplitTokens, kMostSplitTokens));
+  plan.splits = static_cast<int32_t>(ceil_div(capacity, plan.split_tokens));
+  plan.blocks = plan.splits * chunks * p.batch;
+}
+
 // Shared memory of a block, and how many tokens it takes at a time.
 void lay_out(CudaDecodePlan& plan, const AttentionParams& p, const Jobs& jobs, const DeviceFacts& facts) {
   const int64_t d_k = round_up(p.d_k, 16), d_v = round_up(p.d_v, 16), columns = jobs.tiles * kDecodeColumns;
@@ -71,6 +80,10 @@ void lay_out(CudaDecodePlan& plan, const AttentionParams& p, const Jobs& jobs, c
     for (const int32_t tokens : kTileTokens)
       for (int32_t stages = kMostStages; stages >= 2 && plan.stages == 0; --stages)
         if (bytes(tokens, stages) <= room) plan.tile_tokens = tokens, plan.stages = stages;
+  // Where there is no second block, one has to keep more copies under way.
+  if (plan.blocks <= facts.multiprocessors && plan.stages > 0)
+    while (plan.stages < kMostStages && bytes(plan.tile_tokens, plan.stages + 1) <= facts.shared_per_block)
+      ++plan.stages;
   plan.shared_bytes = bytes(plan.tile_tokens, plan.stages);
 }
 
@@ -91,18 +104,14 @@ CudaDecodePlan plan_cuda_decode(const AttentionParams& p, const DeviceFacts& fac
     plan.columns = static_cast<int32_t>(jobs.columns);
     plan.column_tiles = static_cast<int32_t>(jobs.tiles);
     plan.tiles_per_v_head = static_cast<int32_t>(jobs.tiles_per_v_head);
+    cut(plan, p);
     lay_out(plan, p, jobs, facts);
   }
   plan.aligned = rows_aligned(p.k, kElementBytes) && rows_aligned(p.v, kElementBytes);
   // The code for sm_90 alone has the instructions. The large kernel has few rows to copy for its arithmetic.
   plan.bulk = facts.capability == 90 && plan.aligned && !plan.large;
 
-  const int64_t capacity = std::max<int64_t>(p.s_k, 1), chunks = p.heads.groups() * plan.chunks;
-  const int64_t wanted = ceil_div(capacity * chunks, kBlocksPerSequence);
-  plan.split_tokens =
-      static_cast<int32_t>(std::clamp(round_up(wanted, kTileTokens[0]), kLeastSplitTokens, kMostSplitTokens));
-  plan.splits = static_cast<int32_t>(ceil_div(capacity, plan.split_tokens));
-  plan.blocks = plan.splits * chunks * p.batch;
+  const int64_t chunks = p.heads.groups() * plan.chunks;
   const int64_t columns = int64_t{plan.column_tiles} * kDecodeColumns;
   plan.partial_floats = round_up(columns * 2, 4) + columns * p.d_v;
   plan.tickets = chunks * p.batch;
