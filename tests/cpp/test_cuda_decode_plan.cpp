@@ -55,6 +55,14 @@ TEST_CASE("a block that is alone on its multiprocessor keeps more tiles under wa
   CHECK(alone.tile_tokens == many.tile_tokens);  // which the bits depend on
 }
 
+TEST_CASE("planning comes to an end for a device without shared memory") {
+  DeviceFacts none = DeviceFacts::a100();
+  none.shared_per_block = none.shared_per_multiprocessor = 1;
+  const CudaDecodePlan plan = plan_cuda_decode(params(kSigma, 4096, 64, 64), none);
+  CHECK(plan.blocks > 0);
+  CHECK(plan.shared_bytes > none.shared_per_block);  // which the launch refuses
+}
+
 TEST_CASE("every shape fits the device: shared memory, registers, tiles inside their split") {
   for (const DeviceFacts& facts : {DeviceFacts::h200(), DeviceFacts::a100(), DeviceFacts::rtx4090()})
     for (const HeadGroups heads :

@@ -80,6 +80,8 @@ void lay_out(CudaDecodePlan& plan, const AttentionParams& p, const Jobs& jobs, c
     for (const int32_t tokens : kTileTokens)
       for (int32_t stages = kMostStages; stages >= 2 && plan.stages == 0; --stages)
         if (bytes(tokens, stages) <= room) plan.tile_tokens = tokens, plan.stages = stages;
+  // A device without room for one head has no GPU's memory; the launch will say so.
+  if (plan.stages == 0 && plan.heads_per_chunk == 1) plan.tile_tokens = kTileTokens[2], plan.stages = 2;
   // Where there is no second block, one has to keep more copies under way.
   if (plan.blocks <= facts.multiprocessors && plan.stages > 0)
     while (plan.stages < kMostStages && bytes(plan.tile_tokens, plan.stages + 1) <= facts.shared_per_block)
