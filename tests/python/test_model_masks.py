@@ -305,7 +305,7 @@ def test_padding_and_bounds_together():
 
 
 def test_what_is_not_built_is_named():
-    module = tiny_model(selective_v_top_k=3).model.layers[0].self_attn
+    module = tiny_model().model.layers[0].self_attn
     q, k, v = random_qkv()
     for name, options in (
         ("window", {"sliding_window": 4}),
@@ -313,7 +313,7 @@ def test_what_is_not_built_is_named():
         ("sinks", {"s_aux": q[0, :, 0, 0]}),
     ):
         with pytest.raises(NotImplementedError, match=f"{name}: not built for selective V"):
-            diffqkv_attention(module, q[:, :, -1:], k, v, None, **options)
+            diffqkv_attention(module, q[:, :, -1:], k, v, None, selective_v={"top_k": 3}, **options)
     with pytest.raises(NotImplementedError, match="cu_seq_lens_q: packed sequences with cached tokens"):
         diffqkv_attention(module, q[:, :, -1:], k, v, None, cu_seq_lens_q=torch.tensor([0, 1, 2]))
 
