@@ -631,7 +631,8 @@ class SigmaModel(SigmaPreTrainedModel):
         elif use_cache:
             past_key_values = self._new_cache()
 
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        counted_cache = self._from_own_layer(past_key_values)
+        past = counted_cache.get_seq_length() if counted_cache is not None else 0
         if position_ids is None:
             position_ids = (torch.arange(tokens, device=inputs_embeds.device) + past).unsqueeze(0)
         causal_mask = None
@@ -641,14 +642,14 @@ class SigmaModel(SigmaPreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 # Behind a cache, which compiled code may fill here, transformers looks for no sequences.
-                past_key_values=past_key_values if begins is None else None,
+                past_key_values=counted_cache if begins is None else None,
                 position_ids=packed_positions,
             )
         rope = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         key_rope = None
         # CODEPATH: the rows with half K dim of Tables 2 and 6.
         if self.config.k_compression == "expand" and past_key_values is not None:
-            key_positions = self._key_positions(position_ids, attention_mask, past_key_values, past)
+            key_positions = self._key_positions(position_ids, attention_mask, counted_cache, past)
             key_rope = self.rotary_emb(inputs_embeds, position_ids=key_positions)
 
         # Before the first layer writes: a static cache's counter is live.
@@ -674,6 +675,18 @@ class SigmaModel(SigmaPreTrainedModel):
         if diffqkv is None or torch.compiler.is_compiling():
             return DynamicCache(config=self.config)
         return diffqkv.Cache(self._cache_shapes())
+
+    def _from_own_layer(self, cache: Cache | None) -> Cache | None:
+        """The cache from the first layer on that is in this process: in a later stage of a pipeline, none before it is
+        ever written, and a cache counts the tokens of its first layer."""
+        is_elsewhere = [isinstance(layer, nn.Identity) for layer in self.layers]
+        if cache is None or not any(is_elsewhere):
+            return cache
+        if cache.is_compileable:
+            raise NotImplementedError("past_key_values: a static cache is not built for pipeline parallelism")
+        stage = copy(cache)
+        stage.layers = cache.layers[is_elsewhere.index(False) :]
+        return stage
 
     def _selected_v(
         self, selective_v: dict[str, Any] | None, takes_unequal_heads: bool, past_key_values: Cache | None
@@ -891,15 +904,25 @@ class SigmaForCausalLM(SigmaPreTrainedModel, GenerationMixin):
         return None
 
 
-class SigmaForSequenceClassification(GenericForSequenceClassification, SigmaPreTrainedModel):
+class _TaskHead:
+    """What the generic heads need in order to make their base model by AutoModel."""
+
+    def __init__(self, config: SigmaConfig, *args, **kwargs) -> None:
+        # Loaded from a folder, the file of the configuration is a module, and its SigmaConfig a class, of its own.
+        if not isinstance(config, SigmaConfig):
+            AutoModel.register(type(config), SigmaModel, exist_ok=True)
+        super().__init__(config, *args, **kwargs)
+
+
+class SigmaForSequenceClassification(_TaskHead, GenericForSequenceClassification, SigmaPreTrainedModel):
     """SIGMA with a linear classifier on the last token that is not padding."""
 
 
-class SigmaForTokenClassification(GenericForTokenClassification, SigmaPreTrainedModel):
+class SigmaForTokenClassification(_TaskHead, GenericForTokenClassification, SigmaPreTrainedModel):
     """SIGMA with a linear classifier on each token."""
 
 
-class SigmaForQuestionAnswering(GenericForQuestionAnswering, SigmaPreTrainedModel):
+class SigmaForQuestionAnswering(_TaskHead, GenericForQuestionAnswering, SigmaPreTrainedModel):
     """SIGMA with a linear layer that scores each token as the first and as the last of the answer."""
 
 
@@ -910,7 +933,6 @@ AUTO_CLASSES = {
     AutoModelForTokenClassification: SigmaForTokenClassification,
     AutoModelForQuestionAnswering: SigmaForQuestionAnswering,
 }
-# The generic heads make their base model by AutoModel, which outside of the package knows no SigmaConfig yet.
 AutoModel.register(SigmaConfig, SigmaModel, exist_ok=True)
 
 __all__ = [
