@@ -24,7 +24,6 @@ from transformers import (
 
 import diffqkv
 from diffqkv.models import attention as diffqkv_models_attention
-from diffqkv.models.sigma import modeling_sigma
 
 CACHES = ["diffqkv", "dynamic", "static", "none"]
 NEW_TOKENS = 8
@@ -265,7 +264,7 @@ def test_continuous_batching_is_refused():
         logits(tiny_model(), tokens(1, 4), cache=object())
 
 
-# ---------------------------------------------------------------- the paper's formulas, half K, selective V
+# ---------------------------------------------------------------- the paper's formulas, half K
 
 
 def rotate_by_hand(x, theta):
@@ -387,80 +386,6 @@ def test_scaled_rope(rope_type, compression):
     want = generate(model, ids, use_cache=False)
     model.set_attn_implementation("diffqkv")
     assert torch.equal(generate(model, ids), want)
-
-
-@pytest.mark.parametrize("tail", ["drop", "renorm", "mean"])
-@pytest.mark.parametrize("kind", ["diffqkv", "dynamic", "static"])
-def test_selecting_all_rows_is_dense(tail, kind):
-    ids, mask = padded([11, 7], "left")
-    dense = tiny_model((12, 4, 6))
-    selective = tiny_model((12, 4, 6), selective_v_top_k=100, selective_v_tail=tail)
-    want = generate(dense, ids, mask)
-    assert torch.equal(generate(selective, ids, mask, **cache_arguments(kind, selective)), want)
-
-
-@pytest.mark.parametrize("k_compression", [None, "expand"])
-@pytest.mark.parametrize("side", [None, "left"])
-@pytest.mark.parametrize("tail", ["drop", "renorm", "mean"])
-def test_the_mean_tail_takes_v_stats_from_the_cache(monkeypatch, tail, side, k_compression):
-    ids, mask = padded([12, 9], side) if side else (tokens(2, 12), None)
-    model = tiny_model((12, 4, 6), selective_v_top_k=[0, 3], selective_v_tail=tail, k_compression=k_compression)
-    calls = []
-
-    def steps(keeps_stats):
-        def select(*args, v_stats=None, **options):
-            calls.append(v_stats)
-            return diffqkv.selective_v_attention(*args, v_stats=v_stats if keeps_stats else None, **options)
-
-        monkeypatch.setattr(diffqkv_models_attention, "selective_v_attention", select)
-        cache = diffqkv.Cache(model.config)
-        seen, got = 0, []
-        for part in ids.split([7, 1, 3, 1], dim=1):
-            seen += part.shape[1]
-            options = {} if mask is None else {"attention_mask": mask[:, :seen]}
-            got.append(logits(model, part, past_key_values=cache, **options))
-        return cache, got
-
-    cache, got = steps(True)
-    uses_stats = tail == "mean" and side is None
-    assert [stats is not None for stats in calls] == [uses_stats] * 3
-    assert [layer._v_stats is not None for layer in cache.layers] == [False, uses_stats]
-    for a, b in zip(got, steps(False)[1], strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("tail", ["drop", "renorm", "mean"])
-def test_selective_v_keeps_the_best_rows_of_the_chosen_layers(monkeypatch, tail):
-    top_k = 3
-    ids = tokens(2, 12)
-    selective = tiny_model(selective_v_top_k=[0, top_k], selective_v_tail=tail)
-    cache = diffqkv.Cache(selective.config)
-    got = [logits(selective, part, past_key_values=cache) for part in ids.split([8, 1, 3], dim=1)]
-
-    dense = tiny_model()
-    torch.testing.assert_close(got[0], logits(dense, ids[:, :8]), atol=1e-4, rtol=1e-4)
-    original = modeling_sigma.eager_attention_forward
-
-    def eager_top_k(module, query, key, value, attention_mask, scaling, **kwargs):
-        out, weights = original(module, query, key, value, attention_mask, scaling, **kwargs)
-        if module.layer_idx == 0 or key.shape[2] == query.shape[2]:
-            return out, weights
-        kept = weights * (weights >= weights.topk(top_k, -1).values[..., -1:])
-        mass = kept.sum(-1, keepdim=True)
-        if tail == "renorm":
-            kept = kept / mass
-        if tail == "mean":
-            kept = kept + (1 - mass) / key.shape[2]  # the mean of all cached V rows, as running statistics have it
-        return (kept @ value.repeat_interleave(module.num_key_value_groups, 1)).transpose(1, 2), weights
-
-    monkeypatch.setattr(modeling_sigma, "eager_attention_forward", eager_top_k)
-    dense.set_attn_implementation("eager")
-    cache = DynamicCache(config=dense.config)
-    want = [logits(dense, part, past_key_values=cache) for part in ids.split([8, 1, 3], dim=1)]
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    monkeypatch.undo()
-    assert (got[1] - logits(dense, ids)[:, 8:9]).abs().max() > 1e-2
 
 
 # ---------------------------------------------------------------- saving, Auto classes, pipelines, remote code

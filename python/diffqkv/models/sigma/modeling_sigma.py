@@ -290,8 +290,8 @@ class SigmaAttention(nn.Module):
         """Raises ValueError unless `fuse` can fold the projections as they are now."""
         for name in self._fused_names():
             projection = getattr(self, name)
-            if type(projection) is not nn.Linear:
-                raise ValueError(f"{name}: got a {type(projection).__qualname__}, want a torch.nn.Linear to fuse")
+            if (kind := type(projection)) is not nn.Linear:
+                raise ValueError(f"{name}: got a {kind.__module__}.{kind.__name__}, want a torch.nn.Linear to fuse")
             weight = projection.weight
             if type(weight.data) is not torch.Tensor or not weight.is_floating_point() or weight.is_meta:
                 raise ValueError(
