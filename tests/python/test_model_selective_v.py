@@ -262,7 +262,7 @@ def test_records():
         assert (stats.rows_used == top_k).all()
         assert (stats.kept_mass > top_k / 32).all() and (stats.kept_mass <= 1).all() and stats.kept_mass.mean() < 1
     with record_selective_v() as record:
-        steps(tiny_model(), ids)
+        steps(tiny_model(), ids, parts=[8, 3])
     assert record == []
 
 

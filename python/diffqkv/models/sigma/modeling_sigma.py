@@ -5,6 +5,8 @@ This file stands alone: `save_pretrained` copies it beside a checkpoint, where i
 on stock attention functions and caches. With the package, attention "diffqkv" and `diffqkv.Cache` are the defaults.
 """
 
+import os
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import copy
@@ -475,14 +477,21 @@ class SigmaPreTrainedModel(PreTrainedModel):
                 )
         return model
 
-    def save_pretrained(self, *args, **kwargs) -> None:
-        """As in `PreTrainedModel`; refused after `fuse_for_inference`."""
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """As in `PreTrainedModel`, with these model files beside the weights; refused after `fuse_for_inference`."""
         self._refuse_fused("save_pretrained")
-        # A checkpoint of any head serves all Auto classes to readers without the package.
-        if self._auto_class is not None and type(self).__module__ == __name__:
+        saved_as = next(cls for cls in type(self).__mro__ if not cls.__module__.startswith("torch."))
+        if saved_as.__module__ == __name__ and saved_as._auto_class is not None:
+            # A checkpoint of any head serves all Auto classes to readers without the package.
             module = __name__.rpartition(".")[2]
             self.config.auto_map = {auto.__name__: f"{module}.{model.__name__}" for auto, model in AUTO_CLASSES.items()}
-        super().save_pretrained(*args, **kwargs)
+            if saved_as is not type(self):
+                # FSDP2 derives a class of its own, whose file transformers would save instead of this one.
+                type(self)._auto_class = None
+                if kwargs.get("is_main_process", True):
+                    os.makedirs(save_directory, exist_ok=True)
+                    shutil.copy(__file__, save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def train(self, mode: bool = True) -> "SigmaPreTrainedModel":
         """As in `torch.nn.Module`; mode=True is refused after `fuse_for_inference`."""
