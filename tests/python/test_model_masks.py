@@ -30,7 +30,7 @@ from diffqkv.models import attention as diffqkv_attention_module
 from diffqkv.models.attention import diffqkv_attention
 from diffqkv.models.mask import diffqkv_mask, packing_of, read_spans, spans_to_mask
 
-# Before transformers 5.23 a mask of packed rows does not say that positions are consecutive: in other models it is dense.
+# Masks of packed rows say that positions are consecutive; before transformers 5.23 other models take dense ones.
 MASKS_SAY_PACKED = hasattr(masking_utils, "packed_sequence_compatibility_function")
 
 # ---------------------------------------------------------------- padding and dense masks
