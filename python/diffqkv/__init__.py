@@ -58,6 +58,7 @@ except ImportError as error:
     if (error.name or "").partition(".")[0] != "transformers":
         raise
     _why_not = str(error)
+    globals().pop("Cache", None)  # a release may be too old for the models alone
 
     def __getattr__(name: str) -> object:
         if name == "Cache" or name.startswith("Sigma"):

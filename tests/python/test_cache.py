@@ -370,7 +370,7 @@ def test_interface_of_hugging_face():
     if hasattr(DynamicCache, "activate_past_recording"):  # in newer releases of transformers
         assert cache.get_query_offset(0) == 3
         cache.activate_past_recording()
-    assert cache.layers[0]._layer_type is None
+    assert "_layer_type" not in vars(type(cache.layers[0]))  # it would replace a layer class of every model
 
 
 def test_early_initialization_reserves_k_and_v_with_their_own_shapes():
