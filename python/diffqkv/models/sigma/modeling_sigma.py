@@ -726,9 +726,11 @@ class SigmaModel(SigmaPreTrainedModel):
             groups = gcd(n_k, n_v)
             layer = cache.layers[i]
             for name, width in (("keys", n_k // groups * d_k), ("values", n_v // groups * d_v)):
-                states, want = getattr(layer, name), (batch, groups, width)
+                states, want = getattr(layer, name, None), (batch, groups, width)
+                if not isinstance(states, torch.Tensor) or states.dim() != 4:
+                    continue  # quantised
                 got = (states.shape[0], *states.shape[1::2])
-                if states.dim() == 4 and got != want:
+                if got != want:
                     raise ValueError(
                         f"past_key_values: got {name} of batch, groups and width {got} in layer {i} of the cache, "
                         f"want {want}"
