@@ -272,19 +272,21 @@ class SigmaAttention(nn.Module):
 
         Q is augmented by a SwiGLU without residual, norm or bias (Appendix E).
         """
-        if self.fused_proj is None:
-            query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        else:
+        is_fused = self.fused_proj is not None
+        if is_fused:
             if torch.is_grad_enabled() and (hidden_states.requires_grad or self.fused_proj.weight.requires_grad):
                 raise RuntimeError(
                     "fuse_for_inference: got a forward pass that records gradients, want torch.no_grad(), or the model "
                     "loaded again with from_pretrained"
                 )
-            *query, key, value = self.fused_proj(hidden_states).split(self.fused_sizes, -1)
-            query = query if self.augments_q else query[0]
+            *for_query, key, value = self.fused_proj(hidden_states).split(self.fused_sizes, -1)
+        else:
+            for_query = [self.q_proj(hidden_states)]
+            key, value = self.k_proj(hidden_states), self.v_proj(hidden_states)
+        query = for_query[0]
         if self.augments_q:
             with _profiler_range("augmented_q"):
-                gate, up = query if self.fused_proj is not None else (self.q_gate_proj(query), self.q_up_proj(query))
+                gate, up = for_query if is_fused else (self.q_gate_proj(query), self.q_up_proj(query))
                 query = self.q_down_proj(_swiglu(gate, up, self.hidden_act))
         return query, key, value
 
@@ -305,7 +307,7 @@ class SigmaAttention(nn.Module):
     def fuse(self) -> None:
         """Makes the projections of hidden_states one, and frees them: gate(q_proj(h)) and up(q_proj(h)) are linear."""
         weight, bias = self.q_proj.weight, self.q_proj.bias
-        wide = torch.float64 if weight.dtype in (torch.float32, torch.float64) else torch.float32
+        wide = torch.promote_types(weight.dtype, torch.float32)
         folds = [self.q_gate_proj.weight, self.q_up_proj.weight] if self.augments_q else []
         weights = [(fold.to(wide) @ weight.to(wide)).to(weight.dtype) for fold in folds] or [weight]
         fused = nn.Linear(weight.shape[1], sum(self.fused_sizes), bias=bias is not None, device="meta")
@@ -315,7 +317,7 @@ class SigmaAttention(nn.Module):
             fused.bias = nn.Parameter(torch.cat([*biases, self.k_proj.bias, self.v_proj.bias]), requires_grad=False)
         for name in self._fused_names():
             delattr(self, name)
-        self.fused_proj = fused.train(self.training)
+        self.fused_proj = fused.eval()
 
     def _fused_names(self) -> list[str]:
         return ["q_proj", *(["q_gate_proj", "q_up_proj"] if self.augments_q else []), "k_proj", "v_proj"]
