@@ -24,10 +24,11 @@ class Size(NamedTuple):
     tokens: int
     batch: int = 1
     prompt: bool = False  # all tokens are new, not the last one alone
+    fused: bool = False  # the model is fused for inference
 
     def __str__(self) -> str:
         tokens = f"prompt of {self.tokens}" if self.prompt else str(self.tokens)
-        return tokens if self.batch == 1 else f"{tokens}, batch {self.batch}"
+        return tokens + (f", batch {self.batch}" if self.batch > 1 else "") + (", fused" if self.fused else "")
 
 
 def heads(count: int, tokens: int, dtype: torch.dtype, batch: int = 1) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from functools import lru_cache, wraps
 from statistics import median
 
 import torch
@@ -24,9 +24,11 @@ from .targets import LLAMA
 
 TITLE = (
     "one token through Sigma-1.5B with its `diffqkv.Cache`, and through a Llama of equal size (GQA-16, sdpa) with its "
-    "`DynamicCache`; tokens/s, and the parts of a step in ms: ours (the Llama's); limit: reading weights and cache"
+    "`DynamicCache`; fused: after `fuse_for_inference`, also beside the model as it was; tokens/s, and the parts of a "
+    "step in ms: ours (the Llama's); limit: reading weights and cache"
 )
-SIZES = (Size(1024), Size(4096), Size(16384))
+SIZES = (Size(1024), Size(4096), Size(4096, fused=True), Size(16384))
+UNFUSED = "not fused"
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the largest logit
 _CHECKED_TOKENS = 1024  # at most: the check takes a second cache
 _SPLIT_STEPS = 3
@@ -79,13 +81,16 @@ def _give_weights(model: nn.Module, pool: Tensor) -> nn.Module:
 
 
 @lru_cache(maxsize=1)  # models of one dtype at a time
-def _models(dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+def _models(dtype: torch.dtype) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Sigma, the Llama, and the same Sigma fused: it has only the fused weights for itself."""
     config = sigma_config()
     models = _on_meta(diffqkv.SigmaForCausalLM, config), _on_meta(LlamaForCausalLM, llama_of_equal_size(config))
     size = max(model.num_parameters() for model in models)
     numbers = (torch.randn(min(size, 1 << 24)) * config.initializer_range).to(dtype)
     pool = numbers.repeat(-(-size // len(numbers)))
-    return tuple(_give_weights(model, pool) for model in models)
+    sigma, llama = (_give_weights(model, pool) for model in models)
+    fused = _give_weights(_on_meta(diffqkv.SigmaForCausalLM, config), pool).fuse_for_inference()
+    return sigma, llama, fused
 
 
 def _filled(model: nn.Module, tokens: int, dtype: torch.dtype):
@@ -111,23 +116,24 @@ def _step(model: nn.Module, cache) -> Tensor:
     return logits
 
 
-def _error(model: nn.Module, tokens: int, dtype: torch.dtype) -> float:
-    """Of the logits, beside torch's attention over a stock cache; of the largest logit."""
+def _error(model: nn.Module, unfused: nn.Module, tokens: int, dtype: torch.dtype) -> float:
+    """Of the logits, beside torch's attention over a stock cache in the model as it was; of the largest logit."""
     cache = _filled(model, tokens, dtype)
     stock = DynamicCache(config=model.config)
     for i, layer in enumerate(cache.layers):
         stock.update(layer.keys, layer.values, i)
     got = _step(model, cache)
-    implementation = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
+    implementation = unfused.config._attn_implementation
+    unfused.set_attn_implementation("sdpa")
     try:
-        want = _step(model, stock)
+        want = _step(unfused, stock)
     finally:
-        model.set_attn_implementation(implementation)
+        unfused.set_attn_implementation(implementation)
     return ((got - want).abs().max() / want.abs().max()).item()
 
 
 def _timed(function: Callable, seconds: list[float]) -> Callable:
+    @wraps(function)  # models look at what an attention function says of itself
     def call(*args, **kwargs):
         begin = time.perf_counter()
         result = function(*args, **kwargs)
@@ -175,9 +181,13 @@ def split(model: nn.Module, cache) -> dict[str, float]:
 
 
 def run(size: Size, dtype: torch.dtype, seconds: float) -> Line:
-    sigma, llama = _models(dtype)
-    error = _error(sigma, min(size.tokens, _CHECKED_TOKENS), dtype)
+    unfused, llama, fused = _models(dtype)
+    sigma = fused if size.fused else unfused
+    error = _error(sigma, unfused, min(size.tokens, _CHECKED_TOKENS), dtype)
     ours, theirs = _filled(sigma, size.tokens, dtype), _filled(llama, size.tokens, dtype)
+    peers = {LLAMA: lambda: _step(llama, theirs)}
+    if size.fused:
+        peers[UNFUSED] = lambda: _step(unfused, ours)
     weights = sum(p.nbytes for p in sigma.parameters()) - sigma.get_input_embeddings().weight.nbytes
     line = measure(
         "model_decode",
@@ -187,7 +197,7 @@ def run(size: Size, dtype: torch.dtype, seconds: float) -> Line:
         error=error,
         tolerance=_TOLERANCE[dtype],
         ours=lambda: _step(sigma, ours),
-        peers={LLAMA: lambda: _step(llama, theirs)},
+        peers=peers,
         limit=limits.read(POOL_BYTES),
         work=weights + sum(layer.keys.nbytes + layer.values.nbytes for layer in ours.layers),
     )
@@ -197,4 +207,4 @@ def run(size: Size, dtype: torch.dtype, seconds: float) -> Line:
     line.record["split_ms"] = {OURS: own, LLAMA: other}
     cells = {"tokens/s": f"{1e3 / line.record['ms'][OURS]:.1f} ({1e3 / line.record['ms'][LLAMA]:.1f})"}
     cells |= {part: f"{own[part]:.1f} ({other[part]:.1f})" for part in own}
-    return line._replace(cells=line.cells | cells)
+    return line._replace(cells=line.cells | cells | {UNFUSED: line.cells.get(UNFUSED, "–")})

@@ -13,7 +13,7 @@ from . import _library, flash_attn_interface, reference
 if _library.loaded:
     from . import _autograd, _fake, _flops, _vmap  # noqa: F401 (they register themselves)
 from ._config import config, explain, show_config
-from ._version import __version__
+from ._version import OLDEST_TRANSFORMERS, __version__
 from .ops import (
     decode_attention,
     flash_attention,
@@ -46,15 +46,31 @@ __all__ = [
 
 try:
     from .cache import Cache
-    from .models.sigma import SigmaConfig, SigmaForCausalLM, SigmaForSequenceClassification, SigmaModel
+    from .models.sigma import (
+        SigmaConfig,
+        SigmaForCausalLM,
+        SigmaForQuestionAnswering,
+        SigmaForSequenceClassification,
+        SigmaForTokenClassification,
+        SigmaModel,
+    )
 except ImportError as error:
     if (error.name or "").partition(".")[0] != "transformers":
         raise
     _why_not = str(error)
+    globals().pop("Cache", None)  # a release may be too old for the models alone
 
     def __getattr__(name: str) -> object:
         if name == "Cache" or name.startswith("Sigma"):
-            raise ImportError(f"diffqkv.{name} needs a newer transformers: {_why_not}")
+            raise ImportError(f"diffqkv.{name} needs transformers {OLDEST_TRANSFORMERS} or newer: {_why_not}")
         raise AttributeError(f"module 'diffqkv' has no attribute {name!r}")
 else:
-    __all__ += ["Cache", "SigmaConfig", "SigmaForCausalLM", "SigmaForSequenceClassification", "SigmaModel"]
+    __all__ += [
+        "Cache",
+        "SigmaConfig",
+        "SigmaForCausalLM",
+        "SigmaForQuestionAnswering",
+        "SigmaForSequenceClassification",
+        "SigmaForTokenClassification",
+        "SigmaModel",
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterable
 from contextlib import suppress
+from inspect import signature
 from math import gcd, prod
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from transformers.cache_utils import CacheLayerMixin
 from .ops import kv_cache_update
 from .reference import PANEL_TOKENS, group, panels_to_rows, ungroup
 
+# Before transformers 5.15 a positive argument of `crop` is the number of tokens to keep.
+_CROPS_TO_LENGTH = "max_length" in signature(HuggingFaceCache.crop).parameters
 _PANEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _SMALLEST_CAPACITY = 64
 _HUGE_PAGE = 2 << 20
@@ -265,6 +268,8 @@ class CacheLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest tokens: a number <= 0, as in Hugging Face's caches. Moves a counter, copies nothing."""
+        if _CROPS_TO_LENGTH and tokens_to_remove > 0:
+            tokens_to_remove = min(0, tokens_to_remove - self.length)
         if not -self.length <= tokens_to_remove <= 0:
             raise ValueError(f"tokens_to_remove: got {tokens_to_remove}, want {-self.length} to 0 (negative: remove)")
         self.length += tokens_to_remove

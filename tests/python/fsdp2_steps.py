@@ -25,7 +25,7 @@ def batch():
     return {"input_ids": ids, "position_ids": positions, "labels": labels}
 
 
-def main(path: str) -> None:
+def fsdp2_accelerator() -> Accelerator:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
@@ -36,9 +36,12 @@ def main(path: str) -> None:
     # accelerate takes up a plugin on accelerators only: on CPUs it would, without a word, train by DDP.
     assert accelerator.distributed_type is DistributedType.MULTI_CPU and accelerator.num_processes == 2
     accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+    return accelerator
 
-    model = tiny_model().train()
-    model.gradient_checkpointing_enable()
+
+def train(accelerator: Accelerator, model):
+    """Some steps of a whole model: the sharded model, and the losses of the global batches."""
+    model.train().gradient_checkpointing_enable()
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
     model, optimizer = accelerator.prepare(model, optimizer)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
@@ -52,6 +55,12 @@ def main(path: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(accelerator.reduce(loss.detach(), "mean"))
+    return model, losses
+
+
+def main(path: str) -> None:
+    accelerator = fsdp2_accelerator()
+    model, losses = train(accelerator, tiny_model())
     weights = {name: parameter.full_tensor().detach() for name, parameter in model.named_parameters()}
     if accelerator.is_main_process:
         torch.save({"losses": losses, "weights": weights}, path)

@@ -52,8 +52,8 @@ def test_every_case(tmp_path, capsys, threads):
     facts, lines = run["machine"], run["lines"]
     assert facts["threads"] == 1 and facts["torch"] == torch.__version__ and facts["diffqkv"] == diffqkv.__version__
     assert {"date", "cpu", "cpu_family", "cpu_isa", "cores", "commit", "python"} <= facts.keys()
-    shapes = [(x["case"], x["tokens"], x["batch"], x["prompt"], x["dtype"]) for x in lines]
-    assert len(set(shapes)) == len(shapes) == 2 * (1 + 2 + 2 + 1 + 1 + 1 + 1 + 2)
+    shapes = [(x["case"], x["tokens"], x["batch"], x["prompt"], x["fused"], x["dtype"]) for x in lines]
+    assert len(set(shapes)) == len(shapes) == 2 * (1 + 2 + 2 + 1 + 1 + 1 + 2 + 2)
     assert {shape[0] for shape in shapes} == set(CASES)
     for line in lines:
         assert line["correct"] and line["tokens"] == 256
@@ -70,6 +70,7 @@ def test_every_case(tmp_path, capsys, threads):
             assert line["limit"]["per_second"] > 0 and line["rate"]["unit"] == line["limit"]["unit"]
         if line["case"] == "model_decode":
             parts = {"attention", "projections", "cache", "other"}
+            assert ("not fused" in line["ratios"]) == line["fused"]
             assert all(parts == split.keys() and min(split.values()) > 0 for split in line["split_ms"].values())
         if line["case"] == "model_training":
             assert line["tokens_per_second"].keys() == {"ours", "through SDPA"}

@@ -4,6 +4,7 @@ import copy
 import io
 import mmap
 import weakref
+from inspect import signature
 
 import pytest
 import torch
@@ -278,7 +279,8 @@ def test_crop_moves_a_counter():
     cache.append(more_k, more_v, 0)
     assert_holds(cache, torch.cat([k[:, :, :33], more_k], 2), torch.cat([v[:, :, :33], more_v], 2))
     assert cache.layers[0].k_cache.data_ptr() == pointer
-    for wrong in (1, -36):
+    keeps_positive = "max_length" in signature(DynamicCache.crop).parameters  # in transformers before 5.15
+    for wrong in (-36,) if keeps_positive else (1, -36):
         with pytest.raises(ValueError, match=f"tokens_to_remove: got {wrong}, want -35 to 0"):
             cache.crop(wrong)
     assert cache.get_seq_length() == 35
@@ -359,15 +361,16 @@ def test_interface_of_hugging_face():
     shape = (2, 16, 4, 16)
     cache = Cache([shape, shape])
     assert len(cache) == 2
-    assert not cache.is_initialized and not cache.is_compileable and cache.is_croppable
+    assert not cache.is_initialized and not cache.is_compileable and cache.layers[0].is_croppable
     assert cache.is_sliding == [False, False]
     assert (cache.get_max_length(), Cache([shape], max_length=9).get_max_length()) == (-1, 9)
     assert cache.get_mask_sizes(5, 0) == (5, 0)
     cache.append(*new_tokens(shape, 3), 0)
     assert cache.get_mask_sizes(5, 0) == (8, 0) and cache.get_mask_sizes(5, 1) == (5, 0)
-    assert cache.get_query_offset(0) == 3
-    cache.activate_past_recording()
-    assert cache.layers[0]._layer_type is None
+    if hasattr(DynamicCache, "activate_past_recording"):  # in newer releases of transformers
+        assert cache.get_query_offset(0) == 3
+        cache.activate_past_recording()
+    assert "_layer_type" not in vars(type(cache.layers[0]))  # it would replace a layer class of every model
 
 
 def test_early_initialization_reserves_k_and_v_with_their_own_shapes():

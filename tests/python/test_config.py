@@ -87,11 +87,37 @@ def test_k_dimensions():
     assert (absorbed.k_head_dim, absorbed.attention_head_dim) == (4, 4)
 
 
-def test_top_k_per_layer():
-    config = tiny_config(selective_v_top_k=[0, 5])
-    assert [config.layer_top_k(i) for i in range(2)] == [0, 5]
-    assert tiny_config(selective_v_top_k=7).layer_top_k(1) == 7
-    assert tiny_config().layer_top_k(0) == 0
+def test_selective_v_per_layer():
+    options = {"tail": "drop", "max_error": None, "keep_first": 0, "keep_last": 0}
+    assert tiny_config().selective_v() == [None, None]
+    assert tiny_config(selective_v_top_k=7).selective_v() == [{"top_k": 7, **options}] * 2
+    config = tiny_config(selective_v_top_k=[0, 5], selective_v_tail="mean", selective_v_keep_last=2)
+    options |= {"tail": "mean", "keep_last": 2}
+    assert config.selective_v() == [None, {"top_k": 5, **options}]
+    assert config.selective_v({"max_error": 0.5}) == [None, {"top_k": 5, **options, "max_error": 0.5}]
+    assert config.selective_v({"top_k": 3, "tail": "renorm"}) == [{"top_k": 3, **options, "tail": "renorm"}] * 2
+    assert config.selective_v({"top_k": None}) == [None, None]
+    assert config.selective_v() == [None, {"top_k": 5, **options}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_k": 0}, "selective_v_top_k: got 0, want an integer >= 1"),
+        ({"top_k": True}, "selective_v_top_k: got True"),
+        ({"top_k": [1]}, r"selective_v_top_k: got \[1\], want a list of one number per layer \(2\)"),
+        ({"top_k": [1, -1]}, r"selective_v_top_k: got \[1, -1\], want integers >= 0"),
+        ({"top_k": 2, "tail": None}, "selective_v_tail: got None"),
+        ({"top_k": 2, "max_error": -1.0}, "selective_v_max_error: got -1.0"),
+        ({"top_k": 2, "max_error": float("nan")}, "selective_v_max_error: got nan"),
+        ({"top_k": 2, "keep_first": -1}, "selective_v_keep_first: got -1"),
+        ({"top_k": 2, "keep_last": 0.5}, "selective_v_keep_last: got 0.5"),
+        ({"topk": 2}, r"selective_v: got \['topk'\], want some of top_k, tail"),
+    ],
+)
+def test_what_a_call_may_select(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config().selective_v(changes)
 
 
 @pytest.mark.parametrize(
@@ -111,8 +137,12 @@ def test_top_k_per_layer():
         ({"k_compression": "expand", "k_head_dim": 7}, "k_head_dim: got 7, want a positive even"),
         ({"k_compression": "expand", "k_head_dim": 32}, "k_head_dim: got 32, want at most"),
         ({"q_aug_dim": 0}, "q_aug_dim: got 0"),
-        ({"selective_v_top_k": [1, 2, 3]}, "selective_v_top_k: got a list of 3, want one number per layer"),
+        ({"selective_v_top_k": [1, 2, 3]}, r"selective_v_top_k: got \[1, 2, 3\], want a list of one number per"),
         ({"selective_v_top_k": -1}, "selective_v_top_k: got -1"),
+        ({"selective_v_top_k": 0}, "selective_v_top_k: got 0, want an integer >= 1"),
+        ({"selective_v_top_k": [4, -1]}, r"selective_v_top_k: got \[4, -1\], want integers >= 0"),
+        ({"selective_v_max_error": -0.5}, "selective_v_max_error: got -0.5, want a number >= 0"),
+        ({"selective_v_keep_first": -1}, "selective_v_keep_first: got -1"),
         ({"selective_v_tail": "keep"}, "selective_v_tail: got 'keep'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers: got 0"),
         ({"model_type": "llama"}, "model_type: got 'llama', want 'sigma_diffqkv'"),

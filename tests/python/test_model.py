@@ -8,12 +8,15 @@ import textwrap
 
 import pytest
 import torch
-from tiny_sigma import ATTENTIONS, COMPRESSIONS, HEADS, VOCAB, logits, packed, padded, tiny_model, tokens
+from safetensors.torch import load_file, save_file
+from tiny_sigma import ATTENTIONS, COMPRESSIONS, HEADS, VOCAB, logits, packed, padded, tiny_config, tiny_model, tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
@@ -24,7 +27,6 @@ from transformers import (
 
 import diffqkv
 from diffqkv.models import attention as diffqkv_models_attention
-from diffqkv.models.sigma import modeling_sigma
 
 CACHES = ["diffqkv", "dynamic", "static", "none"]
 NEW_TOKENS = 8
@@ -265,7 +267,7 @@ def test_continuous_batching_is_refused():
         logits(tiny_model(), tokens(1, 4), cache=object())
 
 
-# ---------------------------------------------------------------- the paper's formulas, half K, selective V
+# ---------------------------------------------------------------- the paper's formulas, half K
 
 
 def rotate_by_hand(x, theta):
@@ -389,80 +391,6 @@ def test_scaled_rope(rope_type, compression):
     assert torch.equal(generate(model, ids), want)
 
 
-@pytest.mark.parametrize("tail", ["drop", "renorm", "mean"])
-@pytest.mark.parametrize("kind", ["diffqkv", "dynamic", "static"])
-def test_selecting_all_rows_is_dense(tail, kind):
-    ids, mask = padded([11, 7], "left")
-    dense = tiny_model((12, 4, 6))
-    selective = tiny_model((12, 4, 6), selective_v_top_k=100, selective_v_tail=tail)
-    want = generate(dense, ids, mask)
-    assert torch.equal(generate(selective, ids, mask, **cache_arguments(kind, selective)), want)
-
-
-@pytest.mark.parametrize("k_compression", [None, "expand"])
-@pytest.mark.parametrize("side", [None, "left"])
-@pytest.mark.parametrize("tail", ["drop", "renorm", "mean"])
-def test_the_mean_tail_takes_v_stats_from_the_cache(monkeypatch, tail, side, k_compression):
-    ids, mask = padded([12, 9], side) if side else (tokens(2, 12), None)
-    model = tiny_model((12, 4, 6), selective_v_top_k=[0, 3], selective_v_tail=tail, k_compression=k_compression)
-    calls = []
-
-    def steps(keeps_stats):
-        def select(*args, v_stats=None, **options):
-            calls.append(v_stats)
-            return diffqkv.selective_v_attention(*args, v_stats=v_stats if keeps_stats else None, **options)
-
-        monkeypatch.setattr(diffqkv_models_attention, "selective_v_attention", select)
-        cache = diffqkv.Cache(model.config)
-        seen, got = 0, []
-        for part in ids.split([7, 1, 3, 1], dim=1):
-            seen += part.shape[1]
-            options = {} if mask is None else {"attention_mask": mask[:, :seen]}
-            got.append(logits(model, part, past_key_values=cache, **options))
-        return cache, got
-
-    cache, got = steps(True)
-    uses_stats = tail == "mean" and side is None
-    assert [stats is not None for stats in calls] == [uses_stats] * 3
-    assert [layer._v_stats is not None for layer in cache.layers] == [False, uses_stats]
-    for a, b in zip(got, steps(False)[1], strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("tail", ["drop", "renorm", "mean"])
-def test_selective_v_keeps_the_best_rows_of_the_chosen_layers(monkeypatch, tail):
-    top_k = 3
-    ids = tokens(2, 12)
-    selective = tiny_model(selective_v_top_k=[0, top_k], selective_v_tail=tail)
-    cache = diffqkv.Cache(selective.config)
-    got = [logits(selective, part, past_key_values=cache) for part in ids.split([8, 1, 3], dim=1)]
-
-    dense = tiny_model()
-    torch.testing.assert_close(got[0], logits(dense, ids[:, :8]), atol=1e-4, rtol=1e-4)
-    original = modeling_sigma.eager_attention_forward
-
-    def eager_top_k(module, query, key, value, attention_mask, scaling, **kwargs):
-        out, weights = original(module, query, key, value, attention_mask, scaling, **kwargs)
-        if module.layer_idx == 0 or key.shape[2] == query.shape[2]:
-            return out, weights
-        kept = weights * (weights >= weights.topk(top_k, -1).values[..., -1:])
-        mass = kept.sum(-1, keepdim=True)
-        if tail == "renorm":
-            kept = kept / mass
-        if tail == "mean":
-            kept = kept + (1 - mass) / key.shape[2]  # the mean of all cached V rows, as running statistics have it
-        return (kept @ value.repeat_interleave(module.num_key_value_groups, 1)).transpose(1, 2), weights
-
-    monkeypatch.setattr(modeling_sigma, "eager_attention_forward", eager_top_k)
-    dense.set_attn_implementation("eager")
-    cache = DynamicCache(config=dense.config)
-    want = [logits(dense, part, past_key_values=cache) for part in ids.split([8, 1, 3], dim=1)]
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    monkeypatch.undo()
-    assert (got[1] - logits(dense, ids)[:, 8:9]).abs().max() > 1e-2
-
-
 # ---------------------------------------------------------------- saving, Auto classes, pipelines, remote code
 
 
@@ -516,6 +444,27 @@ def test_text_generation_pipeline(tmp_path):
     assert alone[0] == tokenizer.decode(new, skip_special_tokens=True)
 
 
+def run_without_the_package(script, folder, blocks=True):
+    """Runs a script whose argument is the folder; with `blocks`, no import of diffqkv succeeds in it."""
+    blocked = """
+        class Blocked:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] == "diffqkv":
+                    raise ImportError(f"{name} is blocked", name=name)
+        sys.meta_path.insert(0, Blocked())
+    """
+    code = "import sys" + textwrap.dedent(blocked if blocks else "") + textwrap.dedent(script)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        env={**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_remote_code_without_the_package(tmp_path):
     model = tiny_model((12, 4, 6))
     checkpoint = tmp_path / "checkpoint"
@@ -527,8 +476,6 @@ def test_remote_code_without_the_package(tmp_path):
     example |= {"rows": rows, "positions": positions, "bounds": torch.tensor([0, 5, 9, 18], dtype=torch.int32)}
     torch.save(example | {"packed": logits(model, rows, position_ids=positions)}, tmp_path / "example.pt")
     script = """
-        import sys
-        sys.modules["diffqkv"] = None
         import torch
         from transformers import AutoModelForCausalLM
         folder = sys.argv[1]
@@ -547,17 +494,147 @@ def test_remote_code_without_the_package(tmp_path):
         model.save_pretrained(folder + "/again")
         again = AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=True)
         assert torch.equal(again.generate(example["ids"], **options), example["want"])
+        assert torch.equal(again.fuse_for_inference().generate(example["ids"], **options), example["want"])
+        assert not [name for name in sys.modules if name.partition(".")[0] == "diffqkv"]
     """
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+    run_without_the_package(script, tmp_path)
+
+
+def test_remote_code_of_all_heads(tmp_path):
+    heads = {
+        "AutoModel": diffqkv.SigmaModel,
+        "AutoModelForCausalLM": diffqkv.SigmaForCausalLM,
+        "AutoModelForQuestionAnswering": diffqkv.SigmaForQuestionAnswering,
+        "AutoModelForSequenceClassification": diffqkv.SigmaForSequenceClassification,
+        "AutoModelForTokenClassification": diffqkv.SigmaForTokenClassification,
+    }
+    ids = tokens(1, 7)
+    want = {}
+    for name, model_class in heads.items():
+        model = tiny_model((12, 4, 6), model_class=model_class)
+        model.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            want[name] = model(ids)[0]
+    torch.save({"ids": ids, "want": want}, tmp_path / "example.pt")
+    script = """
+        import torch
+        import transformers
+        folder = sys.argv[1]
+        example = torch.load(folder + "/example.pt")
+        for name, want in example["want"].items():
+            auto = getattr(transformers, name)
+            model = auto.from_pretrained(f"{folder}/{name}", trust_remote_code=True)
+            assert type(model).__module__.startswith("transformers_modules"), type(model)
+            assert type(model.base_model).__module__.startswith("transformers_modules")
+            with torch.no_grad():
+                torch.testing.assert_close(model(example["ids"])[0], want, atol=1e-4, rtol=1e-4)
+            # A checkpoint of one head serves all others, whose own weights are then new.
+            other = auto.from_pretrained(folder + "/AutoModelForCausalLM", trust_remote_code=True)
+            assert type(other).__name__ == type(model).__name__
+    """
+    run_without_the_package(script, tmp_path)
+
+
+def test_remote_code_beside_the_package_takes_the_ops(tmp_path):
+    model = tiny_model((12, 4, 6))
+    model.save_pretrained(tmp_path / "checkpoint")
+    ids = tokens(2, 7)
+    torch.save({"ids": ids, "want": generate(model, ids)}, tmp_path / "example.pt")
+    script = """
+        import torch
+        from transformers import AutoModelForCausalLM
+        folder = sys.argv[1]
+        model = AutoModelForCausalLM.from_pretrained(folder + "/checkpoint", trust_remote_code=True)
+        assert type(model).__module__.startswith("transformers_modules"), type(model)
+        assert model.config._attn_implementation == "diffqkv"
+        import diffqkv
+        example = torch.load(folder + "/example.pt")
+        options = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+        out = model.generate(example["ids"], **options)
+        assert torch.equal(out.sequences, example["want"]) and type(out.past_key_values) is diffqkv.Cache
+    """
+    run_without_the_package(script, tmp_path, blocks=False)
+
+
+# ---------------------------------------------------------------- checkpoints of something else
+
+
+def save_changed(folder, change, **options):
+    """A checkpoint whose weights have been changed."""
+    tiny_model(**options).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+GATE, NORM = "model.layers.1.self_attn.q_gate_proj.weight", "model.norm.weight"
+
+
+@pytest.mark.parametrize("load", [AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification])
+def test_missing_weights_are_refused(tmp_path, load):
+    save_changed(tmp_path, lambda weights: [weights.pop(name) for name in (GATE, NORM)])
+    names = [name.removeprefix("model." if load is AutoModel else "") for name in (GATE, NORM)]
+    with pytest.raises(ValueError, match=f"got a checkpoint without {', '.join(names)}, want the weights of a Sigma"):
+        load.from_pretrained(tmp_path)
+    model, info = load.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(names) <= set(info["missing_keys"]) and isinstance(model, diffqkv.models.SigmaPreTrainedModel)
+
+
+def test_weights_without_a_place_are_refused(tmp_path):
+    save_changed(
+        tmp_path, lambda weights: weights.update({f"model.layers.{i}.extra": torch.ones(2) for i in range(2, 7)})
     )
-    assert done.returncode == 0, done.stderr
+    with pytest.raises(ValueError, match=r"got a checkpoint with model\.layers\.2\.extra, .* and 2 more, want"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_head_may_be_new_but_not_that_of_a_language_model(tmp_path):
+    diffqkv.SigmaModel(tiny_model().config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="got a checkpoint without lm_head.weight, want"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path).score.weight.isfinite().all()
+    save_changed(tmp_path, lambda weights: None, tie_word_embeddings=True)
+    tied = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("heads, name", [((8, 4, 4), "k_proj"), ((8, 2, 8), "v_proj")])
+def test_weights_of_other_head_counts_are_refused(tmp_path, heads, name):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises((RuntimeError, ValueError), match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, config=tiny_config(heads))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize(
+    "heads, changes, message",
+    [
+        ((8, 4, 2), {}, r"got keys of batch, groups and width \(2, 2, 32\) in layer 0 of the cache, want \(2, 2, 16\)"),
+        (
+            (8, 2, 8),
+            {},
+            r"got values of batch, groups and width \(2, 2, 64\) in layer 0 of the cache, want \(2, 2, 32\)",
+        ),
+        ((8, 2, 4), {"num_hidden_layers": 1}, "got a cache of 1 layers, want 2"),
+        ((8, 2, 4), {"num_hidden_layers": 3}, "got a cache of 3 layers, want 2"),
+        (
+            (8, 2, 4),
+            {"batch": 3},
+            r"got keys of batch, groups and width \(3, 2, 16\) in layer 0 of the cache, want \(2, ",
+        ),
+    ],
+)
+def test_stock_caches_of_another_model_are_refused(heads, changes, message, kind, attention):
+    changes = dict(changes)
+    batch = changes.pop("batch", 2)
+    other, model = tiny_model(heads, **changes), tiny_model()
+    cache = StaticCache(config=other.config, max_cache_len=12) if kind == "static" else DynamicCache()
+    logits(other, tokens(batch, 5), past_key_values=cache)
+    model.set_attn_implementation(attention)
+    with pytest.raises(ValueError, match=f"past_key_values: {message}"):
+        logits(model, tokens(2, 3), past_key_values=cache)
+    assert int(cache.get_seq_length()) == 5
 
 
 # ---------------------------------------------------------------- other heads, other models, compilation
@@ -580,6 +657,39 @@ def test_sequence_classification(tmp_path):
     assert torch.equal(logits(loaded, ids, attention_mask=mask), logits(model, ids, attention_mask=mask))
     model.train()(ids, attention_mask=mask, labels=torch.tensor([0, 2])).loss.backward()
     assert model.score.weight.grad.abs().max() > 0
+
+
+def test_token_classification(tmp_path):
+    model = tiny_model(model_class=diffqkv.SigmaForTokenClassification, num_labels=5)
+    ids, mask = padded([9, 5], "left")
+    got = logits(model, ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    assert got.shape == (2, 9, 5)
+    for row, keep in enumerate(mask.bool()):
+        torch.testing.assert_close(got[row, keep], logits(model, ids[row, keep][None])[0], atol=1e-4, rtol=1e-4)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForTokenClassification.from_pretrained(tmp_path)
+    assert type(loaded) is diffqkv.SigmaForTokenClassification
+    assert torch.equal(logits(loaded, ids, attention_mask=mask), logits(model, ids, attention_mask=mask))
+    labels = torch.randint(5, ids.shape).masked_fill(mask == 0, -100)
+    model.train()(ids, attention_mask=mask, labels=labels).loss.backward()
+    assert model.score.weight.grad.abs().max() > 0
+
+
+def test_question_answering(tmp_path):
+    model = tiny_model(model_class=diffqkv.SigmaForQuestionAnswering)
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        out = model(ids)
+        hidden = model.model(ids).last_hidden_state
+    torch.testing.assert_close(torch.stack([out.start_logits, out.end_logits], -1), model.qa_outputs(hidden))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path)
+    assert type(loaded) is diffqkv.SigmaForQuestionAnswering
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).end_logits, out.end_logits)
+    ends = torch.tensor([2, 5])
+    model.train()(ids, start_positions=ends - 1, end_positions=ends).loss.backward()
+    assert model.qa_outputs.weight.grad.abs().max() > 0
 
 
 def test_a_llama_runs_on_our_attention_and_cache():

@@ -1,11 +1,14 @@
 """Hugging Face models, and the attention function "diffqkv" for models of others."""
 
 from . import attention
+from .attention import record_selective_v
 from .sigma import (
     PRESETS,
     SigmaConfig,
     SigmaForCausalLM,
+    SigmaForQuestionAnswering,
     SigmaForSequenceClassification,
+    SigmaForTokenClassification,
     SigmaModel,
     SigmaPreTrainedModel,
 )
@@ -14,8 +17,11 @@ __all__ = [
     "PRESETS",
     "SigmaConfig",
     "SigmaForCausalLM",
+    "SigmaForQuestionAnswering",
     "SigmaForSequenceClassification",
+    "SigmaForTokenClassification",
     "SigmaModel",
     "SigmaPreTrainedModel",
     "attention",
+    "record_selective_v",
 ]

@@ -7,7 +7,8 @@ are read where they lie.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import gcd
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers.utils import logging
 from .._autocast import autocast_dtype, cast
 from .._dispatch import uses_kernel
 from ..ops import decode_attention, flash_attention, flash_attention_varlen, selective_v_attention
-from ..reference import group
+from ..reference import SelectiveVStats, group
 from .mask import Packing, read_spans
 from .stock_attention import KvCache, dense_mask, dense_rows, stock_attention
 
@@ -26,6 +27,24 @@ logger = logging.get_logger(__name__)
 
 # More query tokens than this are a chunk of a prompt, whose attention stays dense.
 MAX_DECODE_QUERIES = 16
+
+_records: list[tuple[int, SelectiveVStats]] | None = None
+
+
+@contextmanager
+def record_selective_v() -> Iterator[list[tuple[int, SelectiveVStats]]]:
+    """Collects (layer_idx, statistics) of each call that selects V rows, of all models, while the context is open.
+
+    `kept_mass` tells how much of the softmax the rows that were read hold, `rows_used` how many they were, and
+    `error_bound` how far from dense attention the result can be. They cost a pass over V where the cache keeps no
+    statistics of its own: `diffqkv.Cache` does, except for left-padded rows.
+    """
+    global _records
+    outer, _records = _records, []
+    try:
+        yield _records
+    finally:
+        _records = outer
 
 
 def diffqkv_attention(
@@ -42,13 +61,14 @@ def diffqkv_attention(
     s_aux: torch.Tensor | None = None,
     kv_cache: KvCache | None = None,
     v_stats: Callable[[], torch.Tensor] | None = None,
+    selective_v: dict[str, Any] | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of query `[b, n_q, s_q, d_k]` over key `[b, n_k, s, d_k]` and value `[b, n_v, s, d_v]`.
 
     Prompts and training run through `flash_attention`, packed rows through `flash_attention_varlen`, cached steps
-    through `decode_attention`, or `selective_v_attention` where `module.selective_v_top_k` is set. Stock attention with
-    K and V expanded to equal heads computes what the ops cannot: dense masks, probabilities as a result, and under
+    through `decode_attention`, or `selective_v_attention` where selective_v is given. Stock attention with K and V
+    expanded to equal heads computes what the ops cannot: dense masks, probabilities as a result, and under
     torch.compile dropout, whose seed is drawn for each call, cached steps that record a graph, and packed rows on
     devices without a kernel.
 
@@ -61,6 +81,8 @@ def diffqkv_attention(
         kv_cache: k_cache, v_cache and k_layout as `decode_attention` takes them, with the newest tokens in it. key and
             value are not read then.
         v_stats: returns the cache's statistics of V as `selective_v_attention` takes them; called if they are of use.
+        selective_v: top_k, and any of tail, max_error, keep_first and keep_last, of `selective_v_attention`, for cached
+            steps of at most 16 tokens.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed sequences, as transformers passes them to
             FlashAttention: those of all rows, one row behind another. The last three have defaults.
         output_attentions: return the probabilities too, computed densely.
@@ -119,7 +141,7 @@ def diffqkv_attention(
     if kv_cache is None:
         groups = gcd(key.shape[1], value.shape[1])
         kv_cache = group(key, groups), group(value, groups), "rows"
-    return _decode(module, query, kv_cache, start, total, v_stats, logits).transpose(1, 2), None
+    return _decode(module, query, kv_cache, start, total, selective_v, v_stats, logits).transpose(1, 2), None
 
 
 def _as_under_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -146,6 +168,7 @@ def _decode(
     kv_cache: KvCache,
     start: torch.Tensor | None,
     total: torch.Tensor | None,
+    selective_v: dict[str, Any] | None,
     v_stats: Callable[[], torch.Tensor] | None,
     logits: dict[str, Any],
 ) -> torch.Tensor:
@@ -153,18 +176,29 @@ def _decode(
     if total is None:
         total = torch.full((query.shape[0],), v_cache.shape[2], dtype=torch.int32, device=query.device)
     options = {"cache_start": start, "k_layout": k_layout}
-    top_k = getattr(module, "selective_v_top_k", 0)
-    if not top_k or query.shape[2] > MAX_DECODE_QUERIES:
+    if selective_v is None or query.shape[2] > MAX_DECODE_QUERIES:
         return decode_attention(query, k_cache, v_cache, total, **options, **logits)
     unbuilt = {"window": logits["window"][0] >= 0, "softcap": logits["softcap"], "sinks": logits["sinks"] is not None}
     for name, is_wanted in unbuilt.items():
         if is_wanted:
             raise NotImplementedError(f"{name}: not built for selective V")
-    options |= {"tail": module.selective_v_tail, "softmax_scale": logits["softmax_scale"]}
+    if _records is not None and torch.compiler.is_compiling():
+        raise NotImplementedError("record_selective_v: not built for compiled code")
+    options |= selective_v | {"softmax_scale": logits["softmax_scale"], "return_stats": _records is not None}
+    needs_v_stats = (
+        selective_v.get("tail") == "mean" or selective_v.get("max_error") is not None or options["return_stats"]
+    )
     # They count every slot that was written: left padding too.
-    if v_stats is not None and module.selective_v_tail == "mean" and start is None:
+    if v_stats is not None and needs_v_stats and start is None:
         options["v_stats"] = v_stats()
-    return selective_v_attention(query, k_cache, v_cache, total, top_k, **options)
+    out = selective_v_attention(query, k_cache, v_cache, total, **options)
+    if _records is None:
+        return out
+    out, stats = out
+    _records.append((module.layer_idx, stats))
+    return out
 
 
+# Read by models: it takes K and V with head counts of their own, a cache in place, and packed rows without a mask.
+diffqkv_attention.takes_unequal_heads = True
 AttentionInterface.register("diffqkv", diffqkv_attention)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Configuration of the SIGMA models with DiffQKV attention (SIGMA, arXiv 2501.13629).
 
 This file stands alone: `save_pretrained` copies it beside a checkpoint, where it runs without the diffqkv package.
@@ -5,7 +6,13 @@ This file stands alone: `save_pretrained` copies it beside a checkpoint, where i
 
 from copy import deepcopy
 from math import gcd
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import transformers
+from packaging.version import Version
+
+if Version(transformers.__version__).release < (5, 13):
+    raise ImportError(f"transformers: got {transformers.__version__}, want 5.13 or newer", name="transformers")
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -21,6 +28,9 @@ _SIGMA_MOE_FIELDS = (
 )
 
 _HEAD_COUNTS = ("num_attention_heads", "num_key_heads", "num_value_heads")
+
+# The arguments of `diffqkv.selective_v_attention` that the fields selective_v_* give.
+_SELECTIVE_V = ("top_k", "tail", "max_error", "keep_first", "keep_last")
 
 # Table 7. Sequence length, biases, tying and the epsilon of the norms are not published: the defaults are Llama's.
 _SIGMA_1_5B = {
@@ -139,8 +149,11 @@ class SigmaConfig(PreTrainedConfig):
             and K meet), their scores agree if one map is the other's transpose.
         q_aug_dim: intermediate dimension d_q of augmented Q (section 2.2, Tables 4 to 6; Appendix E). None: off.
         selective_v_top_k: at decode, the number of V rows a query reads (eq. 9, Table 3): one for all layers, or a
-            list with one number per layer. None or 0: all rows.
+            list with one number per layer, 0 for a layer that reads all rows. None: all layers read all rows.
         selective_v_tail: what happens to the probability of the other rows: "drop" (the paper), "renorm", "mean".
+        selective_v_max_error: the L2 distance to dense attention that a row of a layer's attention may have; more V
+            rows are read until it is guaranteed. None: no guarantee.
+        selective_v_keep_first, selective_v_keep_last: the oldest and newest rows, read besides the best.
         rope_parameters: as in Llama, e.g. `{"rope_type": "default", "rope_theta": 50000.0}`.
 
     Raises:
@@ -169,6 +182,9 @@ class SigmaConfig(PreTrainedConfig):
     q_aug_dim: int | None = 3072
     selective_v_top_k: int | list[int] | None = None
     selective_v_tail: str = "drop"
+    selective_v_max_error: int | float | None = None
+    selective_v_keep_first: int = 0
+    selective_v_keep_last: int = 0
     hidden_act: str = "silu"
     max_position_embeddings: int = 4096
     initializer_range: float = 0.02
@@ -195,6 +211,7 @@ class SigmaConfig(PreTrainedConfig):
                 f"num_key_value_heads: got {claimed_groups}, want {self.num_key_value_heads}, the greatest common "
                 f"divisor of num_key_heads ({self.num_key_heads}) and num_value_heads ({self.num_value_heads})"
             )
+        self.base_model_tp_plan = self._tensor_parallel_plan()
         super().__post_init__(**kwargs)
         if (self.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError(
@@ -230,10 +247,43 @@ class SigmaConfig(PreTrainedConfig):
         """Dimension in which Q and K meet, and in which RoPE acts."""
         return self.k_head_dim if self.k_compression == "absorbed" else self.head_dim
 
-    def layer_top_k(self, layer_idx: int) -> int:
-        """V rows a query of this layer reads at decode; 0 means all."""
-        top_k = self.selective_v_top_k
-        return (top_k[layer_idx] if isinstance(top_k, list) else top_k) or 0
+    def selective_v(self, changes: dict[str, Any] | None = None) -> list[dict[str, Any] | None]:
+        """What each layer's decode steps hand to `diffqkv.selective_v_attention`; None where all V rows are read.
+
+        changes: what one call replaces, by the op's names: {"top_k": 50, "max_error": 0.1}; {"top_k": None} reads all.
+        """
+        options = {name: getattr(self, f"selective_v_{name}") for name in _SELECTIVE_V}
+        if changes:
+            unknown = changes.keys() - options.keys()
+            if unknown:
+                raise ValueError(f"selective_v: got {sorted(unknown)}, want some of {', '.join(_SELECTIVE_V)}")
+            options |= changes
+            self._check_selective_v(options)
+        top_k = options.pop("top_k")
+        per_layer = top_k if isinstance(top_k, list) else [top_k] * self.num_hidden_layers
+        return [{"top_k": k, **options} if k else None for k in per_layer]
+
+    def _tensor_parallel_plan(self) -> dict[str, str]:
+        """How transformers shards the base model: K and V by groups, so that each process holds whole ones.
+
+        Only the last projection of Q may leave its heads where they were computed: augmented Q mixes all of them.
+        """
+        plan = {
+            "layers.*.self_attn.k_proj": "colwise",
+            "layers.*.self_attn.v_proj": "colwise",
+            "layers.*.self_attn.o_proj": "rowwise",
+            "layers.*.mlp.gate_proj": "colwise",
+            "layers.*.mlp.up_proj": "colwise",
+            "layers.*.mlp.down_proj": "rowwise",
+        }
+        q_projections = ["q_proj"] if self.q_aug_dim is None else ["q_proj", "q_gate_proj", "q_up_proj", "q_down_proj"]
+        plan |= {f"layers.*.self_attn.{name}": "colwise_gather_output" for name in q_projections}
+        plan[f"layers.*.self_attn.{q_projections[-1]}"] = "colwise"
+        # One map for all heads, of which a process sees its own.
+        if self.k_compression is not None:
+            name = "k_expand_proj" if self.k_compression == "expand" else "q_absorb_proj"
+            plan[f"layers.*.self_attn.{name}"] = "replicated_with_grad_allreduce"
+        return plan
 
     @classmethod
     def _refuse_foreign_fields(cls, kwargs: dict) -> None:
@@ -291,15 +341,31 @@ class SigmaConfig(PreTrainedConfig):
                 raise ValueError(f"{name}: got {getattr(self, name)}, want a positive integer")
         if self.q_aug_dim is not None and self.q_aug_dim < 1:
             raise ValueError(f"q_aug_dim: got {self.q_aug_dim}, want a positive integer or None (off)")
-        top_k = self.selective_v_top_k
-        if isinstance(top_k, list) and len(top_k) != self.num_hidden_layers:
-            raise ValueError(
-                f"selective_v_top_k: got a list of {len(top_k)}, want one number per layer ({self.num_hidden_layers})"
-            )
-        if any(k < 0 for k in (top_k if isinstance(top_k, list) else [top_k or 0])):
-            raise ValueError(f"selective_v_top_k: got {top_k}, want numbers >= 0 (0: all rows)")
-        if self.selective_v_tail not in ("drop", "renorm", "mean"):
-            raise ValueError(f"selective_v_tail: got {self.selective_v_tail!r}, want 'drop', 'renorm' or 'mean'")
+        self._check_selective_v({name: getattr(self, f"selective_v_{name}") for name in _SELECTIVE_V})
+
+    def _check_selective_v(self, options: dict[str, Any]) -> None:
+        def refuse(name: str, want: str) -> None:
+            raise ValueError(f"selective_v_{name}: got {options[name]!r}, want {want}")
+
+        def is_integer(value: Any, least: int) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+        top_k, max_error = options["top_k"], options["max_error"]
+        if isinstance(top_k, list):
+            if len(top_k) != self.num_hidden_layers:
+                refuse("top_k", f"a list of one number per layer ({self.num_hidden_layers})")
+            if not all(is_integer(k, 0) for k in top_k):
+                refuse("top_k", "integers >= 0 (0: all rows)")
+        elif top_k is not None and not is_integer(top_k, 1):
+            refuse("top_k", "an integer >= 1, one per layer, or None (all rows)")
+        if options["tail"] not in ("drop", "renorm", "mean"):
+            refuse("tail", "'drop', 'renorm' or 'mean'")
+        is_number = isinstance(max_error, (int, float)) and not isinstance(max_error, bool)
+        if max_error is not None and not (is_number and max_error >= 0):
+            refuse("max_error", "a number >= 0 or None")
+        for name in ("keep_first", "keep_last"):
+            if not is_integer(options[name], 0):
+                refuse(name, "an integer >= 0")
 
 
 __all__ = ["PRESETS", "SigmaConfig"]

@@ -1,27 +1,44 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The SIGMA models with DiffQKV attention (SIGMA, arXiv 2501.13629, section 2 and Appendix E).
 
 This file stands alone: `save_pretrained` copies it beside a checkpoint, where it runs without the diffqkv package, then
 on stock attention functions and caches. With the package, attention "diffqkv" and `diffqkv.Cache` are the defaults.
 """
 
+import os
+import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from copy import copy
 from math import gcd, lcm
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_kernel_forward_from_hub
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
-from transformers.utils import can_return_tuple, logging
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -132,6 +149,15 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+def _attention_function(config: SigmaConfig) -> tuple[Callable, bool]:
+    """The attention function that config names, and whether K and V may have head counts of their own in it.
+
+    Such a function also reads a `diffqkv.Cache` in place, selects V rows, and takes packed rows without a mask.
+    """
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)
+    return attend, getattr(attend, "takes_unequal_heads", False)
+
+
 class SigmaMLP(nn.Module):
     def __init__(self, config: SigmaConfig) -> None:
         super().__init__()
@@ -160,20 +186,20 @@ class SigmaAttention(nn.Module):
         self.scaling = config.attention_head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        self.selective_v_top_k = config.layer_top_k(layer_idx)
-        self.selective_v_tail = config.selective_v_tail
         # Stock attention functions get K and V expanded to this many heads, the smallest count that both divide.
         self.shared_heads = lcm(config.num_key_heads, config.num_value_heads)
         self.num_key_value_groups = config.num_attention_heads // self.shared_heads
 
         hidden, bias = config.hidden_size, config.attention_bias
         q_size = config.num_attention_heads * config.head_dim
+        k_size, v_size = config.num_key_heads * config.k_head_dim, config.num_value_heads * config.head_dim
         self.q_proj = nn.Linear(hidden, q_size, bias=bias)
-        self.k_proj = nn.Linear(hidden, config.num_key_heads * config.k_head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, config.num_value_heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, k_size, bias=bias)
+        self.v_proj = nn.Linear(hidden, v_size, bias=bias)
         self.o_proj = nn.Linear(q_size, hidden, bias=bias)
         self.augments_q = config.q_aug_dim is not None
         self.hidden_act = config.hidden_act
+        # CODEPATH: Sigma-1.5B and 10B augment Q; rows without AugQ of Tables 1 to 6 do not.
         if self.augments_q:
             self.q_gate_proj = nn.Linear(q_size, config.q_aug_dim, bias=False)
             self.q_up_proj = nn.Linear(q_size, config.q_aug_dim, bias=False)
@@ -184,6 +210,9 @@ class SigmaAttention(nn.Module):
         self.absorbs_k = config.k_compression == "absorbed"
         if self.absorbs_k:
             self.q_absorb_proj = nn.Linear(config.head_dim, config.k_head_dim, bias=False)
+        # After `fuse`: the projections of hidden_states in one, and how its output is split.
+        self.fused_proj = None
+        self.fused_sizes = [*([config.q_aug_dim] * 2 if self.augments_q else [q_size]), k_size, v_size]
 
     def forward(
         self,
@@ -193,33 +222,38 @@ class SigmaAttention(nn.Module):
         past_key_values: Cache | None = None,
         cache_is_empty: bool = False,
         key_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if kwargs.get("cache") is not None:
             raise NotImplementedError(
                 "continuous batching: its paged cache has one shape for K and V; use generate with a batch instead"
             )
         tokens = hidden_states.shape[:-1]
-        query = self._query(hidden_states).view(*tokens, -1, self.head_dim)
+        query, key, value = self._project(hidden_states)
+        query = query.view(*tokens, -1, self.head_dim)
         if self.absorbs_k:
             query = self.q_absorb_proj(query)
         query = apply_rotary_pos_emb(query, *position_embeddings).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(*tokens, -1, self.k_head_dim)
-        value = self.v_proj(hidden_states).view(*tokens, -1, self.head_dim)
+        key = key.view(*tokens, -1, self.k_head_dim)
+        value = value.view(*tokens, -1, self.head_dim)
 
-        implementation = self.config._attn_implementation
-        is_ours = implementation == "diffqkv"
+        attend, takes_unequal_heads = _attention_function(self.config)
         with _profiler_range("kv_cache"):
             key, value, kv_cache = self._store(
-                key, value, position_embeddings, past_key_values, cache_is_empty, key_position_embeddings, is_ours
+                key,
+                value,
+                position_embeddings,
+                past_key_values,
+                cache_is_empty,
+                key_position_embeddings,
+                takes_unequal_heads,
             )
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        if is_ours:
+        if takes_unequal_heads:
             kwargs["kv_cache"] = kv_cache
             if isinstance(past_key_values, diffqkv.Cache):
                 kwargs["v_stats"] = past_key_values.layers[self.layer_idx].v_stats
         else:
-            query, key, value = self._for_stock_attention(query, key, value, kv_cache, implementation)
+            query, key, value = self._for_stock_attention(query, key, value, kv_cache, attend)
         with _profiler_range("attention"):
             out, weights = attend(
                 self,
@@ -233,14 +267,60 @@ class SigmaAttention(nn.Module):
             )
         return self.o_proj(out.reshape(*tokens, -1)), weights
 
-    def _query(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """q_proj, then the SwiGLU of augmented Q: no residual, no norm, no bias (Appendix E)."""
-        query = self.q_proj(hidden_states)
-        if not self.augments_q:
-            return query
-        with _profiler_range("augmented_q"):
-            gate, up = self.q_gate_proj(query), self.q_up_proj(query)
-            return self.q_down_proj(_swiglu(gate, up, self.hidden_act))
+    def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Q, K and V of the new tokens, `[b, t, heads * dim]`.
+
+        Q is augmented by a SwiGLU without residual, norm or bias (Appendix E).
+        """
+        is_fused = self.fused_proj is not None
+        if is_fused:
+            if torch.is_grad_enabled() and (hidden_states.requires_grad or self.fused_proj.weight.requires_grad):
+                raise RuntimeError(
+                    "fuse_for_inference: got a forward pass that records gradients, want torch.no_grad(), or the model "
+                    "loaded again with from_pretrained"
+                )
+            *for_query, key, value = self.fused_proj(hidden_states).split(self.fused_sizes, -1)
+        else:
+            for_query = [self.q_proj(hidden_states)]
+            key, value = self.k_proj(hidden_states), self.v_proj(hidden_states)
+        query = for_query[0]
+        if self.augments_q:
+            with _profiler_range("augmented_q"):
+                gate, up = for_query if is_fused else (self.q_gate_proj(query), self.q_up_proj(query))
+                query = self.q_down_proj(_swiglu(gate, up, self.hidden_act))
+        return query, key, value
+
+    def check_fusable(self) -> None:
+        """Raises ValueError unless `fuse` can fold the projections as they are now."""
+        for name in self._fused_names():
+            projection = getattr(self, name)
+            if (kind := type(projection)) is not nn.Linear:
+                raise ValueError(f"{name}: got a {kind.__module__}.{kind.__name__}, want a torch.nn.Linear to fuse")
+            weight = projection.weight
+            if type(weight.data) is not torch.Tensor or not weight.is_floating_point() or weight.is_meta:
+                raise ValueError(
+                    f"{name}: got a weight of type {type(weight.data).__name__}, {weight.dtype}, on {weight.device}, "
+                    f"want a whole floating-point tensor of this process to fuse"
+                )
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Makes the projections of hidden_states one, and frees them: gate(q_proj(h)) and up(q_proj(h)) are linear."""
+        weight, bias = self.q_proj.weight, self.q_proj.bias
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        folds = [self.q_gate_proj.weight, self.q_up_proj.weight] if self.augments_q else []
+        weights = [(fold.to(wide) @ weight.to(wide)).to(weight.dtype) for fold in folds] or [weight]
+        fused = nn.Linear(weight.shape[1], sum(self.fused_sizes), bias=bias is not None, device="meta")
+        fused.weight = nn.Parameter(torch.cat([*weights, self.k_proj.weight, self.v_proj.weight]), requires_grad=False)
+        if bias is not None:
+            biases = [(fold.to(wide) @ bias.to(wide)).to(bias.dtype) for fold in folds] or [bias]
+            fused.bias = nn.Parameter(torch.cat([*biases, self.k_proj.bias, self.v_proj.bias]), requires_grad=False)
+        for name in self._fused_names():
+            delattr(self, name)
+        self.fused_proj = fused.eval()
+
+    def _fused_names(self) -> list[str]:
+        return ["q_proj", *(["q_gate_proj", "q_up_proj"] if self.augments_q else []), "k_proj", "v_proj"]
 
     def _store(
         self,
@@ -250,7 +330,7 @@ class SigmaAttention(nn.Module):
         past_key_values: Cache | None,
         cache_is_empty: bool,
         key_rope: tuple[torch.Tensor, torch.Tensor] | None,
-        is_ours: bool,
+        takes_unequal_heads: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor, str] | None]:
         """Writes the new tokens, key `[b, t, n_k, d_k]` and value `[b, t, n_v, d_v]`, into the cache, if there is one.
 
@@ -258,7 +338,7 @@ class SigmaAttention(nn.Module):
         the whole cache: K and V `[b, G, s, heads / G, d]` (or K in panels) and the name of K's layout.
         """
         in_place = (
-            is_ours
+            takes_unequal_heads
             and isinstance(past_key_values, diffqkv.Cache)
             and not (torch.is_grad_enabled() and (key.requires_grad or value.requires_grad))
         )
@@ -282,7 +362,7 @@ class SigmaAttention(nn.Module):
                 *(x.flatten(2).unflatten(2, (groups, -1)).transpose(1, 2) for x in (key, value)), self.layer_idx
             )
             # Stock functions take every token from the cache, which may have more slots than tokens.
-            if reads_cache or not is_ours:
+            if reads_cache or not takes_unequal_heads:
                 keys = keys.unflatten(-1, (-1, self.k_head_dim))
                 values = values.unflatten(-1, (-1, self.head_dim))
                 cached = keys, values, "rows"
@@ -305,18 +385,14 @@ class SigmaAttention(nn.Module):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: tuple[torch.Tensor, torch.Tensor, str] | None,
-        implementation: str,
+        attend: Callable,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """K and V with equal head counts and, except for eager attention, Q and K as wide as V."""
         if kv_cache is not None:
             key, value = (x.transpose(2, 3).flatten(1, 2) for x in kv_cache[:2])
-            if self.selective_v_top_k:
-                logger.warning_once(
-                    f"selective_v_top_k: attention {implementation!r} reads all V rows; only 'diffqkv' selects"
-                )
         key = key.repeat_interleave(self.shared_heads // self.config.num_key_heads, dim=1)
         value = value.repeat_interleave(self.shared_heads // self.config.num_value_heads, dim=1)
-        if query.shape[-1] < self.head_dim and implementation != "eager":
+        if query.shape[-1] < self.head_dim and attend is not eager_attention_forward:
             # Stock flash functions cut V to the dimension of Q; SDPA's fused kernels refuse. Zeros change no score.
             padding = [0, self.head_dim - query.shape[-1]]
             query, key = F.pad(query, padding), F.pad(key, padding)
@@ -331,8 +407,25 @@ class SigmaDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = SigmaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = SigmaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -341,15 +434,16 @@ def _fast_path_obstacle(config: SigmaConfig) -> str | None:
     """Why attention "diffqkv" cannot compute this model, or None."""
     if diffqkv is None:
         return "the package diffqkv is not importable"
-    for name, dim in (("head_dim", config.head_dim), ("attention_head_dim", config.attention_head_dim)):
+    for name in ("head_dim", "attention_head_dim", "k_head_dim"):
+        dim = getattr(config, name)
         if dim % 8 or dim > 256:
             return f"{name}: got {dim}, want a multiple of 8 up to 256"
-    if config.k_head_dim % 8:
-        return f"k_head_dim: got {config.k_head_dim}, want a multiple of 8"
     return None
 
 
 class SigmaPreTrainedModel(PreTrainedModel):
+    """What all SIGMA models share: loading and saving, the choice of the attention function, fusing."""
+
     config: SigmaConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -361,6 +455,111 @@ class SigmaPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs: ClassVar[dict] = {"hidden_states": SigmaDecoderLayer, "attentions": SigmaAttention}
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As in `PreTrainedModel`, but a checkpoint that lacks weights, or has others, is a ValueError.
+
+        Task heads alone may be missing or left over. Callers who want such a checkpoint all the same ask for
+        `output_loading_info=True` and look at what they got.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if output_loading_info:
+            return model, info
+        for kind, problem, allowed in (
+            ("missing_keys", "without", ("score.", "qa_outputs.")),
+            ("unexpected_keys", "with", ("score.", "qa_outputs.", "lm_head.")),
+        ):
+            keys = sorted(key for key in info[kind] if not key.startswith(allowed))
+            if keys:
+                more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+                raise ValueError(
+                    f"pretrained_model_name_or_path: got a checkpoint {problem} {', '.join(keys[:3])}{more}, "
+                    f"want the weights of a {cls.__name__}; output_loading_info=True takes it as it is"
+                )
+        return model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """As in `PreTrainedModel`, with these model files beside the weights; refused after `fuse_for_inference`."""
+        self._refuse_fused("save_pretrained")
+        saved_as = next(cls for cls in type(self).__mro__ if not cls.__module__.startswith("torch."))
+        if saved_as.__module__ == __name__ and saved_as._auto_class is not None:
+            # A checkpoint of any head serves all Auto classes to readers without the package.
+            module = __name__.rpartition(".")[2]
+            self.config.auto_map = {auto.__name__: f"{module}.{model.__name__}" for auto, model in AUTO_CLASSES.items()}
+            if saved_as is not type(self):
+                # FSDP2 derives a class of its own, whose file transformers would save instead of this one.
+                type(self)._auto_class = None
+                if kwargs.get("is_main_process", True):
+                    os.makedirs(save_directory, exist_ok=True)
+                    shutil.copy(__file__, save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def train(self, mode: bool = True) -> "SigmaPreTrainedModel":
+        """As in `torch.nn.Module`; mode=True is refused after `fuse_for_inference`."""
+        if mode:
+            self._refuse_fused("train")
+        return super().train(mode)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether `fuse_for_inference` has been called."""
+        return any(attention.fused_proj is not None for attention in self._attentions())
+
+    def fuse_for_inference(self) -> "SigmaPreTrainedModel":
+        """Folds the projections of each attention's input into one matrix, in place, and returns the model.
+
+        gate(q_proj(h)) and up(q_proj(h)) of augmented Q are linear in h, so that one product gives gate, up, K and V:
+        for Sigma-1.5B, 7424 rows of weights are read instead of 9472. The original weights are freed, and no parameter
+        takes gradients any more: training and saving are a RuntimeError, and `from_pretrained` is the way back.
+
+        Raises:
+            ValueError: the model is in training mode, or tensor parallel, or has projections that are not plain linear
+                layers (LoRA, quantised) or not in memory; before any weight is changed.
+        """
+        if self.is_fused:
+            return self
+        if self.training:
+            raise ValueError("fuse_for_inference: got a model in training mode, want eval()")
+        if self._tp_size not in (None, 1):
+            raise ValueError(f"fuse_for_inference: got tp_size = {self._tp_size}, want a model that is not sharded")
+        for attention in self._attentions():
+            attention.check_fusable()
+        for attention in self._attentions():
+            attention.fuse()
+        return self.requires_grad_(False)
+
+    def _attentions(self) -> list[SigmaAttention]:
+        return [module for module in self.modules() if isinstance(module, SigmaAttention)]
+
+    def _refuse_fused(self, name: str) -> None:
+        if self.is_fused:
+            raise RuntimeError(
+                f"{name}: got a model after fuse_for_inference, whose projections are folded into one; want the model "
+                f"loaded again with from_pretrained"
+            )
+
+    # Transformers sets it before it shards anything.
+    @property
+    def _tp_size(self) -> int | None:
+        return self.__dict__.get("_tensor_parallel_size")
+
+    @_tp_size.setter
+    def _tp_size(self, size: int | None) -> None:
+        groups = self.config.num_key_value_heads
+        if size is not None and groups % size:
+            raise ValueError(
+                f"tp_size: got {size}, want a divisor of {groups}, the greatest common divisor of num_key_heads "
+                f"({self.config.num_key_heads}) and num_value_heads ({self.config.num_value_heads})"
+            )
+        for model in (self, self.base_model):
+            model.__dict__["_tensor_parallel_size"] = size
+
+    def _cache_shapes(self) -> list[tuple[int, int, int, int]]:
+        """(n_k, d_k, n_v, d_v) of each layer's cache in this process."""
+        config, processes = self.config, self._tp_size or 1
+        n_k, n_v = config.num_key_heads // processes, config.num_value_heads // processes
+        return [(n_k, config.k_head_dim, n_v, config.head_dim)] * config.num_hidden_layers
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Makes "diffqkv" the default where it can run; an explicit request stands."""
@@ -374,7 +573,7 @@ class SigmaPreTrainedModel(PreTrainedModel):
 
 
 class SigmaModel(SigmaPreTrainedModel):
-    """The decoder without a head. Inputs and outputs as in Hugging Face's Llama."""
+    """The decoder without a head."""
 
     def __init__(self, config: SigmaConfig) -> None:
         super().__init__(config)
@@ -397,15 +596,34 @@ class SigmaModel(SigmaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        selective_v: dict[str, Any] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
+        """The hidden states `[b, t, hidden_size]` of the new tokens.
+
+        Args:
+            input_ids: the new tokens `[b, t]`; or inputs_embeds `[b, t, hidden_size]`.
+            attention_mask: 1 for tokens, 0 for padding, `[b, cached + t]`, or a dense mask `[b, 1, t, cached + t]`.
+            position_ids: `[b or 1, t]`. Rows whose positions jump hold several sequences, which do not see each other;
+                they take neither a mask nor a cache. So do rows with flash attention's arguments cu_seq_lens_q, ...
+            past_key_values: the tokens before, to which the new ones are added: a `diffqkv.Cache`, which reads and
+                writes in place, or any cache of transformers.
+            use_cache: make a cache if there is none. Default: the configuration's.
+            selective_v: for this call, values in place of the configuration's selective_v_*, by their names without
+                that prefix: {"top_k": 100, "max_error": 0.1}. Prompts are not concerned, only steps behind a cache.
+            output_attentions, output_hidden_states: also return the probabilities, or the states before each layer.
+
+        Raises:
+            ValueError: naming the argument; before any layer runs.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: got both or neither of input_ids and inputs_embeds, want exactly one")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch, tokens = inputs_embeds.shape[:2]
 
-        is_ours = self.config._attn_implementation == "diffqkv"
+        _, takes_unequal_heads = _attention_function(self.config)
+        selected_v = self._selected_v(selective_v, takes_unequal_heads, past_key_values)
         packed_positions = None
         begins = self._sequence_begins(position_ids, attention_mask, past_key_values, kwargs, batch, tokens)
         if begins is not None:
@@ -417,36 +635,38 @@ class SigmaModel(SigmaPreTrainedModel):
             slots = torch.arange(tokens, device=inputs_embeds.device)
             packed_positions = slots - (slots * begins).cummax(-1).values
             position_ids = packed_positions if position_ids is None else position_ids
-            if is_ours and kwargs.get("cu_seq_lens_q") is None:
+            if takes_unequal_heads and kwargs.get("cu_seq_lens_q") is None:
                 kwargs.update(zip(_FLASH_KWARGS, diffqkv.models.mask.packing_of(begins), strict=True))
-        if use_cache and past_key_values is None:
+        if past_key_values is not None:
+            self._check_cache(past_key_values, batch, tokens)
+        elif use_cache:
             past_key_values = self._new_cache()
-        elif diffqkv is not None and isinstance(past_key_values, diffqkv.Cache):
-            past_key_values.check_fits(self.config, batch, tokens)
 
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        counted_cache = self._from_own_layer(past_key_values)
+        past = counted_cache.get_seq_length() if counted_cache is not None else 0
         if position_ids is None:
             position_ids = (torch.arange(tokens, device=inputs_embeds.device) + past).unsqueeze(0)
         causal_mask = None
-        if begins is None or not is_ours:
+        if begins is None or not takes_unequal_heads:
             causal_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 # Behind a cache, which compiled code may fill here, transformers looks for no sequences.
-                past_key_values=past_key_values if begins is None else None,
+                past_key_values=counted_cache if begins is None else None,
                 position_ids=packed_positions,
             )
         rope = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         key_rope = None
+        # CODEPATH: the rows with half K dim of Tables 2 and 6.
         if self.config.k_compression == "expand" and past_key_values is not None:
-            key_positions = self._key_positions(position_ids, attention_mask, past_key_values, past)
+            key_positions = self._key_positions(position_ids, attention_mask, counted_cache, past)
             key_rope = self.rotary_emb(inputs_embeds, position_ids=key_positions)
 
         # Before the first layer writes: a static cache's counter is live.
         cache_is_empty = self._is_empty(past, tokens)
         hidden_states = inputs_embeds
-        for layer in self.layers[: self.config.num_hidden_layers]:
+        for layer, selective_v in zip(self.layers[: len(selected_v)], selected_v, strict=True):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=causal_mask,
@@ -456,6 +676,7 @@ class SigmaModel(SigmaPreTrainedModel):
                 use_cache=use_cache,
                 cache_is_empty=cache_is_empty,
                 key_position_embeddings=key_rope,
+                selective_v=selective_v,
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
@@ -464,7 +685,58 @@ class SigmaModel(SigmaPreTrainedModel):
         # A compiled region must not own the buffers that later calls write.
         if diffqkv is None or torch.compiler.is_compiling():
             return DynamicCache(config=self.config)
-        return diffqkv.Cache(self.config)
+        return diffqkv.Cache(self._cache_shapes())
+
+    def _from_own_layer(self, cache: Cache | None) -> Cache | None:
+        """The cache from the first layer on that is in this process: in a later stage of a pipeline, none before it is
+        ever written, and a cache counts the tokens of its first layer."""
+        is_elsewhere = [isinstance(layer, nn.Identity) for layer in self.layers]
+        if cache is None or not any(is_elsewhere):
+            return cache
+        if cache.is_compileable:
+            raise NotImplementedError("past_key_values: a static cache is not built for pipeline parallelism")
+        stage = copy(cache)
+        stage.layers = cache.layers[is_elsewhere.index(False) :]
+        return stage
+
+    def _selected_v(
+        self, selective_v: dict[str, Any] | None, takes_unequal_heads: bool, past_key_values: Cache | None
+    ) -> list[dict[str, Any] | None]:
+        """What each layer is told of the V rows to read."""
+        per_layer = self.config.selective_v(selective_v)
+        if not takes_unequal_heads and any(per_layer):
+            problem = f"attention {self.config._attn_implementation!r} reads all V rows, only 'diffqkv' selects"
+            if selective_v is not None:
+                raise ValueError(f"selective_v: got {selective_v}, want None: {problem}")
+            if past_key_values is not None and not torch.compiler.is_compiling():
+                logger.warning_once(f"selective_v_top_k: {problem}")
+        return per_layer
+
+    def _check_cache(self, cache: Cache, batch: int, tokens: int) -> None:
+        """Raises ValueError unless the cache is of this model and batch: later it would be half written."""
+        shapes = self._cache_shapes()
+        if diffqkv is not None and isinstance(cache, diffqkv.Cache):
+            cache.check_fits(shapes, batch, tokens)
+            return
+        written = [i for i, layer in enumerate(getattr(cache, "layers", ())) if layer.is_initialized]
+        if torch.compiler.is_compiling() or not written:
+            return
+        if len(cache.layers) != len(shapes):
+            raise ValueError(f"past_key_values: got a cache of {len(cache.layers)} layers, want {len(shapes)}")
+        for i in written:
+            n_k, d_k, n_v, d_v = shapes[i]
+            groups = gcd(n_k, n_v)
+            layer = cache.layers[i]
+            for name, width in (("keys", n_k // groups * d_k), ("values", n_v // groups * d_v)):
+                states, want = getattr(layer, name, None), (batch, groups, width)
+                if not isinstance(states, torch.Tensor) or states.dim() != 4:
+                    continue  # quantised
+                got = (states.shape[0], *states.shape[1::2])
+                if got != want:
+                    raise ValueError(
+                        f"past_key_values: got {name} of batch, groups and width {got} in layer {i} of the cache, "
+                        f"want {want}"
+                    )
 
     @staticmethod
     def _sequence_begins(
@@ -553,10 +825,22 @@ def _visible_slots(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     return newest if newest.dtype == torch.bool else newest > torch.finfo(newest.dtype).min / 2
 
 
+def _positions_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The hidden states `[b, t, hidden_size]` that logits are wanted of."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:]
+    if logits_to_keep.dim() == 1:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
+
+
 class SigmaForCausalLM(SigmaPreTrainedModel, GenerationMixin):
-    """SIGMA with a language-model head. Inputs and outputs as in Hugging Face's Llama."""
+    """SIGMA with a language-model head."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
     _pp_plan: ClassVar[dict] = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan: ClassVar[dict[str, str]] = {"lm_head": "keep_full_weight"}
 
@@ -578,18 +862,28 @@ class SigmaForCausalLM(SigmaPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        selective_v: dict[str, Any] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        outputs = self.model(
+        """The logits `[b, t, vocab_size]` of the token behind each new one. The other arguments: see `SigmaModel`.
+
+        Args:
+            labels: `[b, t]`, the tokens themselves (they are shifted here), -100 where there is nothing to predict;
+                the mean cross-entropy is returned as loss.
+            logits_to_keep: the last so many positions (0: all), positions `[n]` or `[b, n]`, or a bool mask `[b, t]`,
+                whose logits are returned flat.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            selective_v=selective_v,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(_positions_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -616,15 +910,49 @@ class SigmaForCausalLM(SigmaPreTrainedModel, GenerationMixin):
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
         reserved = min(max_cache_length, _MAX_RESERVED_SLOTS)
-        model_kwargs["past_key_values"] = diffqkv.Cache(self.config, initial_length=reserved)
+        model_kwargs["past_key_values"] = diffqkv.Cache(self._cache_shapes(), initial_length=reserved)
 
     def _get_static_cache_init_shape(self):
         # Early initialisation knows one shape for K and V; a static cache then takes both from its first update.
         return None
 
 
-class SigmaForSequenceClassification(GenericForSequenceClassification, SigmaPreTrainedModel):
+class _TaskHead:
+    """What the generic heads need in order to make their base model by AutoModel."""
+
+    def __init__(self, config: SigmaConfig, *args, **kwargs) -> None:
+        # Loaded from a folder, the file of the configuration is a module, and its SigmaConfig a class, of its own.
+        if not isinstance(config, SigmaConfig):
+            AutoModel.register(type(config), SigmaModel, exist_ok=True)
+        super().__init__(config, *args, **kwargs)
+
+
+class SigmaForSequenceClassification(_TaskHead, GenericForSequenceClassification, SigmaPreTrainedModel):
     """SIGMA with a linear classifier on the last token that is not padding."""
 
 
-__all__ = ["SigmaForCausalLM", "SigmaForSequenceClassification", "SigmaModel", "SigmaPreTrainedModel"]
+class SigmaForTokenClassification(_TaskHead, GenericForTokenClassification, SigmaPreTrainedModel):
+    """SIGMA with a linear classifier on each token."""
+
+
+class SigmaForQuestionAnswering(_TaskHead, GenericForQuestionAnswering, SigmaPreTrainedModel):
+    """SIGMA with a linear layer that scores each token as the first and as the last of the answer."""
+
+
+AUTO_CLASSES = {
+    AutoModel: SigmaModel,
+    AutoModelForCausalLM: SigmaForCausalLM,
+    AutoModelForSequenceClassification: SigmaForSequenceClassification,
+    AutoModelForTokenClassification: SigmaForTokenClassification,
+    AutoModelForQuestionAnswering: SigmaForQuestionAnswering,
+}
+AutoModel.register(SigmaConfig, SigmaModel, exist_ok=True)
+
+__all__ = [
+    "SigmaForCausalLM",
+    "SigmaForQuestionAnswering",
+    "SigmaForSequenceClassification",
+    "SigmaForTokenClassification",
+    "SigmaModel",
+    "SigmaPreTrainedModel",
+]

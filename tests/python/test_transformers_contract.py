@@ -1,0 +1,253 @@
+"""What the models take from transformers besides its public names, one by one: a failure here says what has changed.
+
+Run with the oldest and the newest release that is supported.
+"""
+
+import inspect
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tiny_sigma import tiny_config, tiny_model, tokens
+from transformers import (
+    AttentionInterface,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    GenerationMixin,
+    PreTrainedModel,
+    cache_utils,
+    masking_utils,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+import diffqkv
+from diffqkv._version import OLDEST_TRANSFORMERS
+from diffqkv.models.sigma import configuration_sigma, modeling_sigma
+
+source = inspect.getsource
+REPOSITORY = Path(__file__).parents[2]
+
+
+def run(script, *arguments):
+    command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# ---------------------------------------------------------------- releases
+
+
+def test_the_oldest_release_is_the_same_everywhere():
+    stated = re.findall(r'"transformers>=([\d.]+)"', (REPOSITORY / "pyproject.toml").read_text())
+    numbers = tuple(int(x) for x in OLDEST_TRANSFORMERS.split("."))
+    assert stated == [OLDEST_TRANSFORMERS]
+    assert f"release < {numbers}" in source(configuration_sigma)
+    assert f"want {OLDEST_TRANSFORMERS} or newer" in source(configuration_sigma)
+    newest = re.search(r"^transformers==(.*)$", (REPOSITORY / "constraints.txt").read_text(), re.M).group(1)
+    assert numbers <= tuple(int(x) for x in newest.split("."))
+
+
+@pytest.mark.parametrize("release", ["5.12.1", "4.57.6"])
+def test_older_releases_leave_the_ops_and_say_what_is_missing(release):
+    out = run(
+        """
+        import sys
+        import torch
+        if sys.argv[1] < "5":
+            import types
+            sys.modules["transformers"] = types.ModuleType("transformers")
+        import transformers
+        transformers.__version__ = sys.argv[1]
+        import diffqkv
+        gate = torch.randn(3, 8)
+        assert torch.allclose(diffqkv.swiglu(gate, gate), torch.nn.functional.silu(gate) * gate, atol=1e-6)
+        for name in ("Cache", "SigmaForCausalLM"):
+            try:
+                getattr(diffqkv, name)
+            except ImportError as error:
+                print(error)
+        """,
+        release,
+    )
+    lines = out.splitlines()
+    assert len(lines) == 2
+    for name, line in zip(("Cache", "SigmaForCausalLM"), lines, strict=True):
+        assert line.startswith(f"diffqkv.{name} needs transformers {OLDEST_TRANSFORMERS} or newer: ")
+    if release > "5":
+        assert lines[0].endswith(f"transformers: got {release}, want {OLDEST_TRANSFORMERS} or newer")
+
+
+def test_remote_code_refuses_older_releases_itself():
+    out = run(
+        """
+        import sys
+        import transformers
+        transformers.__version__ = "5.9.0"
+        try:
+            exec(compile(open(sys.argv[1]).read(), "configuration_sigma.py", "exec"))
+        except ImportError as error:
+            print(error.name, error)
+        """,
+        configuration_sigma.__file__,
+    )
+    assert out == f"transformers transformers: got 5.9.0, want {OLDEST_TRANSFORMERS} or newer\n"
+
+
+# ---------------------------------------------------------------- caches and masks
+
+
+def test_static_layers_take_k_and_v_of_their_own_widths():
+    initialise = source(cache_utils.StaticLayer.lazy_initialization)
+    assert "k_head_dim" in initialise and "v_head_dim" in initialise
+
+
+def test_caches_have_the_methods_that_ours_has():
+    names = ["update", "get_seq_length", "get_max_length", "get_mask_sizes", "crop", "reorder_cache", "reset"]
+    names += ["batch_repeat_interleave", "batch_select_indices", "early_initialization", "offload", "prefetch"]
+    assert not [name for name in names if not hasattr(cache_utils.Cache, name)]
+    layer = ["lazy_initialization", "update", "get_mask_sizes", "get_seq_length", "get_max_length"]
+    assert not [name for name in layer if not hasattr(cache_utils.CacheLayerMixin, name)]
+
+
+def test_a_name_without_a_mask_function_gets_no_mask():
+    assert "_global_mapping" in source(masking_utils._preprocess_mask_arguments)
+    assert masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["diffqkv"] is diffqkv.models.mask.diffqkv_mask
+    assert AttentionInterface._global_mapping["diffqkv"] is diffqkv.models.attention.diffqkv_attention
+
+
+def test_generate_asks_the_model_for_its_cache():
+    signature = inspect.signature(GenerationMixin._prepare_cache_for_generation)
+    assert (
+        signature.parameters.keys()
+        == inspect.signature(diffqkv.SigmaForCausalLM._prepare_cache_for_generation).parameters.keys()
+    )
+    assert hasattr(GenerationMixin, "_get_static_cache_init_shape")
+    assert "_get_static_cache_init_shape" in source(GenerationMixin._prepare_static_cache)
+
+
+# ---------------------------------------------------------------- the model class
+
+
+def test_conventions_of_the_class():
+    model = tiny_model()
+    for flag in ("flash_attn", "sdpa", "flex_attn", "attention_backend"):
+        assert getattr(model, f"_supports_{flag}") is True
+    assert model._can_compile_fullgraph and model.supports_gradient_checkpointing and model.can_generate()
+    assert model._can_set_attn_implementation()
+    assert type(model)._no_split_modules == ["SigmaDecoderLayer"]
+    assert isinstance(model.model.layers[0], GradientCheckpointingLayer)
+    assert type(model)._tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert not model._is_stateful
+    assert hasattr(PreTrainedModel, "_tp_size")  # which transformers sets before it shards, and ours checks
+    assert "get_interface(" in source(modeling_sigma) and "eager_attention_forward" in source(modeling_sigma)
+
+
+@pytest.mark.parametrize("compression", [None, "absorbed"])
+def test_weights_that_no_checkpoint_has_are_initialised(compression):
+    torch.manual_seed(0)
+    want = tiny_model(k_compression=compression)
+    with torch.device("meta"):
+        model = diffqkv.SigmaForCausalLM(tiny_config(k_compression=compression))
+    model.to_empty(device="cpu")
+    for x in (*model.parameters(), *model.buffers()):
+        x.data.fill_(float("nan"))
+    for module in model.modules():
+        module._is_hf_initialized = False
+    for x in (*model.parameters(), *model.buffers()):
+        x._is_hf_initialized = False
+    torch.manual_seed(0)
+    model.init_weights()
+    assert all(torch.isfinite(x).all() for x in (*model.parameters(), *model.buffers()))
+    for (name, got), x in zip(model.named_parameters(), want.parameters(), strict=True):
+        torch.testing.assert_close(got.std(), x.std(), atol=0.03, rtol=0.3, msg=name)
+    assert torch.equal(model.model.rotary_emb.inv_freq, want.model.rotary_emb.inv_freq)
+    assert torch.equal(model.model.rotary_emb.original_inv_freq, want.model.rotary_emb.inv_freq)
+
+
+def test_loaded_weights_are_not_initialised_again(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    loaded = diffqkv.SigmaForCausalLM.from_pretrained(tmp_path)
+    loaded.init_weights()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+
+
+def test_tuples_and_captured_outputs():
+    model = tiny_model()
+    ids = tokens(1, 5)
+    with torch.no_grad():
+        out = model(ids, output_hidden_states=True, use_cache=False)
+        plain = model(ids, output_hidden_states=True, use_cache=False, return_dict=False)
+    assert type(plain) is tuple and torch.equal(plain[0], out.logits)
+    assert len(out.hidden_states) == 3
+    assert torch.equal(out.hidden_states[0], model.get_input_embeddings()(ids))
+    assert torch.equal(model.lm_head(out.hidden_states[-1]), out.logits)
+
+
+def test_logits_to_keep():
+    model = tiny_model()
+    ids = tokens(2, 7)
+    with torch.no_grad():
+        every = model(ids).logits
+        for keep, want in (
+            (0, every),
+            (1, every[:, -1:]),
+            (3, every[:, -3:]),
+            (torch.tensor([0, 4]), every[:, [0, 4]]),
+            (torch.tensor([[1, 2], [6, 0]]), torch.stack([every[0, [1, 2]], every[1, [6, 0]]])),
+            (ids > 40, every[ids > 40]),
+        ):
+            torch.testing.assert_close(model(ids, logits_to_keep=keep).logits, want)
+
+
+def test_stock_attentions_get_equal_heads_and_dimensions():
+    seen = []
+
+    def probe(module, query, key, value, attention_mask, **kwargs):
+        seen.append((query.shape[1:], key.shape[1:], value.shape[1:], module.num_key_value_groups))
+        return modeling_sigma.eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("probe", probe)
+    masking_utils.AttentionMaskInterface.register("probe", masking_utils.eager_mask)
+    try:
+        for heads, shared in (((8, 2, 4), 4), ((8, 4, 2), 4), ((12, 4, 6), 12)):
+            for compression in (None, "expand", "absorbed"):
+                model = tiny_model(heads, k_compression=compression)
+                want = model(tokens(2, 5), use_cache=False).logits
+                model.set_attn_implementation("probe")
+                torch.testing.assert_close(model(tokens(2, 5)).logits, want, atol=1e-4, rtol=1e-4)
+                shapes = (heads[0], 5, 16), (shared, 5, 16), (shared, 5, 16), heads[0] // shared
+                assert seen == [shapes] * 2
+                seen.clear()
+    finally:
+        del AttentionInterface._global_mapping["probe"]
+        del masking_utils.AttentionMaskInterface._global_mapping["probe"]
+
+
+# ---------------------------------------------------------------- Auto classes
+
+
+AUTO = {
+    AutoModel: diffqkv.SigmaModel,
+    AutoModelForCausalLM: diffqkv.SigmaForCausalLM,
+    AutoModelForSequenceClassification: diffqkv.SigmaForSequenceClassification,
+    AutoModelForTokenClassification: diffqkv.SigmaForTokenClassification,
+    AutoModelForQuestionAnswering: diffqkv.SigmaForQuestionAnswering,
+}
+
+
+@pytest.mark.parametrize("auto, model_class", AUTO.items(), ids=lambda x: x.__name__)
+def test_auto_classes(auto, model_class, tmp_path):
+    assert type(auto.from_config(tiny_config())) is model_class
+    tiny_model().save_pretrained(tmp_path)
+    assert type(auto.from_pretrained(tmp_path)) is model_class
+    assert not hasattr(transformers, "SigmaConfig")  # the day it has one, names must be settled
