@@ -70,7 +70,7 @@ def test_a_build_without_kernels_is_refused(tmp_path):
 def test_limits(script):
     plan = {"blocks": 66, "bytes": 4.8e9, "flops": 989e12, "bytes_under_way": 48_000}
     least = script.limits(plan, "h200", 132, 4800, 2)
-    assert least["memory"] == pytest.approx(1e6)  # a second at 4.8 TB/s
+    assert least["memory"] == pytest.approx(1e3)  # a millisecond at 4.8 TB/s
     assert least["latency"] == pytest.approx(4.8e9 / (66 * 48_000))  # 66 blocks at a time, a microsecond each
     assert least["arithmetic"] == pytest.approx(4e6)  # a quarter of the 264 places is taken
     plan["blocks"] = 265  # two waves
