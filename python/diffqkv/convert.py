@@ -178,7 +178,7 @@ def to_llama(
     for name in ("q_aug_dim", "k_compression"):
         if getattr(old, name) is not None:
             raise ValueError(f"{name}: got {getattr(old, name)!r}, want None: Llama has no place for it")
-    if any(old.layer_top_k(layer) for layer in range(old.num_hidden_layers)):
+    if any(old.selective_v()):
         raise ValueError(f"selective_v_top_k: got {old.selective_v_top_k}, want None: Llama reads all rows of V")
     if old.hidden_size % old.num_attention_heads:
         raise ValueError(
