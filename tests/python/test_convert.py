@@ -702,7 +702,8 @@ def test_recovery(tmp_path):
         f"--text {tmp_path}/text.txt --out {tmp_path} --source-steps 80 --steps 25 --batch-size 8 --context 64 "
         "--key-heads 1 --value-heads 2 --k-map mean".split()
     )
-    assert losses["source"] < losses["recovered"] < losses["converted"]
+    assert losses["source"] < losses["converted"]
+    # All of it and more where the source had not learnt all that its text has to teach.
     got_back = (losses["converted"] - losses["recovered"]) / (losses["converted"] - losses["source"])
     assert got_back > 0.3
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "recovered").config.num_key_heads == 1
