@@ -3,21 +3,14 @@
 #include "core/cuda/backward_tiles.h"
 #include "core/key_range.h"
 #include "diffqkv/attention_plan.h"
+#include "diffqkv/cuda_decode_plan.h"
 
 namespace diffqkv {
 namespace {
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t kSystemSharedBytes = 1024;  // that a block costs beside its own
 
-bool aligned(const void* data, DType dtype, std::initializer_list<int64_t> strides) {
-  const int64_t vector = 16 / dtype_size(dtype);
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
-         std::all_of(strides.begin(), strides.end(), [&](int64_t stride) { return stride % vector == 0; });
-}
-bool aligned(const TokenView& v) { return aligned(v.data, v.dtype, {v.stride_batch, v.stride_head, v.stride_token}); }
-bool aligned(const KvView& v) {
-  return aligned(v.data, v.dtype, {v.stride_page, v.stride_group, v.stride_head, v.stride_token});
-}
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Chunks that the q heads of a head are in, at most.
 int64_t slots(int64_t chunk_heads, int64_t group_heads, int64_t head_heads) {
@@ -44,20 +37,29 @@ void share_heads(const HeadGroups& h, int64_t blocks, int64_t wanted, CudaBackwa
   plan.v_slots = slots(plan.chunk_heads, group_heads, h.q_per_v());
 }
 
+// Blocks that hide each other's waits are worth more than a second stage.
+int32_t stages(const DeviceFacts& facts, int64_t bytes_of_one, int64_t bytes_of_two) {
+  const auto blocks = [&](int64_t bytes) {
+    if (bytes > facts.shared_per_block) return int64_t{0};
+    return std::min<int64_t>(kBackwardBlocks, facts.shared_per_multiprocessor / (bytes + kSystemSharedBytes));
+  };
+  return blocks(bytes_of_two) >= blocks(bytes_of_one) ? 2 : 1;
+}
+
 void plan_tiles(const AttentionParams& p, const DeviceFacts& facts, CudaBackwardPlan& plan) {
   const BackwardVariant* v = kBackwardVariants;
   while (!v->holds(p.d_k, p.d_v)) ++v;
   plan.variant = static_cast<int32_t>(v - kBackwardVariants);
   plan.features = p.softcap > 0 || p.dropout.threshold > 0;
   plan.threads = 32 * kBackwardWarps;
-  plan.key_stages = key_shared_bytes(*v, 2) <= facts.shared_per_block ? 2 : 1;
-  plan.query_stages = query_shared_bytes(*v, 2) <= facts.shared_per_block ? 2 : 1;
+  plan.key_stages = stages(facts, key_shared_bytes(*v, 1), key_shared_bytes(*v, 2));
+  plan.query_stages = stages(facts, query_shared_bytes(*v, 1), query_shared_bytes(*v, 2));
   plan.key_shared_bytes = key_shared_bytes(*v, plan.key_stages);
   plan.query_shared_bytes = query_shared_bytes(*v, plan.query_stages);
 
   const HeadGroups& h = p.heads;
   const int64_t blocks = p.batch * h.groups() * ceil_div(p.s_k, v->keys.rows) * (v->both() ? 1 : 2);
-  share_heads(h, blocks, int64_t{2} * facts.multiprocessors, plan);
+  share_heads(h, blocks, int64_t{kBackwardBlocks} * facts.multiprocessors, plan);
   plan.key_blocks = blocks * plan.chunks;
   plan.query_blocks = p.batch * h.n_q * ceil_div(p.s_q, v->queries.rows);
   const int64_t k_sums = plan.k_slots > 1 ? p.batch * h.n_k * p.s_k * p.d_k : 0;
@@ -75,8 +77,9 @@ CudaBackwardPlan plan_cuda_backward(const AttentionBackwardParams& bp, const Dev
   const AttentionParams& p = bp.forward;
   CudaBackwardPlan plan;
   plan.flops = plan_attention_backward(p, 1).flops;
-  plan.aligned = aligned(p.q) && aligned(p.k) && aligned(p.v) && aligned(p.out) && aligned(bp.dout);
   const int64_t rows = p.total_queries() * p.heads.n_q, element = dtype_size(p.q.dtype);
+  plan.aligned = rows_aligned(p.q, element) && rows_aligned(p.k, element) && rows_aligned(p.v, element) &&
+                 rows_aligned(p.out, element) && rows_aligned(bp.dout, element);
   plan.row_blocks = ceil_div(rows, kRowSumThreads / row_sum_lanes(p.d_v, element));
   plan.workspace_bytes = rows * 2 * std::max<int64_t>(4, element);
   if (element == 2) {

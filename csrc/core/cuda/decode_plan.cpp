@@ -48,6 +48,11 @@ bool rows_aligned(const KvView& view, int64_t element_bytes) {
   return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && ok(view.stride_page) && ok(view.stride_group) &&
          ok(view.stride_head) && ok(view.stride_token);
 }
+bool rows_aligned(const TokenView& view, int64_t element_bytes) {
+  const auto ok = [&](int64_t elements) { return elements * element_bytes % 16 == 0; };
+  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && ok(view.stride_batch) && ok(view.stride_head) &&
+         ok(view.stride_token);
+}
 
 namespace {
 

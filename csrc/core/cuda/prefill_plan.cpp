@@ -18,12 +18,6 @@ constexpr int64_t shared_bytes(const PrefillVariant& v, int64_t stages) {
   return elements * 2 + 2 * v.block_n * kPrefillRowBytes + kPrefillBlockBytes;
 }
 
-bool rows_aligned(const TokenView& view) {
-  const auto ok = [](int64_t elements) { return elements * 2 % 16 == 0; };
-  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && ok(view.stride_batch) && ok(view.stride_head) &&
-         ok(view.stride_token);
-}
-
 void plan_tiles(const AttentionParams& p, const DeviceFacts& facts, CudaPrefillPlan& plan) {
   while (!kPrefillVariants[++plan.variant].holds(p.d_k, p.d_v)) {
   }
@@ -40,8 +34,8 @@ void plan_tiles(const AttentionParams& p, const DeviceFacts& facts, CudaPrefillP
   plan.block_n = v.block_n;
   plan.threads = 32 * v.warps;
   plan.shared_bytes = shared_bytes(v, plan.stages);
-  plan.aligned = rows_aligned(p.q) && rows_aligned(p.k, 2) && rows_aligned(p.v, 2);
-  plan.out_aligned = rows_aligned(p.out);
+  plan.aligned = rows_aligned(p.q, 2) && rows_aligned(p.k, 2) && rows_aligned(p.v, 2);
+  plan.out_aligned = rows_aligned(p.out, 2);
 }
 
 void plan_plain(const AttentionParams& p, CudaPrefillPlan& plan) {

@@ -8,7 +8,7 @@ namespace diffqkv::device {
 template <class E, int kDk, int kDv, bool kFeatures>
 struct KeyGradients {
   using Params = BackwardCall;
-  static constexpr int kThreads = kBackwardThreads, kMinBlocks = 2;
+  static constexpr int kThreads = kBackwardThreads, kMinBlocks = kBackwardBlocks;
   static constexpr BackwardVariant kVariant = backward_variant<kDk, kDv>();
   static constexpr int kKeys = kVariant.keys.rows, kQueries = kVariant.keys.step;
   static constexpr int kWarpKeys = kKeys / kBackwardWarps, kM = kWarpKeys / 16, kN = kQueries / 8;

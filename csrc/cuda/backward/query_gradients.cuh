@@ -7,7 +7,7 @@ namespace diffqkv::device {
 template <class E, int kDk, int kDv, bool kFeatures>
 struct QueryGradients {
   using Params = BackwardCall;
-  static constexpr int kThreads = kBackwardThreads, kMinBlocks = 2;
+  static constexpr int kThreads = kBackwardThreads, kMinBlocks = kBackwardBlocks;
   static constexpr BackwardVariant kVariant = backward_variant<kDk, kDv>();
   static constexpr int kQueries = kVariant.queries.rows, kKeys = kVariant.queries.step;
   static constexpr int kWarpQueries = kQueries / kBackwardWarps, kM = kWarpQueries / 16, kN = kKeys / 8;

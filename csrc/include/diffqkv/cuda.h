@@ -35,8 +35,8 @@ DIFFQKV_API int cuda_flash_attention(const AttentionParams& p, const CudaPrefill
 DIFFQKV_API int cuda_selective_v_attention(const SelectiveVParams& p, const CudaSelectPlan& plan, void* workspace,
                                            void* stream);
 
-// dtypes, dimensions and heads as in the plan: plan_cuda_backward of the same params. Without a block table; gradients
-// are contiguous. workspace: plan.workspace_bytes, aligned to 256.
+// plan: plan_cuda_backward of the same params, which have no block table. workspace: plan.workspace_bytes, aligned to
+// 256, of any content. cudaErrorInvalidConfiguration for 2^31 blocks or more.
 DIFFQKV_API int cuda_flash_attention_backward(const AttentionBackwardParams& p, const CudaBackwardPlan& plan,
                                               void* workspace, void* stream);
 

@@ -7,7 +7,8 @@
 
 namespace diffqkv {
 
-inline constexpr int32_t kBackwardWarps = 4;  // of a block, each with its share of the block's rows
+inline constexpr int32_t kBackwardWarps = 4;   // of a block, each with its share of the block's rows
+inline constexpr int32_t kBackwardBlocks = 2;  // to a multiprocessor, as far as registers go
 
 // A block of the key kernel owns `rows` keys and walks the queries by `step`, one of the query kernel the other way
 // round. A warp takes a multiple of 16 rows: 32 read shared memory half as often per product as 16.

@@ -134,6 +134,7 @@ TEST_CASE("emulated gradients: the walk over a group's heads, and its chunks") {
        {HeadGroups{32, 4, 16}, HeadGroups{12, 4, 6}, HeadGroups{12, 6, 4}, HeadGroups{8, 1, 8}}) {
     const AttentionCase c{.heads = heads, .s_q = 40, .s_k = 33, .d_k = 32, .causal = true};
     REQUIRE(check<F16>(c, small).chunks == 1);
+    REQUIRE(check<BF16>({.heads = heads, .s_q = 9, .s_k = 33, .d_k = 8, .d_v = 256}, small).chunks == 1);
   }
   for (int multiprocessors = 1; multiprocessors < 8; ++multiprocessors) {
     small.multiprocessors = multiprocessors;
@@ -194,6 +195,13 @@ TEST_CASE("emulated gradients: windows, softcap, sinks, dropout") {
     check<BF16>(c, DeviceFacts::h200(), scale);
     c.softcap = 1.5, c.window_left = 30;
     check<F16>(c, DeviceFacts::h200(), scale);
+  }
+}
+
+TEST_CASE("emulated gradients: masks at every place in a tile") {
+  for (int64_t x = 0; x < 64; ++x) {
+    check<BF16>({.heads = {1, 1, 1}, .s_q = 40, .s_k = 40 + x, .d_k = 32, .causal = true});
+    check<BF16>({.heads = {1, 1, 1}, .s_q = 40, .s_k = 70, .d_k = 32, .window_left = x});
   }
 }
 
