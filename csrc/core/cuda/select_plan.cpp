@@ -50,7 +50,7 @@ CudaSelectPlan plan_cuda_select(const SelectiveVParams& params, const DeviceFact
   const int64_t keys = int64_t{8} * plan.chunks * plan.candidates, list = int64_t{8} * plan.wanted;
   plan.list_in_shared = list <= room / 4;
   plan.keys_in_shared = keys <= room - (plan.list_in_shared ? list : 0);
-  plan.gather_shared = kSelectGatherBytes + (plan.list_in_shared ? list : 0) + (plan.keys_in_shared ? up(keys, 16) : 0);
+  plan.gather_shared = kSelectGatherBytes + (plan.list_in_shared ? list : 0) + (plan.keys_in_shared ? keys : 0);
 
   const int64_t mass_bytes = int64_t{8} * plan.quanta, forced_bytes = int64_t{4} * plan.forced;
   const int64_t list_bytes = plan.list_in_shared ? 0 : list;

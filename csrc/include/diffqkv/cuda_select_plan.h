@@ -24,7 +24,7 @@ DIFFQKV_HOST_DEVICE constexpr int select_q_bytes(int d_k, int element_bytes) {
   return (d_k + kSelectStep - 1) / kSelectStep * kSelectStep * element_bytes + 16;
 }
 // Gathering: what a block needs beside candidates and list.
-inline constexpr int kSelectGatherBytes = 16 * 1024;
+inline constexpr int kSelectGatherBytes = 13 * 1024;
 
 struct CudaSelectPlan {
   float exp2_scale = 0;  // scores times this are exponents of 2

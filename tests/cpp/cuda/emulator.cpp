@@ -9,6 +9,7 @@
 #include <string>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -147,6 +148,9 @@ extern "C" void diffqkv_fiber_main() {
 
 void start(Fiber& fiber) {
   if (!fiber.stack) fiber.stack = std::make_unique<char[]>(kStackBytes);
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_UNPOISON_MEMORY_REGION(fiber.stack.get(), kStackBytes);  // an emulation that failed has left its frames
+#endif
   auto top = reinterpret_cast<uintptr_t>(fiber.stack.get() + kStackBytes) / 16 * 16;
   auto* slots = reinterpret_cast<void**>(top) - 8;  // six registers, the address to go to, and a place for alignment
   std::fill_n(slots, 8, nullptr);
