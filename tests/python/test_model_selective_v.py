@@ -300,6 +300,29 @@ def test_other_attentions_refuse_a_call_and_warn_of_a_configuration(monkeypatch)
         warned.clear()
 
 
+def test_steps_that_the_op_cannot_compute_are_dense_and_say_so(monkeypatch, selections):
+    warned = []
+    monkeypatch.setattr(diffqkv_attention_module.logger, "warning_once", warned.append)
+    model, selection = tiny_model(), {"top_k": 2}
+    ids = tokens(1, 8)
+    holes = torch.tensor([[1, 1, 0, 1, 1, 1, 0, 1]])
+    for options in ({"output_attentions": True}, {"attention_mask": holes}):
+        want, got = DynamicCache(config=model.config), DynamicCache(config=model.config)
+        for cache in (want, got):
+            logits(model, ids[:, :7], past_key_values=cache)
+        warned.clear()
+        step = logits(model, ids[:, 7:], past_key_values=got, selective_v=selection, **options)
+        assert warned[0].startswith("selective_v: a step that records gradients, returns probabilities or has a mask")
+        assert torch.equal(step, logits(model, ids[:, 7:], past_key_values=want, **options))
+    warned.clear()
+    cache = diffqkv.Cache(model.config)
+    model(ids[:, :7], past_key_values=cache, selective_v=selection)
+    assert not warned
+    step = model(ids[:, 7:], past_key_values=cache, selective_v=selection).logits  # in grad mode
+    assert warned and step.requires_grad and not selections
+    torch.testing.assert_close(step.detach(), logits(model, ids)[:, 7:], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("wrong", [{"top_k": 0}, {"top_k": -3}, {"top_k": [1]}, {"rows": 3}, {"tail": "keep"}])
 def test_bad_selections_are_refused_before_any_work(wrong):
     model = tiny_model(selective_v_top_k=2)

@@ -82,7 +82,7 @@ def diffqkv_attention(
             value are not read then.
         v_stats: returns the cache's statistics of V as `selective_v_attention` takes them; called if they are of use.
         selective_v: top_k, and any of tail, max_error, keep_first and keep_last, of `selective_v_attention`, for cached
-            steps of at most 16 tokens.
+            steps of at most 16 tokens. What is computed by another op, or by stock attention, reads all V rows.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed sequences, as transformers passes them to
             FlashAttention: those of all rows, one row behind another. The last three have defaults.
         output_attentions: return the probabilities too, computed densely.
@@ -111,6 +111,12 @@ def diffqkv_attention(
     records_graph = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     packs_in_torch = packing is not None and not uses_kernel("flash_attention_varlen", *inputs)
     is_left_to_torch = is_compiling and (dropout or records_graph and not is_prompt or packs_in_torch)
+    is_step = selective_v is not None and not is_prompt and query.shape[2] <= MAX_DECODE_QUERIES
+    if is_step and not is_compiling and (is_dense or wants_weights or records_graph or dropout or not causal):
+        logger.warning_once(
+            "selective_v: a step that records gradients, returns probabilities or has a mask that is not one causal "
+            "span of keys per row reads all V rows"
+        )
     if is_dense or wants_weights or is_left_to_torch:
         if is_dense and not is_compiling:
             logger.warning_once(

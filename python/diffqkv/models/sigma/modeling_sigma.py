@@ -666,7 +666,7 @@ class SigmaModel(SigmaPreTrainedModel):
         # Before the first layer writes: a static cache's counter is live.
         cache_is_empty = self._is_empty(past, tokens)
         hidden_states = inputs_embeds
-        for layer, selective_v in zip(self.layers[: len(selected_v)], selected_v, strict=True):
+        for layer, selection in zip(self.layers[: len(selected_v)], selected_v, strict=True):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=causal_mask,
@@ -676,7 +676,7 @@ class SigmaModel(SigmaPreTrainedModel):
                 use_cache=use_cache,
                 cache_is_empty=cache_is_empty,
                 key_position_embeddings=key_rope,
-                selective_v=selective_v,
+                selective_v=selection,
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
