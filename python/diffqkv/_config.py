@@ -121,7 +121,7 @@ def explain(
     name = str(dtype).removeprefix("torch.")
     shape = (n_q, n_k, n_v, d_k, d_v, s_q, s_k, batch, name)
     lines = {"shape": f"heads {n_q}/{n_k}/{n_v}, d_k {d_k}, d_v {d_v}, s_q {s_q}, s_k {s_k}, batch {batch}, {name}"}
-    if str(device) == "cpu":
+    if str(device).partition(":")[0] == "cpu":
         plan = _core.plan_attention(*shape, torch.get_num_threads())
         lines |= {
             "kernel": f"{plan['kernel']} ({plan['isa']})",

@@ -294,7 +294,8 @@ LARGEST = 40 * 2**20  # bytes, with the CUDA kernels of all architectures
 def test_size(library):
     assert Path(_library.path).stat().st_size < LARGEST
     has_machine_code = ".nv_fatbin" in tool("readelf", "--sections", "--wide", _library.path)
-    assert has_machine_code == any(_library.has_kernel(op, "cuda") for op in _dispatch.OPS)
+    ops = (*_dispatch.OPS, *_dispatch.BACKWARD.values())
+    assert [_library.has_kernel(op, "cuda") for op in ops] == [has_machine_code] * len(ops)
 
 
 def test_loading_leaves_the_driver_alone(library):
@@ -404,9 +405,9 @@ def test_explain_for_a_gpu(library, monkeypatch):
         "multi_processor_count": 7,
         "major": 8,
         "minor": 6,
-        "shared_memory_per_block_optin": 1,
-        "shared_memory_per_multiprocessor": 2,
-        "regs_per_multiprocessor": 3,
+        "shared_memory_per_block_optin": 99 << 10,
+        "shared_memory_per_multiprocessor": 100 << 10,
+        "regs_per_multiprocessor": 64 << 10,
     }
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**facts))

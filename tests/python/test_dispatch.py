@@ -120,14 +120,15 @@ def test_panels_are_for_plain_torch(kernels):
 
 
 @pytest.mark.parametrize("op", _dispatch.OPS)
-def test_float32(kernels, op):
+def test_dtypes(kernels, op):
+    """All that an op takes; a dtype that it refuses is refused by plain torch."""
     assert path_of(op, dtype=F32) == KERNEL
+    assert path_of(op, dtype=torch.float64) == (KERNEL if op.startswith("flash_attention") else PLAIN)
 
 
 def test_autocast_decides_on_the_dtype(kernels, monkeypatch):
     monkeypatch.setattr(torch.amp, "is_autocast_available", lambda device: True)
-    for op in ("flash_attention", "decode_attention"):
-        monkeypatch.setitem(_dispatch.KERNEL_DTYPES, op, (BF16,))
+    monkeypatch.setitem(_dispatch.KERNEL_DTYPES, "flash_attention", (BF16,))
     before = torch.get_autocast_dtype("cuda")
     with FakeTensorMode():
         x = torch.empty(1, 4, 3, 16, device="cuda")
@@ -135,7 +136,7 @@ def test_autocast_decides_on_the_dtype(kernels, monkeypatch):
         torch.set_autocast_dtype("cuda", BF16)
         try:
             assert _dispatch.uses_kernel("flash_attention", x)
-            assert not _dispatch.uses_kernel("decode_attention", x)  # autocast leaves it alone
+            assert not _dispatch.uses_kernel("decode_attention", x.double())  # autocast leaves it alone
         finally:
             torch.set_autocast_dtype("cuda", before)
             torch.set_autocast_enabled("cuda", False)

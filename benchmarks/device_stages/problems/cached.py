@@ -65,11 +65,11 @@ class Cached(NamedTuple):
 def _draw_cached(dtypes: Sequence[torch.dtype], on_gpu: bool, random: Random) -> dict[str, Any]:
     capacity = random.choice(_CAPACITIES[on_gpu])
     return {
-        "dtype": random.choice(dtypes),
+        "dtype": random.choice((*dtypes, *dtypes[:2])),
         "heads": random.choice(HEADS),
         "dims": some_dims(random),
         "batch": random.choice((1, 2, 5)) if capacity < 4096 else 1,
-        "s_q": random.choice((1, 1, 1, 2, 5, 16)),
+        "s_q": random.choice((1, 1, 1, 2, 5, 16, 40)),
         "capacity": capacity,
         "page": rarely(random, random.choice((16, 32, 64, 5)), 0, 0.4),
         "memory": random.choice(("heads first", "tokens first")),
