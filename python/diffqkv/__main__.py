@@ -1,10 +1,10 @@
-"""`python -m diffqkv`: prints the configuration; `bench` measures, `convert` makes checkpoints of others."""
+"""`python -m diffqkv`: prints the configuration; `bench` measures, `convert` makes checkpoints, `run` lends models."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from . import show_config
+from . import _run, show_config
 from ._convert import cli as convert
 from .benchmarks import cli as bench
 
@@ -16,6 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     bench.add_parser(commands)
     convert.add_parser(commands)
+    _run.add_parser(commands)
     args = parser.parse_args(arguments)
     if "run" in args:
         return args.run(args)

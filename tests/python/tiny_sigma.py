@@ -3,8 +3,10 @@
 from collections import Counter
 
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedTokenizerFast
 
 from diffqkv import SigmaConfig, SigmaForCausalLM
 
@@ -63,6 +65,33 @@ def packed(lengths, rows=1, seed=0) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequences of the given lengths one behind another, cut into rows: ids and position_ids `[rows, tokens]`."""
     ids = tokens(1, sum(lengths), seed).view(rows, -1)
     return ids, torch.cat([torch.arange(length) for length in lengths]).view_as(ids)
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each printable ASCII character: whatever a model generates is text. With a chat template."""
+    characters = ["<pad>", "<eos>", "<unk>", "\n", *map(chr, range(32, 127))]
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(characters)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        chat_template=template + "{% if add_generation_prompt %}assistant: {% endif %}",
+    )
+
+
+def save_with_tokenizer(folder, seed=0, **changes):
+    """Saves a tiny model of `character_tokenizer`'s tokens beside it, and returns both."""
+    tokenizer = character_tokenizer()
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = tiny_model(seed=seed, vocab_size=len(tokenizer), **ids, **changes)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer
 
 
 class Recorder(TorchDispatchMode):
