@@ -1,4 +1,5 @@
-"""`python -m diffqkv`: prints the configuration; `bench` measures, `convert` makes checkpoints, `run` lends models."""
+"""`python -m diffqkv`: prints the configuration; `bench` measures, `convert` makes checkpoints of others, `run` runs
+other packages' commands with the models known."""
 
 import argparse
 import sys

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ from tiny_sigma import character_tokenizer, save_with_tokenizer
 
 import diffqkv
 
-TASKS = Path(__file__).parents[2] / "examples" / "python" / "evaluation"
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "serving.md").read_text()
+TASKS = ROOT / "examples" / "python" / "evaluation"
 sys.path.append(str(TASKS))
 
 from python_docs import CHOICES, records  # noqa: E402
@@ -33,6 +36,7 @@ METRICS = {
 def folder(tmp_path_factory):
     """Where lm-eval runs: the data of the tasks, and a checkpoint."""
     path = tmp_path_factory.mktemp("evaluation")
+    (path / "examples").symlink_to(ROOT / "examples")
     lines = [json.dumps(record) + "\n" for record in records()]
     assert len(lines) >= 30
     (path / "python_docs.jsonl").write_text("".join(lines))
@@ -144,9 +148,29 @@ def test_command_line_gives_the_scores_of_the_object(by_object, folder):
             process.kill()
 
 
-def test_without_the_wrapper_or_the_models_code_the_checkpoint_is_unknown(folder):
-    """The day that lm-eval finds our models by itself, `python -m diffqkv run` is not needed for it."""
+def test_a_checkpoint_is_unknown_without_the_package_and_the_models_code(folder):
+    """The day that it is not, lm-eval needs no `python -m diffqkv run`."""
     script = "from transformers import AutoConfig; AutoConfig.from_pretrained('checkpoint')"
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "trust_remote_code" in done.stderr
+
+
+def test_the_page_runs_as_printed(by_object, folder, monkeypatch, capsys):
+    (block,) = re.findall(r"^```python\n(import lm_eval\n.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder / "datasets"))
+    names: dict = {}
+    exec(compile(block, "serving.md", "exec"), names)
+    assert names["model"].is_fused
+    bits = float(capsys.readouterr().out.splitlines()[-1])
+    # Of fewer documents than by_object's.
+    assert bits == pytest.approx(by_object["diffqkv"]["results"]["python_docs_bits"]["bits_per_byte,none"], rel=0.1)
+
+
+def test_the_page_names_tasks_that_exist():
+    (names,) = re.findall(r"--tasks (\S+,\S+)$", PAGE, re.MULTILINE)
+    folders = Path(lm_eval.__file__).parent / "tasks"
+    tasks = set(re.findall(r"^task: (\S+)$", "\n".join(x.read_text() for x in folders.rglob("*.yaml")), re.MULTILINE))
+    assert set(names.split(",")) <= tasks
+    assert set(re.findall(r"python_docs_\w+", PAGE)) <= {path.stem for path in TASKS.glob("*.yaml")}
