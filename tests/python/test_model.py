@@ -1,7 +1,9 @@
 """SigmaForCausalLM and its siblings inside transformers: every attention function, cache and decoding mode agrees."""
 
 import copy
+import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -598,11 +600,99 @@ def test_a_head_may_be_new_but_not_that_of_a_language_model(tmp_path):
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("heads, name", [((8, 4, 4), "k_proj"), ((8, 2, 8), "v_proj")])
-def test_weights_of_other_head_counts_are_refused(tmp_path, heads, name):
+@pytest.mark.parametrize(
+    "heads, name, got, want",
+    [
+        ((8, 4, 4), "k_proj", [32, 64], [64, 64]),
+        ((8, 2, 8), "v_proj", [64, 64], [128, 64]),
+    ],
+)
+def test_weights_of_other_head_counts_are_refused(tmp_path, heads, name, got, want):
     tiny_model().save_pretrained(tmp_path)
-    with pytest.raises((RuntimeError, ValueError), match="ignore_mismatched_sizes"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, config=tiny_config(heads))
+    tiny_config(heads).save_pretrained(tmp_path)
+    shapes = f"{name}.weight of shape {got} and 1 more of other shapes, want {want} by the configuration"
+    for load in (AutoModelForCausalLM, AutoModelForSequenceClassification):
+        with pytest.raises(ValueError, match=f"got a checkpoint with model.layers.0.self_attn.{re.escape(shapes)}"):
+            load.from_pretrained(tmp_path)
+    changed = AutoModelForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    assert getattr(changed.model.layers[1].self_attn, name).weight.isfinite().all()
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+
+
+def llama(folder=None) -> LlamaForCausalLM:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, num_key_value_heads=2, head_dim=16, **sizes))
+    if folder is not None:
+        model.save_pretrained(folder)
+    return model
+
+
+MODELS = [diffqkv.SigmaModel, diffqkv.SigmaForCausalLM, diffqkv.SigmaForSequenceClassification]
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+def test_a_llama_is_refused(tmp_path, model_class):
+    config = llama(tmp_path).config
+    with pytest.raises(ValueError, match="config: got a LlamaConfig, want a SigmaConfig"):
+        model_class(config)
+    with pytest.raises(ValueError, match="config: got a LlamaConfig, want a SigmaConfig"):
+        model_class.from_pretrained(tmp_path, config=config)
+    with pytest.raises(ValueError, match="model_type: got 'llama', want 'sigma_diffqkv'"):
+        model_class.from_pretrained(tmp_path)
+
+
+def test_the_weights_of_a_llama_are_refused(tmp_path):
+    llama(tmp_path)
+    tiny_config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"got a checkpoint without model.layers.0.self_attn.q_down_proj.weight, "):
+        diffqkv.SigmaForCausalLM.from_pretrained(tmp_path)
+    tiny_config(q_aug_dim=None).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"got a checkpoint with .*v_proj.weight of shape \[32, 64\] and 1 more"):
+        diffqkv.SigmaForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+def test_a_sigma_moe_is_refused(tmp_path, model_class):
+    tiny_model().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    for changes, message in (
+        ({"model_type": "sigma"}, "model_type: got 'sigma', want 'sigma_diffqkv'"),
+        ({"model_type": "sigma", "n_routed_experts": 8}, "n_routed_experts: got a field of Sigma-MoE"),
+        ({"first_k_dense_replace": 1}, "first_k_dense_replace: got a field of Sigma-MoE"),
+    ):
+        path.write_text(json.dumps(fields | changes))
+        with pytest.raises(ValueError, match=message):
+            model_class.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_key_heads": 3}, r"num_key_heads: got 3, want a divisor of num_attention_heads \(8\)"),
+        ({"num_value_heads": 0}, "num_value_heads: got 0, want a positive integer"),
+        ({"k_head_dim": 8}, "k_head_dim: got 8 without k_compression"),
+        ({"selective_v_top_k": 0}, "selective_v_top_k: got 0, want an integer >= 1"),
+        ({"selective_v_top_k": -2}, "selective_v_top_k: got -2, want an integer >= 1"),
+        ({"selective_v_top_k": [4]}, r"selective_v_top_k: got \[4\], want a list of one number per layer \(2\)"),
+    ],
+)
+def test_fields_that_change_after_the_configuration_was_made_are_checked(tmp_path, changes, message):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path, **changes)
+    config = tiny_config()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    for model_class in MODELS:
+        with pytest.raises(ValueError, match=message):
+            model_class(config)
+    if "selective_v_top_k" in changes:
+        model.config.selective_v_top_k = changes["selective_v_top_k"]
+        with pytest.raises(ValueError, match=message):
+            generate(model, tokens(1, 5))
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

@@ -203,9 +203,7 @@ class SigmaConfig(PreTrainedConfig):
         # Errors raised here reach the user as the ValueError they are; those of a `validate_*` method do not.
         self._refuse_foreign_fields(kwargs)
         claimed_groups = kwargs.pop("num_key_value_heads", None)
-        self._settle_head_counts()
-        self._settle_head_dims()
-        self._check_sizes()
+        self.check_fields()
         if claimed_groups is not None and claimed_groups != self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads: got {claimed_groups}, want {self.num_key_value_heads}, the greatest common "
@@ -237,6 +235,12 @@ class SigmaConfig(PreTrainedConfig):
                 raise ValueError(f"{name}: got none in the saved configuration, want a positive integer")
         return super().from_dict(config_dict, **kwargs)
 
+    def check_fields(self) -> None:
+        """Raises ValueError unless the fields fit together; models ask it too, for fields that were assigned since."""
+        self._settle_head_counts()
+        self._settle_head_dims()
+        self._check_sizes()
+
     @property
     def num_key_value_heads(self) -> int:
         """G = gcd(n_k, n_v): the KV groups, which are the heads of the grouped cache layout."""
@@ -258,7 +262,7 @@ class SigmaConfig(PreTrainedConfig):
             if unknown:
                 raise ValueError(f"selective_v: got {sorted(unknown)}, want some of {', '.join(_SELECTIVE_V)}")
             options |= changes
-            self._check_selective_v(options)
+        self._check_selective_v(options)
         top_k = options.pop("top_k")
         per_layer = top_k if isinstance(top_k, list) else [top_k] * self.num_hidden_layers
         return [{"top_k": k, **options} if k else None for k in per_layer]

@@ -441,7 +441,7 @@ def _fast_path_obstacle(config: SigmaConfig) -> str | None:
     return None
 
 
-class SigmaPreTrainedModel(PreTrainedModel):
+class SigmaPreTrainedModel(PreTrainedModel):  # trf-ignore: TRF013 (the models themselves call post_init)
     """What all SIGMA models share: loading and saving, the choice of the attention function, fusing."""
 
     config: SigmaConfig
@@ -456,14 +456,28 @@ class SigmaPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs: ClassVar[dict] = {"hidden_states": SigmaDecoderLayer, "attentions": SigmaAttention}
 
+    def __init__(self, config: SigmaConfig, *args, **kwargs) -> None:
+        # Loaded from a folder, the file of the configuration is a module, and its SigmaConfig a class, of its own.
+        if getattr(config, "model_type", None) != SigmaConfig.model_type:
+            raise ValueError(f"config: got a {type(config).__name__}, want a SigmaConfig")
+        if not isinstance(config, SigmaConfig):
+            AutoModel.register(type(config), SigmaModel, exist_ok=True)  # by which the task heads make their base
+        config.check_fields()
+        super().__init__(config, *args, **kwargs)
+
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(cls, *args, output_loading_info: bool = False, ignore_mismatched_sizes: bool = False, **kwargs):
         """As in `PreTrainedModel`, but a checkpoint that lacks weights, or has others, is a ValueError.
 
         Task heads alone may be missing or left over. Callers who want such a checkpoint all the same ask for
-        `output_loading_info=True` and look at what they got.
+        `output_loading_info=True` and look at what they got. `ignore_mismatched_sizes=True` takes weights of another
+        shape for missing ones, and makes them up.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        # Transformers' own error for another shape names no weight.
+        ignores = ignore_mismatched_sizes or not output_loading_info
+        model, info = super().from_pretrained(
+            *args, output_loading_info=True, ignore_mismatched_sizes=ignores, **kwargs
+        )
         if output_loading_info:
             return model, info
         for kind, problem, allowed in (
@@ -477,6 +491,13 @@ class SigmaPreTrainedModel(PreTrainedModel):
                     f"pretrained_model_name_or_path: got a checkpoint {problem} {', '.join(keys[:3])}{more}, "
                     f"want the weights of a {cls.__name__}; output_loading_info=True takes it as it is"
                 )
+        if info["mismatched_keys"] and not ignore_mismatched_sizes:
+            (name, got, want), *others = sorted(info["mismatched_keys"])
+            more = f" and {len(others)} more of other shapes" if others else ""
+            raise ValueError(
+                f"pretrained_model_name_or_path: got a checkpoint with {name} of shape {list(got)}{more}, "
+                f"want {list(want)} by the configuration; ignore_mismatched_sizes=True makes such weights up"
+            )
         return model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
@@ -917,25 +938,15 @@ class SigmaForCausalLM(SigmaPreTrainedModel, GenerationMixin):
         return None
 
 
-class _TaskHead:
-    """What the generic heads need in order to make their base model by AutoModel."""
-
-    def __init__(self, config: SigmaConfig, *args, **kwargs) -> None:
-        # Loaded from a folder, the file of the configuration is a module, and its SigmaConfig a class, of its own.
-        if not isinstance(config, SigmaConfig):
-            AutoModel.register(type(config), SigmaModel, exist_ok=True)
-        super().__init__(config, *args, **kwargs)
-
-
-class SigmaForSequenceClassification(_TaskHead, GenericForSequenceClassification, SigmaPreTrainedModel):
+class SigmaForSequenceClassification(GenericForSequenceClassification, SigmaPreTrainedModel):
     """SIGMA with a linear classifier on the last token that is not padding."""
 
 
-class SigmaForTokenClassification(_TaskHead, GenericForTokenClassification, SigmaPreTrainedModel):
+class SigmaForTokenClassification(GenericForTokenClassification, SigmaPreTrainedModel):
     """SIGMA with a linear classifier on each token."""
 
 
-class SigmaForQuestionAnswering(_TaskHead, GenericForQuestionAnswering, SigmaPreTrainedModel):
+class SigmaForQuestionAnswering(GenericForQuestionAnswering, SigmaPreTrainedModel):
     """SIGMA with a linear layer that scores each token as the first and as the last of the answer."""
 
 
