@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tiny_sigma import tiny_config
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from diffqkv import SigmaConfig, SigmaModel
 from diffqkv.models import PRESETS
@@ -161,8 +162,39 @@ def test_errors_name_the_field(changes, message):
 
 
 def test_wrong_types_are_refused():
-    with pytest.raises(Exception, match="num_key_heads"):
+    with pytest.raises(StrictDataclassError, match="num_key_heads"):
         tiny_config(num_key_heads="4")
+    config = tiny_config()
+    with pytest.raises(StrictDataclassError, match="num_key_heads"):
+        config.num_key_heads = "4"
+    assert config.num_key_heads == 2
+
+
+def test_the_number_of_groups_is_said_by_nobody_else():
+    config = tiny_config(num_key_value_heads=2)  # as files of other tools may
+    assert config.num_key_value_heads == 2
+    # A file would make it an attribute, which it cannot be; an alias would let one of two counts be set unseen.
+    assert "num_key_value_heads" not in config.to_dict()
+    assert not SigmaConfig.attribute_map
+
+
+def test_rope_by_its_older_names():
+    assert tiny_config().rope_parameters == {"rope_type": "default", "rope_theta": 50000.0}
+    assert tiny_config(rope_theta=123.0).rope_parameters == {"rope_type": "default", "rope_theta": 123.0}
+    scaled = tiny_config(rope_scaling={"rope_type": "linear", "factor": 2.0})
+    assert scaled.rope_parameters == {"rope_type": "linear", "factor": 2.0, "rope_theta": 50000.0}
+    with pytest.raises(AttributeError):
+        _ = scaled.rope_theta
+
+
+def test_sigma_is_the_name_of_another_model(tmp_path):
+    assert SigmaConfig.model_type == "sigma_diffqkv" and "sigma_diffqkv" in CONFIG_MAPPING
+    assert "sigma" not in CONFIG_MAPPING
+    (tmp_path / "config.json").write_text('{"model_type": "sigma", "num_attention_heads": 8, "n_routed_experts": 8}')
+    with pytest.raises(ValueError, match="sigma"):
+        AutoConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="n_routed_experts: got a field of Sigma-MoE"):
+        SigmaConfig.from_pretrained(tmp_path)
 
 
 def test_json_round_trip(tmp_path):

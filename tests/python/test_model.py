@@ -749,6 +749,13 @@ def test_sequence_classification(tmp_path):
     assert model.score.weight.grad.abs().max() > 0
 
 
+def test_sequence_classification_of_a_batch_needs_to_know_the_padding():
+    model = tiny_model(model_class=diffqkv.SigmaForSequenceClassification, pad_token_id=None)
+    assert logits(model, tokens(1, 5)).shape == (1, 2)
+    with pytest.raises(ValueError, match="padding token"):
+        logits(model, tokens(2, 5))
+
+
 def test_token_classification(tmp_path):
     model = tiny_model(model_class=diffqkv.SigmaForTokenClassification, num_labels=5)
     ids, mask = padded([9, 5], "left")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_sigma import ATTENTIONS, HEADS, VOCAB, Recorder, logits, packed, padded, tiny_model, tokens
 from transformers import (
+    DataCollatorWithFlattening,
     Gemma2Config,
     Gemma2ForCausalLM,
     GptOssConfig,
@@ -152,6 +153,19 @@ def test_positions_are_known_from_the_bounds():
     want = one_by_one(model, ids, [11, 10])  # running on, positions would pass 12 and rotate by other angles
     got = logits(model, ids, use_cache=False, **flash_kwargs([11, 10]))[0]
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_what_a_collator_says_of_packed_rows():
+    """transformers' collator can say it in three ways at once."""
+    model = tiny_model()
+    texts = [{"input_ids": tokens(1, length, seed=length)[0].tolist()} for length in LENGTHS]
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    batch = collator(texts)
+    assert {"position_ids", "cu_seq_lens_q", "max_length_q", "seq_idx"} <= batch.keys()
+    want = torch.cat([logits(model, torch.tensor([text["input_ids"]]), use_cache=False) for text in texts], 1)
+    for names in (batch.keys(), {"input_ids", "position_ids"}, {"input_ids", "position_ids", "seq_idx"}):
+        told = {name: batch[name] for name in names if name != "labels"}
+        torch.testing.assert_close(logits(model, told.pop("input_ids"), **told), want, atol=1e-4, rtol=1e-4)
 
 
 def test_packed_rows_take_no_cache_and_no_mask():

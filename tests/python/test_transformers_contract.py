@@ -3,6 +3,7 @@
 Run with the oldest and the newest release that is supported.
 """
 
+import importlib
 import inspect
 import re
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny_sigma import tiny_config, tiny_model, tokens
+from tiny_sigma import COMPRESSIONS, logits, padded, tiny_config, tiny_model, tokens
 from transformers import (
     AttentionInterface,
     AutoModel,
@@ -26,7 +27,9 @@ from transformers import (
     cache_utils,
     masking_utils,
 )
+from transformers.dynamic_module_utils import get_imports, get_relative_imports
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.generic import is_flash_attention_requested
 
 import diffqkv
 from diffqkv._version import OLDEST_TRANSFORMERS
@@ -124,6 +127,38 @@ def test_a_name_without_a_mask_function_gets_no_mask():
     assert AttentionInterface._global_mapping["diffqkv"] is diffqkv.models.attention.diffqkv_attention
 
 
+def test_padding_is_lost_without_a_mask_function():
+    model = tiny_model()
+    ids, mask = padded([9, 5], "left")
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    alone = logits(model, ids[1:, 4:])[0]
+    AttentionInterface.register("ours-without-mask", AttentionInterface._global_mapping["diffqkv"])
+    try:
+        errors = {}
+        for attention in ("diffqkv", "ours-without-mask"):
+            model.set_attn_implementation(attention)
+            got = logits(model, ids, attention_mask=mask, position_ids=positions)[1, 4:]
+            errors[attention] = (got - alone).abs().max()
+    finally:
+        del AttentionInterface._global_mapping["ours-without-mask"]
+    assert errors["diffqkv"] < 1e-4 and errors["ours-without-mask"] > 0.1
+
+
+@pytest.mark.parametrize("cached", [0, 3])
+def test_a_mask_of_ours_passes_through_create_causal_mask(cached):
+    """With a static cache, generate makes the mask before the forward pass, which makes it again."""
+    config = tiny_model().config
+    cache = cache_utils.DynamicCache()
+    if cached:
+        for layer in range(config.num_hidden_layers):
+            cache.update(torch.zeros(2, 2, cached, 16), torch.zeros(2, 2, cached, 32), layer)
+    _, mask = padded([9, 5], "left")
+    arguments = {"config": config, "inputs_embeds": torch.zeros(2, 9 - cached, 64), "past_key_values": cache}
+    once = masking_utils.create_causal_mask(**arguments, attention_mask=mask)
+    assert once.dtype == torch.int32 and once.dim() == 4
+    assert masking_utils.create_causal_mask(**arguments, attention_mask=once) is once
+
+
 def test_generate_asks_the_model_for_its_cache():
     signature = inspect.signature(GenerationMixin._prepare_cache_for_generation)
     assert (
@@ -148,6 +183,10 @@ def test_conventions_of_the_class():
     assert type(model)._tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"}
     assert not model._is_stateful
     assert hasattr(PreTrainedModel, "_tp_size")  # which transformers sets before it shards, and ours checks
+    # Declared, it would be filled by transformers, with a warning.
+    assert "cache_position" not in inspect.signature(type(model).forward).parameters
+    assert {"logits_to_keep", "inputs_embeds"} <= inspect.signature(type(model).forward).parameters.keys()
+    assert diffqkv.SigmaConfig.keys_to_ignore_at_inference == ["past_key_values"]
     assert "get_interface(" in source(modeling_sigma) and "eager_attention_forward" in source(modeling_sigma)
 
 
@@ -209,10 +248,59 @@ def test_logits_to_keep():
             torch.testing.assert_close(model(ids, logits_to_keep=keep).logits, want)
 
 
+def test_names_of_attention_functions():
+    model = tiny_model()
+    for make in (model.set_attn_implementation, lambda name: tiny_model(attn_implementation=name)):
+        with pytest.raises(ValueError, match="attn_implementation=.*nonsense.* is not supported"):
+            make("nonsense")
+    # A name with "flash" in it would be told of packed rows and masks as FlashAttention is.
+    assert model.config._attn_implementation == "diffqkv"
+    assert not is_flash_attention_requested(model.config)
+    request = inspect.signature(PreTrainedModel.get_correct_attn_implementation).parameters
+    assert request.keys() == inspect.signature(type(model).get_correct_attn_implementation).parameters.keys()
+
+
+def test_loss_over_accumulated_batches():
+    """Trainer divides by the tokens of all batches of a step, in models whose forward pass takes any argument."""
+    model = tiny_model()
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        mean, shared = (model(ids, labels=ids, **options).loss for options in ({}, {"num_items_in_batch": 40}))
+    torch.testing.assert_close(shared, mean * 16 / 40)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_recomputed_layers_write_no_cache(given):
+    """They would write each token twice; transformers takes the cache from them."""
+    ids, gradients = tokens(2, 9), []
+    for recompute in (False, True):
+        model = tiny_model().train()
+        if recompute:
+            model.gradient_checkpointing_enable()
+        cache = diffqkv.Cache(model.config) if given and recompute else None
+        out = model(ids, labels=ids, past_key_values=cache, use_cache=recompute)
+        out.loss.backward()
+        gradients.append([x.grad for x in model.parameters()])
+        assert cache is None or cache.get_seq_length() == 0
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_flex_attention(compression):
+    model = tiny_model((12, 4, 6), k_compression=compression)
+    ids, mask = padded([9, 5], "left")
+    want = logits(model, ids, attention_mask=mask, use_cache=False)[mask.bool()]
+    model.set_attn_implementation("flex_attention")
+    with torch.compiler.set_stance("force_eager"):  # what is compiled is torch's
+        got = logits(model, ids, attention_mask=mask, use_cache=False)[mask.bool()]
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
 def test_stock_attentions_get_equal_heads_and_dimensions():
     seen = []
 
     def probe(module, query, key, value, attention_mask, **kwargs):
+        assert kwargs.pop("of_the_caller") == 1
         seen.append((query.shape[1:], key.shape[1:], value.shape[1:], module.num_key_value_groups))
         return modeling_sigma.eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
@@ -224,7 +312,8 @@ def test_stock_attentions_get_equal_heads_and_dimensions():
                 model = tiny_model(heads, k_compression=compression)
                 want = model(tokens(2, 5), use_cache=False).logits
                 model.set_attn_implementation("probe")
-                torch.testing.assert_close(model(tokens(2, 5)).logits, want, atol=1e-4, rtol=1e-4)
+                got = model(tokens(2, 5), of_the_caller=1).logits
+                torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
                 shapes = (heads[0], 5, 16), (shared, 5, 16), (shared, 5, 16), heads[0] // shared
                 assert seen == [shapes] * 2
                 seen.clear()
@@ -243,6 +332,19 @@ AUTO = {
     AutoModelForTokenClassification: diffqkv.SigmaForTokenClassification,
     AutoModelForQuestionAnswering: diffqkv.SigmaForQuestionAnswering,
 }
+
+
+def test_registering_again_is_safe():
+    importlib.reload(diffqkv.models.sigma)
+    assert AutoModelForCausalLM._model_mapping[diffqkv.SigmaConfig] is diffqkv.SigmaForCausalLM
+
+
+def test_the_copied_files_need_nothing_but_each_other():
+    """save_pretrained copies what it finds by pattern, and from_pretrained wants every other import installed."""
+    for module, files in ((modeling_sigma, ["configuration_sigma"]), (configuration_sigma, [])):
+        assert get_relative_imports(module.__file__) == files
+        assert not set(get_imports(module.__file__)) & {"diffqkv", "sigma"}
+        assert not re.search(r"^\s*from \.(\.| import)", source(module), re.M)  # such imports it does not understand
 
 
 @pytest.mark.parametrize("auto, model_class", AUTO.items(), ids=lambda x: x.__name__)
