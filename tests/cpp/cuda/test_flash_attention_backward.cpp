@@ -109,7 +109,7 @@ CudaBackwardPlan check(const AttentionCase& c, const DeviceFacts& facts = Device
       first = again;
     }
     const auto same = [](const auto& a, const auto& b) {
-      return std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0;
+      return a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0;
     };
     REQUIRE(same(again.dq.e, first.dq.e));
     REQUIRE(same(again.dk.e, first.dk.e));
