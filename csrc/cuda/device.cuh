@@ -196,8 +196,7 @@ struct BF16 {
   }
 };
 
-// ---- copies to shared memory that do not wait
-// ------------------------------------------------------------------------
+// ---- copies to shared memory that do not wait ----------------------------------------------------------------------
 
 // 16 bytes, both sides aligned to as many; zeros where `valid` is false, and then the source is not read.
 DIFFQKV_DEVICE void copy_async(void* shared, const void* global, bool valid) {

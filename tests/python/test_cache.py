@@ -9,11 +9,12 @@ from inspect import signature
 import pytest
 import torch
 from tiny_sigma import tiny_config, tiny_model, tokens
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, MistralConfig, StaticCache
 
 from diffqkv import Cache
 
 SHAPES = [(2, 16, 4, 16), (4, 8, 2, 16), (4, 16, 6, 24), (3, 8, 3, 8)]
+SHAPE = SHAPES[0]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -391,13 +392,200 @@ def test_early_initialization_reserves_k_and_v_with_their_own_shapes():
 def test_shapes_come_from_the_config():
     cache = Cache(tiny_config((12, 4, 6), k_compression="expand"))
     assert cache.shapes == [(4, 8, 6, 16)] * 2
-    from transformers import LlamaConfig
-
     llama = LlamaConfig(num_attention_heads=8, num_key_value_heads=2, hidden_size=64, num_hidden_layers=3)
     assert Cache(llama).shapes == [(2, 8, 2, 8)] * 3
+    if hasattr(llama, "is_heterogeneous"):  # in newer releases of transformers
+        config = MistralConfig(head_dim=8, num_key_value_heads=2, num_hidden_layers=3, sliding_window=None)
+        config.per_layer_config = {1: {"num_key_value_heads": 4}, 2: {"sliding_window": 5}}
+        assert Cache(config).shapes == [(2, 8, 2, 8), (4, 8, 4, 8), (2, 8, 2, 8)]
+        assert Cache(config).is_sliding == [False, False, True]
 
 
-SHAPE = (2, 16, 4, 16)
+def test_each_layer_has_its_own_shape():
+    cache = Cache(SHAPES)
+    held = [new_tokens(shape, 40, seed=i) for i, shape in enumerate(SHAPES)]
+    for i, (k, v) in enumerate(held):
+        cache.append(k, v, i)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.crop(-3)
+    for some in (cache, Cache.from_stock(SHAPES, cache.to_dynamic())):
+        for i, (k, v) in enumerate(held):
+            assert_holds(some, k.flip(0)[:, :, :37], v.flip(0)[:, :, :37], layer=i)
+    with pytest.raises(ValueError, match=r"got CacheShape\(n_k=4, d_k=8, n_v=2, d_v=16\) in layer 1 of the cache"):
+        cache.check_fits([SHAPE] * 4, 2, 1)
+
+
+# ---------------------------------------------------------------- sliding windows
+
+
+def sliding(window=5, **options):
+    """One layer that slides and one that does not, of one K and V head of 4."""
+    config = MistralConfig(
+        hidden_size=8, num_attention_heads=2, num_key_value_heads=1, head_dim=4, num_hidden_layers=2,
+        sliding_window=window, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    return Cache(config, **options), config
+
+
+def feed(caches, counts, layer=0, seed=0):
+    """The same new tokens for every cache; what `update` returned last."""
+    for step, count in enumerate(counts):
+        k, v = new_tokens((1, 4, 1, 4), count, seed=100 * seed + step)
+        results = [cache.update(k, v, layer) for cache in caches]
+    return results
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 40])
+def test_a_sliding_layer_returns_what_a_stock_one_returns(window):
+    ours, config = sliding(window)
+    stock = DynamicCache(config=config)
+    for step, count in enumerate([3, 1, 1, 7, 1, 90, 1, 1, 30, 2] + [1] * 150):
+        assert ours.get_mask_sizes(count, 0) == stock.get_mask_sizes(count, 0)
+        for got, want in zip(*feed([ours, stock], [count], seed=step), strict=True):
+            visible = min(want.shape[2], ours.layers[0].get_mask_sizes(0)[0] + count)
+            assert torch.equal(got[:, :, -visible:], want[:, :, -visible:])
+        assert ours.get_seq_length(0) == stock.get_seq_length(0)
+    layer = ours.layers[0]
+    assert ours.is_sliding == [True, False] and layer.capacity <= max(64, 4 * window)
+    assert layer.keys.shape[2] == window - 1
+
+
+@pytest.mark.skipif(not hasattr(DynamicCache, "activate_past_recording"), reason="this transformers records nothing")
+def test_a_sliding_layer_takes_back_what_it_recorded():
+    ours, config = sliding()
+    stock = DynamicCache(config=config)
+    feed([ours, stock], [70])
+    with pytest.raises(ValueError, match="tokens_to_remove: got -1, want 0 to 0: older tokens"):
+        ours.crop(-1)
+    for cache in (ours, stock):
+        cache.activate_past_recording()
+    feed([ours, stock], [60, 1], seed=1)
+    for cache in (ours, stock):
+        cache.layers[0].crop(-61)
+    for got, want in zip(*feed([ours, stock], [1], seed=2), strict=True):
+        assert torch.equal(got, want)
+    ours.layers[0].record_past = False
+    feed([ours], [1] * 80)
+    assert ours.get_seq_length(0) == 151 and ours.layers[0].capacity == 64
+    ours.reset()
+    assert ours.get_seq_length(0) == 0 and ours.get_mask_sizes(3, 0) == (3, 0)
+
+
+def test_a_sliding_layer_follows_rows_and_lengths():
+    ours, config = sliding(max_length=100)
+    stock = DynamicCache(config=config)
+    feed([ours, stock], [20, 1])
+    assert ours.layers[0].capacity == 32  # of two windows, not of max_length
+    for cache in (ours, stock):
+        cache.layers[0].batch_repeat_interleave(2)
+        cache.layers[0].batch_select_indices(torch.tensor([3, 0]))
+    for got, want in zip(*feed([ours, stock], [1], seed=3), strict=True):
+        assert torch.equal(got, want)
+    with pytest.raises(ValueError, match="got 79 new tokens behind 22, want at most max_length = 100"):
+        feed([ours], [79])
+    with pytest.raises(NotImplementedError, match="append: not built for layers with a sliding window"):
+        ours.append(*new_tokens((1, 4, 1, 4), 1), 0)
+
+
+@pytest.mark.parametrize("layer_type", ["linear_attention", "chunked_attention"])
+def test_layers_of_other_kinds_are_refused(layer_type):
+    config = LlamaConfig(num_hidden_layers=2)
+    config.layer_types = ["full_attention", layer_type]
+    with pytest.raises(
+        ValueError, match=f"config_or_shapes: got a layer of type '{layer_type}', want 'full_attention'"
+    ):
+        Cache(config)
+
+
+def test_layers_that_are_never_written_stay_empty():
+    """Models that share K and V between layers leave some layers of a cache without tokens."""
+    cache = Cache([SHAPE] * 2)
+    cache.append(*new_tokens(SHAPE, 5), 0)
+    cache.crop(-2)
+    back = Cache.from_stock([SHAPE] * 2, cache.to_dynamic())
+    for some in (cache, back):
+        assert some.get_seq_length(0) == 3 and some.get_seq_length(1) == 0 and not some.layers[1].is_initialized
+
+
+# ---------------------------------------------------------------- caches of transformers, in and out
+
+
+@pytest.mark.parametrize("by_update", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_out_to_a_dynamic_cache_and_back(shape, dtype, by_update):
+    k, v = new_tokens(shape, 40, dtype=dtype)
+    cache, groups = Cache([shape]), Cache([shape]).shapes[0].groups
+    if by_update:
+        cache.update(grouped(k, groups), grouped(v, groups), 0)
+    else:
+        cache.append(k, v, 0)
+    stock = cache.to_dynamic()
+    assert type(stock) is DynamicCache
+    assert torch.equal(stock.layers[0].keys, grouped(k, groups)) and stock.layers[0].keys.stride(-1) == 1
+    cache.reset()  # what was handed out are copies
+    for source in (stock, tuple(stock), ((x.keys, x.values) for x in stock.layers)):
+        assert_holds(Cache.from_stock([shape], source), k, v)
+    more_k, more_v = new_tokens(shape, 3, dtype=dtype, seed=4)
+    back = Cache.from_stock([shape], stock, max_length=50)
+    back.append(more_k, more_v, 0)
+    assert_holds(back, torch.cat([k, more_k], 2), torch.cat([v, more_v], 2))
+    assert back.layers[0].k_layout == "panels" and stock.get_seq_length() == 40
+
+
+def test_a_static_cache_is_taken_over_without_its_empty_slots():
+    config = tiny_config()
+    stock = StaticCache(config=config, max_cache_len=20)
+    k, v = new_tokens((2, 16, 4, 16), 7)
+    for layer in range(2):
+        stock.update(grouped(k, 2), grouped(v, 2), layer)
+    assert_holds(Cache.from_stock(config, stock), k, v, layer=1)
+
+
+def test_a_cache_hands_out_its_layers_as_a_dynamic_cache_does():
+    """Code that gathers caches over processes iterates over them."""
+    ours, config = sliding()
+    stock = DynamicCache(config=config)
+    for layer in range(2):
+        feed([ours, stock], [9], layer)
+    for got, want in zip(ours, stock, strict=True):
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+        assert (got[2] is None) == (want[2] is None) and (got[2] is None or torch.equal(got[2], want[2]))
+    assert list(Cache([SHAPE])) == [(None, None, None)]
+
+
+def test_windows_are_taken_over_with_their_positions():
+    ours, config = sliding()
+    for layer in range(2):
+        feed([ours], [30, 1], layer)
+    for source in (ours, ours.to_dynamic()):
+        back = Cache.from_stock(config, source)
+        assert [layer.get_seq_length() for layer in back.layers] == [31, 31]
+        assert back.get_mask_sizes(1, 0) == ours.get_mask_sizes(1, 0) == (5, 27)
+        for got, want in zip(*feed([back, copy.deepcopy(ours)], [2], seed=5), strict=True):
+            assert torch.equal(got, want)
+    with pytest.raises(ValueError, match="stock: layer 0: got K and V of a sliding window, want the cache"):
+        Cache.from_stock(config, tuple(ours))
+    with pytest.raises(ValueError, match="keys: got the newest 4 of 31 tokens, want all of them"):
+        Cache.from_stock([(1, 4, 1, 4)] * 2, ours.to_dynamic())
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([SHAPE] * 2, "stock: got 1 layers, want 2"),
+        ([(4, 16, 4, 16)], r"keys: got shape \[2, 2, 3, 16\], want \[batch, 4, tokens, 16\]"),
+        ([(2, 16, 4, 8)], r"values: got shape \[2, 2, 3, 32\], want \[batch, 2, tokens, 16\]"),
+    ],
+)
+def test_the_tokens_of_another_model_are_not_taken_over(shapes, message):
+    stock = DynamicCache()
+    stock.update(*(grouped(x, 2) for x in new_tokens(SHAPE, 3)), 0)
+    with pytest.raises(ValueError, match=message):
+        Cache.from_stock(shapes, stock)
+
+
+# ---------------------------------------------------------------- bad input
 
 
 def write(cache, layer=0, *, shape=SHAPE, count=2, batch=2, dtype=torch.float32, v_count=None):

@@ -116,9 +116,13 @@ def test_static_layers_take_k_and_v_of_their_own_widths():
 def test_caches_have_the_methods_that_ours_has():
     names = ["update", "get_seq_length", "get_max_length", "get_mask_sizes", "crop", "reorder_cache", "reset"]
     names += ["batch_repeat_interleave", "batch_select_indices", "early_initialization", "offload", "prefetch"]
+    names += ["batch_size", "is_initialized", "is_compileable", "is_sliding"]
     assert not [name for name in names if not hasattr(cache_utils.Cache, name)]
     layer = ["lazy_initialization", "update", "get_mask_sizes", "get_seq_length", "get_max_length"]
     assert not [name for name in layer if not hasattr(cache_utils.CacheLayerMixin, name)]
+    # Else transformers has a new one that ours may have to answer.
+    abstract = cache_utils.CacheLayerMixin.__abstractmethods__
+    assert abstract <= set(layer)
 
 
 def test_a_name_without_a_mask_function_gets_no_mask():
@@ -182,6 +186,7 @@ def test_conventions_of_the_class():
     assert isinstance(model.model.layers[0], GradientCheckpointingLayer)
     assert type(model)._tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"}
     assert not model._is_stateful
+    assert hasattr(PreTrainedModel, "get_correct_attn_implementation")  # where ours makes "diffqkv" the default
     assert hasattr(PreTrainedModel, "_tp_size")  # which transformers sets before it shards, and ours checks
     # Declared, it would be filled by transformers, with a warning.
     assert "cache_position" not in inspect.signature(type(model).forward).parameters

@@ -25,8 +25,7 @@ struct DecodeAttention {
   static constexpr int kRows = 16, kStep = 16;  // tokens of a matrix product, dimensions of a step
   static constexpr float kLog2e = 1.44269504088896341f;
 
-  // ---- a block's share
-  // ------------------------------------------------------------------------------------------------
+  // ---- a block's share ---------------------------------------------------------------------------------------------
 
   struct Block {
     const AttentionParams& p;
@@ -59,8 +58,7 @@ struct DecodeAttention {
     DIFFQKV_DEVICE int64_t group_index() const { return batch * (p.heads.groups() * plan.chunks) + block_y(); }
   };
 
-  // ---- shared memory
-  // --------------------------------------------------------------------------------------------------
+  // ---- shared memory -----------------------------------------------------------------------------------------------
 
   struct Shared {
     T *q, *p, *stages;
@@ -216,8 +214,7 @@ struct DecodeAttention {
     }
   }
 
-  // ---- one tile
-  // -------------------------------------------------------------------------------------------------------
+  // ---- one tile ----------------------------------------------------------------------------------------------------
 
   // scores[t]: of this warp's 16 tokens and the 8 columns of tile t, in powers of two; -inf where a column does not see
   // a token.
@@ -366,8 +363,7 @@ struct DecodeAttention {
     }
   }
 
-  // ---- results
-  // --------------------------------------------------------------------------------------------------------
+  // ---- results -----------------------------------------------------------------------------------------------------
 
   // Applies a sink, and writes lse; returns what a result is multiplied by. most and sum: of a column, powers of two.
   static DIFFQKV_DEVICE float finish(const Block& b, int column, float most, float sum, float& shift) {

@@ -10,6 +10,7 @@
 
 #include "catch.h"
 #include "cuda/cache/kv_cache_update.cuh"
+#include "far.h"
 
 using namespace diffqkv;
 using namespace diffqkv::device;
@@ -326,4 +327,22 @@ TEST_CASE("cache update plan: blocks") {
 
   problem.p.batch = 0;
   CHECK(plan_cache_update(problem.p).blocks == 0);
+}
+
+TEST_CASE("emulated: cache update with offsets beyond 2^31 elements") {
+  for (const Apart apart : {Apart::rows, Apart::blocks})
+    for (const bool paged : {false, true}) {
+      Problem<BF16> problem({{8, 2, 4}, 32, 24, 16, 2, 40, KLayout::rows, paged, true, true, true, 0});
+      CacheUpdateParams& p = problem.p;
+      const CacheUpdateParams near = p;
+      Far far(apart);
+      far.move(p.k_new, p.batch, p.heads.n_k, p.s_new, p.d_k);
+      far.move(p.v_new, p.batch, p.heads.n_v, p.s_new, p.d_v);
+      far.move(p.k_cache, p.pages, p.heads.groups(), p.heads.k_per_group(), p.paging.page_size, p.d_k);
+      far.move(p.v_cache, p.pages, p.heads.groups(), p.heads.v_per_group(), p.paging.page_size, p.d_v);
+      problem.run(emulator::Schedule::forward);
+      far.bring_back();
+      p = near;
+      problem.check();
+    }
 }

@@ -4,6 +4,7 @@
 
 #include "attention_problem.h"
 #include "cuda/decode/decode_attention.cuh"
+#include "far.h"
 
 using namespace diffqkv;
 using namespace diffqkv::device;
@@ -11,8 +12,7 @@ using namespace diffqkv::device;
 namespace {
 
 template <class E>
-emulator::Counts run(AttentionProblem<E>& problem, const DeviceFacts& facts, emulator::Schedule schedule) {
-  const AttentionParams p = problem.params();
+emulator::Counts run(const AttentionParams& p, const DeviceFacts& facts, emulator::Schedule schedule) {
   const CudaDecodePlan plan = plan_cuda_decode(p, facts);
   std::vector<float> partials(static_cast<size_t>(plan.workspace_floats), std::numeric_limits<float>::quiet_NaN());
   std::vector<uint32_t> tickets(static_cast<size_t>(plan.tickets));
@@ -39,7 +39,7 @@ void check(const AttentionCase& c, DeviceFacts facts = DeviceFacts::h200()) {
   for (const emulator::Schedule schedule : emulator::kSchedules) {
     AttentionProblem<E> again(c);
     facts.capability = schedule == emulator::Schedule::shuffled ? 80 : facts.capability;
-    run(again, facts, schedule);
+    run<E>(again.params(), facts, schedule);
     if (first.empty()) {
       first = again.out.e;
       again.out.wide = problem.out.wide, again.lse64 = problem.lse64;
@@ -104,18 +104,35 @@ TEST_CASE("emulated decode: little shared memory, and the bits of an entry do no
   AttentionCase more = c;
   more.batch = 1;
   AttentionProblem<BF16> both(c), one(more);
-  run(both, DeviceFacts::h200(), emulator::Schedule::forward);
+  run<BF16>(both.params(), DeviceFacts::h200(), emulator::Schedule::forward);
   const size_t q = one.q.e.size(), k = one.k.e.size(), v = one.v.e.size();
   std::copy_n(both.q.e.begin() + static_cast<int64_t>(q), q, one.q.e.begin());
   std::copy_n(both.k.e.begin() + static_cast<int64_t>(k), k, one.k.e.begin());
   std::copy_n(both.v.e.begin() + static_cast<int64_t>(v), v, one.v.e.begin());
-  run(one, DeviceFacts::h200(), emulator::Schedule::forward);
+  run<BF16>(one.params(), DeviceFacts::h200(), emulator::Schedule::forward);
   REQUIRE(std::equal(one.out.e.begin(), one.out.e.end(), both.out.e.begin() + static_cast<int64_t>(one.out.e.size())));
 }
 
 TEST_CASE("emulated decode reads each row of K and V once for the whole group") {
   const AttentionCase c{.heads = {32, 4, 16}, .s_k = 1024, .cached = true};
   AttentionProblem<BF16> problem(c);
-  const auto counts = run(problem, DeviceFacts::h200(), emulator::Schedule::forward);
+  const auto counts = run<BF16>(problem.params(), DeviceFacts::h200(), emulator::Schedule::forward);
   CHECK(counts.copied_bytes == 1024 * (4 * 64 + 16 * 64) * 2);
+}
+
+TEST_CASE("emulated decode: offsets beyond 2^31 elements") {
+  for (const Apart apart : {Apart::rows, Apart::blocks})
+    for (const int64_t page_size : {0, 16}) {
+      AttentionProblem<BF16> problem(
+          {.heads = {8, 2, 4}, .batch = 2, .s_q = 2, .s_k = 100, .cached = true, .page_size = page_size});
+      problem.reference();
+      AttentionParams p = problem.params();
+      Far far(apart);
+      far.move(p, problem);
+      const DeviceFacts facts = apart == Apart::rows ? DeviceFacts::h200() : DeviceFacts::a100();
+      REQUIRE(plan_cuda_decode(p, facts).bulk == (facts.capability == 90));
+      run<BF16>(p, facts, emulator::Schedule::forward);
+      far.bring_back();
+      problem.check_forward();
+    }
 }

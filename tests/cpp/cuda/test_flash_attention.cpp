@@ -6,6 +6,7 @@
 #include "attention_problem.h"
 #include "cuda/prefill/flash_attention.cuh"
 #include "cuda/prefill/plain_attention.cuh"
+#include "far.h"
 
 using namespace diffqkv;
 using namespace diffqkv::device;
@@ -274,4 +275,31 @@ TEST_CASE("emulated plain attention, fp32 and fp64") {
     check_plain<float>(c, c.softcap > 0 ? 2e-5 : 2e-6);
     check_plain<double>(c, 1e-12);
   }
+}
+
+TEST_CASE("emulated prefill: offsets beyond 2^31 elements") {
+  const auto check_far = []<class E>(E, const AttentionCase& c, auto run_kernel) {
+    for (const Apart apart : {Apart::rows, Apart::blocks}) {
+      AttentionProblem<E> problem(c);
+      problem.reference();
+      AttentionParams p = problem.params();
+      Far far(apart);
+      far.move(p, problem);
+      run_kernel(p, plan_cuda_prefill(p, DeviceFacts::h100()));
+      far.bring_back();
+      problem.check_forward();
+    }
+  };
+  const auto flash = [](const AttentionParams& p, const CudaPrefillPlan& plan) { run<BF16>(p, plan); };
+  const auto plain = [](const AttentionParams& p, const CudaPrefillPlan& plan) {
+    emulate<PlainAttention<float>>({p, plan}, {plan.blocks}, plan.shared_bytes, Schedule::forward);
+  };
+  AttentionCase c{.heads = kSmall, .batch = 2, .s_q = 70, .s_k = 100, .causal = true};
+  check_far(BF16{}, c, flash);
+  check_far(F32{}, c, plain);
+  c.packed = true;
+  check_far(BF16{}, c, flash);
+  c.packed = false, c.cached = true, c.page_size = 16, c.gap = 3;
+  check_far(BF16{}, c, flash);
+  check_far(F32{}, c, plain);
 }

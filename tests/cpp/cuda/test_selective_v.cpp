@@ -6,6 +6,7 @@
 
 #include "attention_problem.h"
 #include "cuda/select/launches.cuh"
+#include "far.h"
 
 using namespace diffqkv;
 using namespace diffqkv::device;
@@ -540,4 +541,18 @@ TEST_CASE("emulated: without a bound asked for, none is computed and V is read b
   REQUIRE(selection.plan.parts == 0);
   problem.v.wide = wide;
   selection.check(true);
+}
+
+TEST_CASE("emulated: selective V with offsets beyond 2^31 elements") {
+  for (const Apart apart : {Apart::rows, Apart::blocks})
+    for (const bool v_stats : {false, true}) {
+      AttentionProblem<BF16> problem(cache({8, 2, 4}, 2, 2, 300, 16, 16, 32));
+      round_scores(problem);
+      Selection<BF16> selection(problem, {.top_k = 20, .keep_last = 3, .tail = Tail::mean, .v_stats = v_stats});
+      Far far(apart);
+      far.move(selection.sp.attention, problem);
+      selection.run();
+      far.bring_back();
+      selection.check(true);
+    }
 }

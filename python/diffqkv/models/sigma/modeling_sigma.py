@@ -24,7 +24,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_kernel_forward_from_hub
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
@@ -226,7 +226,8 @@ class SigmaAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if kwargs.get("cache") is not None:
             raise NotImplementedError(
-                "continuous batching: its paged cache has one shape for K and V; use generate with a batch instead"
+                "continuous batching: its paged cache has one shape for K and V; use generate on a left-padded batch "
+                "instead"
             )
         tokens = hidden_states.shape[:-1]
         query, key, value = self._project(hidden_states)
@@ -735,29 +736,8 @@ class SigmaModel(SigmaPreTrainedModel):
 
     def _check_cache(self, cache: Cache, batch: int, tokens: int) -> None:
         """Raises ValueError unless the cache is of this model and batch: later it would be half written."""
-        shapes = self._cache_shapes()
-        if diffqkv is not None and isinstance(cache, diffqkv.Cache):
-            cache.check_fits(shapes, batch, tokens)
-            return
-        written = [i for i, layer in enumerate(getattr(cache, "layers", ())) if layer.is_initialized]
-        if torch.compiler.is_compiling() or not written:
-            return
-        if len(cache.layers) != len(shapes):
-            raise ValueError(f"past_key_values: got a cache of {len(cache.layers)} layers, want {len(shapes)}")
-        for i in written:
-            n_k, d_k, n_v, d_v = shapes[i]
-            groups = gcd(n_k, n_v)
-            layer = cache.layers[i]
-            for name, width in (("keys", n_k // groups * d_k), ("values", n_v // groups * d_v)):
-                states, want = getattr(layer, name, None), (batch, groups, width)
-                if not isinstance(states, torch.Tensor) or states.dim() != 4:
-                    continue  # quantised
-                got = (states.shape[0], *states.shape[1::2])
-                if got != want:
-                    raise ValueError(
-                        f"past_key_values: got {name} of batch, groups and width {got} in layer {i} of the cache, "
-                        f"want {want}"
-                    )
+        if diffqkv is not None:
+            diffqkv.cache.check_cache(cache, self._cache_shapes(), batch, tokens)
 
     @staticmethod
     def _sequence_begins(
@@ -916,26 +896,95 @@ class SigmaForCausalLM(SigmaPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,  # generate looks for the name
+        **kwargs,
+    ) -> dict:
+        """As in transformers, where assisted decoding would feed the tokens that a given cache holds once more."""
+        positions = kwargs.get("position_ids")
+        if next_sequence_length is None and past_key_values is not None and positions is not None:
+            past = int(past_key_values.get_seq_length())
+            if past and positions.shape[-1] == input_ids.shape[1] and int(positions[..., 0].max()) == 0:
+                next_sequence_length = input_ids.shape[1] - past
+                if next_sequence_length < 1:
+                    raise NotImplementedError(
+                        f"prefill_chunk_size: got chunks within the {past} tokens of past_key_values, which this "
+                        f"release of transformers would feed again; want None"
+                    )
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
         """Puts a `diffqkv.Cache` in place of the default cache, which copies itself at every token."""
-        wants_default = (
-            diffqkv is not None
-            and model_kwargs.get("past_key_values") is None
-            and generation_config.cache_implementation is None
-            and generation_config.use_cache is not False
+        self._check_generation(generation_config, model_kwargs, generation_mode)
+        kind, chunk_size = generation_config.cache_implementation, generation_config.prefill_chunk_size
+        if kind in ("offloaded", "offloaded_static") and not torch.accelerator.is_available():
+            # Without an accelerator every cache is in the host's memory.
+            kind = generation_config.cache_implementation = {"offloaded_static": "static"}.get(kind)
+        is_new = model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False
+        # The code of contrastive search, which is in a repository of its own, takes no class but DynamicCache.
+        if diffqkv is not None and is_new and kind is None and generation_mode != "contrastive_search":
+            reserved = min(max_cache_length, _MAX_RESERVED_SLOTS)
+            model_kwargs["past_key_values"] = diffqkv.Cache(self._cache_shapes(), initial_length=reserved)
+            return
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-        if not wants_default:
-            return super()._prepare_cache_for_generation(
-                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        is_on_one_device = len(set(getattr(self, "hf_device_map", {}).values())) < 2
+        if diffqkv is not None and is_new and kind == "static" and chunk_size is not None and is_on_one_device:
+            # Compiled prefill must not own the buffers.
+            rows = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1) * batch_size
+            cache = model_kwargs["past_key_values"]
+            diffqkv.cache.reserve_static_cache(cache, self._cache_shapes(), rows, self.dtype, self.device)
+
+    @staticmethod
+    def _check_generation(generation_config, model_kwargs, generation_mode) -> None:
+        """Refuses what transformers would compute from the wrong tokens, or fail at after the first forward pass."""
+        given, embeds = model_kwargs.get("past_key_values"), model_kwargs.get("inputs_embeds")
+        positions = model_kwargs.get("position_ids")
+        if isinstance(given, Cache) and positions is not None and not generation_config.is_assistant:
+            past, prompt = int(given.get_seq_length()), positions.shape[-1]
+            if past >= prompt:
+                raise ValueError(
+                    f"past_key_values: got {past} tokens and a prompt of {prompt}, want a prompt that repeats them and "
+                    f"goes on (crop(-1) takes one back)"
+                )
+            if past and embeds is not None and embeds.shape[1] != prompt:
+                raise ValueError(
+                    f"inputs_embeds: got {embeds.shape[1]} tokens behind {past} in past_key_values, want all {prompt} "
+                    f"of the prompt"
+                )
+        chunk_size = generation_config.prefill_chunk_size
+        if chunk_size is not None and embeds is not None:
+            raise NotImplementedError(f"prefill_chunk_size: got {chunk_size} with inputs_embeds, want None")
+        is_quantised = generation_config.cache_implementation == "quantized" or isinstance(given, QuantizedCache)
+        if is_quantised and generation_mode == "assisted_generation":
+            raise NotImplementedError(
+                "assisted decoding: a quantised cache cannot take back rejected tokens; use the default cache"
             )
-        reserved = min(max_cache_length, _MAX_RESERVED_SLOTS)
-        model_kwargs["past_key_values"] = diffqkv.Cache(self._cache_shapes(), initial_length=reserved)
 
     def _get_static_cache_init_shape(self):
-        # Early initialisation knows one shape for K and V; a static cache then takes both from its first update.
+        # Early initialisation in transformers knows one shape for K and V.
         return None
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise NotImplementedError(
+            "continuous batching: its paged cache has one shape for K and V; use generate on a left-padded batch "
+            "instead"
+        )
 
 
 class SigmaForSequenceClassification(GenericForSequenceClassification, SigmaPreTrainedModel):

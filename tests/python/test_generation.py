@@ -1,0 +1,825 @@
+"""generate: the same tokens in every mode, with every cache, padding, dtype and attention; or a named refusal."""
+
+import copy
+import inspect
+import re
+import threading
+from functools import cache
+
+import pytest
+import torch
+import transformers.cache_utils
+from test_model_masks import other_model
+from tiny_sigma import ATTENTIONS, COMPRESSIONS, logits, padded, tiny_config, tiny_model, tokens
+from torch._dynamo.utils import counters
+from transformers import (
+    CompileConfig,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    QuantizedCache,
+    StaticCache,
+    TextIteratorStreamer,
+    TextStreamer,
+)
+from transformers.utils import is_hqq_available, is_optimum_quanto_available
+
+import diffqkv
+from diffqkv.data import byte_tokenizer
+from diffqkv.models import attention as diffqkv_attention_module
+
+NEW = 7
+IS_OLDER = not hasattr(transformers.cache_utils.DynamicLayer, "is_croppable")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(autouse=True)
+def one_attention_at_the_start(model):
+    model.set_attn_implementation("diffqkv")
+
+
+def generate(model, ids, mask=None, **options):
+    mask = torch.ones_like(ids) if mask is None else mask
+    return model.generate(ids, attention_mask=mask, **{"max_new_tokens": NEW, "do_sample": False, **options})
+
+
+# ---------------------------------------------------------------- the grid
+
+
+def prompts(padding, rows):
+    """ids and mask `[rows, 12]`; their end repeats what came before, so that prompt lookup finds something."""
+    ids = tokens(rows, 6, seed=6).repeat(1, 2)
+    mask = torch.ones_like(ids)
+    if padding == "left":
+        for row in range(rows):
+            mask[row, : 3 + 2 * row] = 0
+    return ids * mask, mask
+
+
+def by_candidates(model, input_ids, **kwargs):
+    """A `custom_generate`: greedy, but runs the three best tokens as rows of their own, as contrastive search does."""
+    kwargs = {name: kwargs[name] for name in ("attention_mask", "position_ids", "past_key_values")}
+    past, mask, positions = kwargs["past_key_values"], kwargs["attention_mask"], kwargs["position_ids"]
+    rows = len(input_ids)
+    step = model(input_ids, attention_mask=mask, position_ids=positions, past_key_values=past)
+    for step_number in range(NEW):
+        best = step.logits[:, -1].topk(3).indices
+        input_ids = torch.cat([input_ids, best[:, :1]], 1)
+        if step_number == NEW - 1:
+            return input_ids
+        mask = None if mask is None else torch.cat([mask, mask.new_ones(rows, 1)], 1)
+        positions = positions[:, -1:] + 1
+        past.batch_repeat_interleave(3)
+        candidates = {
+            "attention_mask": None if mask is None else mask.repeat_interleave(3, 0),
+            "position_ids": positions.expand(rows, 1).repeat_interleave(3, 0),
+        }
+        step = model(best.reshape(-1, 1), past_key_values=past, **candidates)
+        step.logits = step.logits[::3]
+        past.batch_select_indices(torch.arange(0, 3 * rows, 3))
+
+
+def allowed_tokens(batch_id, ids):
+    return list(range(1, 60)) if len(ids) % 2 else list(range(40, 97))
+
+
+GREEDY_MODES = {
+    "greedy": {},
+    "chunked prefill": {"prefill_chunk_size": 5},
+    "inputs_embeds": {},
+    "custom_generate": {"custom_generate": by_candidates},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "assisted": {},
+    "early exit": {"assistant_early_exit": 1},
+}
+OTHER_MODES = {
+    "sample": {"do_sample": True, "top_k": 30, "num_return_sequences": 2},
+    "beam": {"num_beams": 3},
+    "beam sample": {"num_beams": 2, "do_sample": True},
+    "constrained": {"num_beams": 2, "prefix_allowed_tokens_fn": allowed_tokens},
+}
+ONE_ROW_MODES = ["prompt lookup", "assisted", "early exit"]
+CACHES = ["default", "given", "fixed", "dynamic", "lazy", "static", "offloaded", "none"]
+
+NO_CACHE = {mode: "requires `use_cache=True`" for mode in ONE_ROW_MODES} | {
+    "chunked prefill": "prefill chunking without a cache",
+    "custom_generate": "past_key_values",
+}
+NO_STATIC = {mode: "not supported with Static cache" for mode in ONE_ROW_MODES} | {
+    "custom_generate": "batch_repeat_interleave",
+}
+
+
+def cache_options(kind, config, length):
+    return {
+        "default": lambda: {},
+        "given": lambda: {"past_key_values": diffqkv.Cache(config)},
+        "fixed": lambda: {"past_key_values": diffqkv.Cache(config, max_length=length)},
+        "dynamic": lambda: {"past_key_values": DynamicCache(config=config)},
+        "lazy": lambda: {"past_key_values": DynamicCache()},
+        "static": lambda: {"cache_implementation": "static"},
+        "offloaded": lambda: {"cache_implementation": "offloaded"},
+        "none": lambda: {"use_cache": False},
+    }[kind]()
+
+
+@cache
+def draft_model():
+    return tiny_model(seed=1)
+
+
+def run(model, mode, kind, padding):
+    """The new tokens of one combination."""
+    ids, mask = prompts(padding, 1 if mode in ONE_ROW_MODES else 2)
+    length = ids.shape[1] + NEW - 1  # the last token is not fed
+    if mode in ONE_ROW_MODES:
+        length += 3  # candidates that are fed and taken back
+    options = {**GREEDY_MODES, **OTHER_MODES}[mode] | cache_options(kind, model.config, length)
+    if mode == "assisted":
+        options["assistant_model"] = draft_model()
+    torch.manual_seed(5)
+    if mode == "inputs_embeds":
+        embeds = model.get_input_embeddings()(ids)
+        options |= {"inputs_embeds": embeds, "attention_mask": mask, "max_new_tokens": NEW, "do_sample": False}
+        return model.generate(**options)
+    return generate(model, ids, mask, **options)[:, ids.shape[1] :]
+
+
+@cache
+def reference(mode, padding):
+    """What transformers alone gives: eager attention with a DynamicCache, in the plainest mode of the same tokens."""
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    return run(model, "greedy" if mode in GREEDY_MODES else mode, "dynamic", padding)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("mode", [*GREEDY_MODES, *OTHER_MODES])
+@torch.no_grad()
+def test_tokens_are_the_same_in_every_combination(model, mode, attention):
+    model.set_attn_implementation(attention)
+    for padding in ("none", "left"):
+        want = reference(mode, padding)
+        for kind in CACHES:
+            refusal = {"none": NO_CACHE, "static": NO_STATIC}.get(kind, {}).get(mode)
+            try:
+                got = run(model, mode, kind, padding)
+            except (ValueError, AttributeError, KeyError) as error:
+                assert refusal and re.search(refusal, str(error)), (kind, padding)
+            else:
+                assert torch.equal(got, want[: len(got)]), (kind, padding)
+                # Older releases decode speculatively without a cache, or with a static one.
+                assert not refusal or IS_OLDER, (kind, padding)
+
+
+def test_the_reference_has_no_near_ties():
+    """Else the grid could flip a token by rounding: the best logit leads by far more than float32 can err."""
+    model = tiny_model()
+    for padding in ("none", "left"):
+        ids, mask = prompts(padding, 2)
+        out = generate(model, ids, mask, return_dict_in_generate=True, output_logits=True)
+        best = torch.stack(out.logits).topk(2).values
+        assert (best[..., 0] - best[..., 1]).min() > 0.01
+        assert len(reference("greedy", padding).unique()) > NEW
+    assert not torch.equal(reference("beam", "left"), reference("greedy", "left"))
+    assert not torch.equal(reference("sample", "left"), reference("greedy", "left"))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_tokens_in_half_precision_are_best_up_to_its_error(dtype, attention):
+    """Ties flip in half precision: each token must be the best one behind the same tokens, or miss the best logit of
+    float32, on the same rounded weights, by no more than eager attention errs."""
+    model = tiny_model().to(dtype)
+    exact = copy.deepcopy(model).float()
+    exact.set_attn_implementation("eager")
+    for padding in ("none", "left"):
+        for mode in ("greedy", "chunked prefill", "prompt lookup", "assisted"):
+            rows = 1 if mode in ONE_ROW_MODES else 2
+            ids, mask = prompts(padding, rows)
+
+            def all_logits(model, new, ids=ids, mask=mask):
+                mask = torch.cat([mask, torch.ones_like(new)], 1)
+                positions = (mask.cumsum(-1) - 1).clamp(min=0)
+                options = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
+                return model(torch.cat([ids, new], 1), **options).logits[:, ids.shape[1] - 1 : -1].float()
+
+            model.set_attn_implementation("eager")
+            new = reference("greedy", padding)[:rows]
+            error = (all_logits(model, new) - all_logits(exact, new)).abs().max()
+            assert error < 0.3, "of logits with a spread of several units"
+            model.set_attn_implementation(attention)
+            for kind in ("default", "dynamic", "static"):
+                if kind == "static" and mode in ONE_ROW_MODES:
+                    continue
+                draft_model().to(dtype)
+                new = run(model, mode, kind, padding)
+                draft_model().float()
+                behind = all_logits(exact, new)
+                missed = behind.amax(-1) - behind.gather(-1, new[..., None])[..., 0]
+                assert missed.max() <= 2 * error, (mode, kind, padding)
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_every_cache_holds_a_half_size_k(compression):
+    model = tiny_model((12, 4, 6), k_compression=compression)
+    ids, mask = prompts("left", 2)
+    want = generate(model, ids, mask, use_cache=False)
+    for kind in CACHES[:-1]:
+        got = generate(model, ids, mask, **cache_options(kind, model.config, 19))
+        assert torch.equal(got, want), kind
+
+
+# ---------------------------------------------------------------- modes outside of the grid
+
+
+def test_modes_that_transformers_moved_out_say_where_they_are(model):
+    """Group beam, constrained, contrastive and DoLa decoding are repositories that `custom_generate` loads."""
+    for options in (
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+        {"num_beams": 2, "force_words_ids": [[5]]},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"dola_layers": "high"},
+    ):
+        with pytest.raises(ValueError, match="requires `trust_remote_code=True`"):
+            generate(model, tokens(1, 5), **options)
+
+
+CUSTOM_GENERATE = """
+from transformers import DynamicCache, GenerationMixin
+
+
+def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, past_key_values, **kwargs):
+    if generation_config.penalty_alpha is not None:
+        assert isinstance(past_key_values, DynamicCache), "what contrastive search asks for"
+    options = {"past_key_values": past_key_values, "attention_mask": kwargs["attention_mask"], "do_sample": False}
+    return GenerationMixin.generate(model, input_ids, max_length=generation_config.max_length, **options)
+
+
+def generate(model, *args, **kwargs):
+    return GenerationMixin.generate(model, *args, custom_generate=decode, **kwargs)
+"""
+
+
+@pytest.mark.parametrize("options", [{}, {"penalty_alpha": 0.6, "top_k": 4}])
+def test_decoding_methods_from_a_repository(model, options, tmp_path):
+    (tmp_path / "custom_generate").mkdir()
+    (tmp_path / "custom_generate" / "generate.py").write_text(CUSTOM_GENERATE)
+    ids, mask = prompts("left", 2)
+    options |= {"custom_generate": str(tmp_path), "trust_remote_code": True}
+    assert torch.equal(generate(model, ids, mask, **options), generate(model, ids, mask))
+
+
+def test_text_streamers():
+    tokenizer = byte_tokenizer(64)
+    model = tiny_model(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    inputs = tokenizer("a prompt", return_tensors="pt")
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    want = tokenizer.decode(model.generate(**inputs, **options)[0, inputs.input_ids.shape[1] :])
+
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    thread = threading.Thread(target=model.generate, kwargs={**inputs, **options, "streamer": streamer})
+    thread.start()
+    parts = list(streamer)
+    thread.join()
+    assert "".join(parts) == want and len(parts) > 1
+
+
+def test_a_printing_streamer_with_assisted_decoding(capsys):
+    tokenizer = byte_tokenizer(64)
+    model = tiny_model(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    inputs = tokenizer("again and again and", return_tensors="pt")
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    want = tokenizer.decode(model.generate(**inputs, **options)[0, inputs.input_ids.shape[1] :])
+    streamer = TextStreamer(tokenizer, skip_prompt=True)
+    model.generate(**inputs, **options, streamer=streamer, prompt_lookup_num_tokens=3)
+    assert capsys.readouterr().out.rstrip("\n") == want.rstrip("\n")
+
+
+@pytest.mark.parametrize("kind", ["default", "dynamic", "static"])
+def test_attentions_and_scores_of_generate(model, kind):
+    ids, mask = prompts("left", 2)
+    ask = ("output_attentions", "output_hidden_states", "output_logits", "return_dict_in_generate")
+    results = []
+    for attention in ("eager", "diffqkv"):
+        model.set_attn_implementation(attention)
+        out = generate(model, ids, mask, **dict.fromkeys(ask, True), **cache_options(kind, model.config, 19))
+        assert len(out.attentions) == NEW and out.attentions[0][0].shape[:3] == (2, 8, 12)
+        valid = [layer[1, :, -1:, 5:12] for step in out.attentions for layer in step]
+        results.append((torch.stack(out.logits), valid, [step[-1][1, -1] for step in out.hidden_states]))
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+
+
+def test_a_dense_mask_takes_stock_attention_and_says_so_once(model, monkeypatch):
+    warned = []
+    monkeypatch.setattr(diffqkv_attention_module.logger, "warning_once", warned.append)
+    ids, past = tokens(1, 6), diffqkv.Cache(model.config)
+    dense = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
+    dense[..., 4, 1] = False
+    logits(model, ids[:, :4], attention_mask=dense[:, :, :4, :4], past_key_values=past)
+    got = logits(model, ids[:, 4:], attention_mask=dense[:, :, 4:], past_key_values=past)
+    assert len(set(warned)) == 1 and "stock attention" in warned[0]
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(got, logits(model, ids, attention_mask=dense)[:, 4:], atol=1e-4, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- prefixes
+
+
+def prefix_cache(model, ids, kind):
+    past = {
+        "diffqkv": lambda: diffqkv.Cache(model.config),
+        "fixed": lambda: diffqkv.Cache(model.config, max_length=40),
+        "dynamic": lambda: DynamicCache(config=model.config),
+        "static": lambda: StaticCache(config=model.config, max_cache_len=40),
+    }[kind]()
+    logits(model, ids, past_key_values=past)
+    return past
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("kind", ["diffqkv", "fixed", "dynamic", "static"])
+def test_a_saved_prefix_serves_many_prompts(model, kind, attention):
+    """A copy goes on exactly as the original would, which stays as it was."""
+    model.set_attn_implementation(attention)
+    system, prefix = tokens(1, 9), None
+    for seed in (1, 2, 3):
+        ids = torch.cat([system, tokens(1, 4 + seed, seed)], 1)
+        want = generate(model, ids)
+        prefix = prefix_cache(model, system, kind) if prefix is None else prefix
+        for _ in range(2):
+            assert torch.equal(generate(model, ids, past_key_values=copy.deepcopy(prefix)), want)
+    fresh = prefix_cache(model, system, kind)
+    ids = tokens(1, 3, 8)
+    step, positions = copy.deepcopy(prefix), torch.arange(9, 12)[None]
+    assert torch.equal(
+        logits(model, ids, past_key_values=step, position_ids=positions),
+        logits(model, ids, past_key_values=fresh, position_ids=positions),
+    )
+    assert int(prefix.get_seq_length()) == 9
+
+
+@pytest.mark.parametrize("kind", ["diffqkv", "dynamic"])
+def test_a_prefix_serves_a_batch_and_several_samples(model, kind):
+    system, ends = tokens(1, 9), tokens(3, 5, 1)
+    ids = torch.cat([system.expand(3, -1), ends], 1)
+    past = prefix_cache(model, system, kind)
+    with pytest.raises(ValueError, match="past_key_values: got"):
+        generate(model, ids, past_key_values=past)
+    past.batch_repeat_interleave(3)
+    assert torch.equal(generate(model, ids, past_key_values=copy.deepcopy(past)), generate(model, ids))
+    # Ends of several lengths leave a gap behind the prefix, which is no span: stock attention computes it.
+    mask = torch.ones_like(ids)
+    mask[1, 9:12] = 0
+    want = generate(model, ids, mask)
+    assert torch.equal(generate(model, ids, mask, past_key_values=copy.deepcopy(past)), want)
+    alone = torch.cat([ids[1:2, :9], ids[1:2, 12:]], 1)
+    assert torch.equal(want[1:, 14:][:1], generate(model, alone)[:, 11:])
+    want = generate(model, ids[:1], num_beams=3)
+    assert torch.equal(generate(model, ids[:1], num_beams=3, past_key_values=past), want)
+
+
+@pytest.mark.parametrize("kind", ["diffqkv", "dynamic"])
+@pytest.mark.parametrize("mode", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": 1}, {"assistant_early_exit": 1}])
+@pytest.mark.parametrize("cached", [5, 11])
+def test_assisted_decoding_behind_a_prefix(model, mode, kind, cached):
+    """Transformers feeds a prompt whole in its first round, also to a cache that holds its beginning: wrong tokens."""
+    ids, _ = prompts("none", 1)
+    want = generate(model, ids)
+    mode = {"assistant_model": draft_model()} if "assistant_model" in mode else mode
+    got = generate(model, ids, past_key_values=prefix_cache(model, ids[:, :cached], kind), **mode)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("mode", [{}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}])
+@pytest.mark.parametrize("kind", ["diffqkv", "dynamic"])
+def test_a_prompt_that_is_all_cached_is_refused(model, kind, mode):
+    """No token is left to feed, and transformers would feed the whole prompt again: wrong tokens."""
+    ids, _ = prompts("none", 1)
+    past = prefix_cache(model, ids, kind)
+    with pytest.raises(ValueError, match="past_key_values: got 12 tokens and a prompt of 12"):
+        generate(model, ids, past_key_values=past, **mode)
+    past.crop(-1)
+    assert torch.equal(generate(model, ids, past_key_values=past), generate(model, ids))
+
+
+@pytest.mark.parametrize("kind", ["diffqkv", "dynamic"])
+def test_a_conversation_goes_on_in_one_cache(model, kind):
+    """Turn by turn, with a turn taken back by crop."""
+    past = diffqkv.Cache(model.config) if kind == "diffqkv" else DynamicCache(config=model.config)
+    ids = tokens(1, 6)
+    for turn in range(3):
+        want = generate(model, ids)
+        assert torch.equal(generate(model, ids, past_key_values=past), want)
+        if turn == 1:
+            past.crop(ids.shape[1] - 1 - past.get_seq_length())
+            want = generate(model, ids, past_key_values=past)
+        ids = torch.cat([want, tokens(1, 3, turn)], 1)
+
+
+def test_only_the_new_tokens_with_a_mask_of_all(model):
+    ids = tokens(2, 11)
+    want = generate(model, ids)
+    past = prefix_cache(model, ids[:, :7], "diffqkv")
+    got = generate(model, ids[:, 7:], torch.ones(2, 11, dtype=torch.long), past_key_values=past)
+    assert torch.equal(got[:, 4:], want[:, 11:])
+
+
+def test_embeddings_behind_a_prefix(model):
+    """Transformers feeds those behind the cached ones, and of an end alone, too few."""
+    ids = tokens(2, 11)
+    past, embeds = prefix_cache(model, ids[:, :5], "diffqkv"), model.get_input_embeddings()(ids)
+    want, options = generate(model, ids), {"max_new_tokens": NEW, "do_sample": False}
+    options["attention_mask"] = torch.ones_like(ids)
+    with pytest.raises(
+        ValueError, match="inputs_embeds: got 6 tokens behind 5 in past_key_values, want all 11 of the prompt"
+    ):
+        model.generate(inputs_embeds=embeds[:, 5:], past_key_values=past, **options)
+    got = model.generate(inputs_embeds=embeds, past_key_values=copy.deepcopy(past), **options)
+    assert torch.equal(got, want[:, 11:])
+    got = model.generate(ids, inputs_embeds=embeds, past_key_values=past, **options)
+    assert torch.equal(got[:, -NEW:], want[:, 11:])
+
+
+def test_prefill_chunks_of_embeddings_are_refused(model):
+    """Transformers splits input_ids, of which there are none, and fails on an index."""
+    embeds = model.get_input_embeddings()(tokens(1, 6))
+    with pytest.raises(NotImplementedError, match="prefill_chunk_size: got 4 with inputs_embeds"):
+        model.generate(inputs_embeds=embeds, prefill_chunk_size=4, max_new_tokens=2)
+
+
+def to_static(past, config):
+    static = StaticCache(config=config, max_cache_len=40)
+    for layer, (keys, values, _) in enumerate(past):
+        static.update(keys, values, layer)
+    return static
+
+
+CONVERSIONS = {
+    "to_dynamic": lambda past, config: past.to_dynamic(),
+    "to_static": to_static,
+    "ddp_cache_data": lambda past, config: DynamicCache(list(past), config=config),
+    "from_dynamic": lambda past, config: diffqkv.Cache.from_stock(config, past.to_dynamic()),
+    "from_static": lambda past, config: diffqkv.Cache.from_stock(config, to_static(past, config), max_length=40),
+    "from_pairs": lambda past, config: diffqkv.Cache.from_stock(config, [(k, v) for k, v, _ in past]),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prefix_moves_from_one_cache_to_another(name, dtype):
+    model = tiny_model((12, 4, 6)).to(dtype)
+    ids = tokens(2, 11)
+    past = prefix_cache(model, ids[:, :7], "diffqkv")
+    moved = CONVERSIONS[name](past, model.config)
+    steps = [logits(model, ids[:, 7:], past_key_values=x) for x in (moved, copy.deepcopy(past))]
+    torch.testing.assert_close(*steps, **({} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.05}))
+    if dtype == torch.float32:
+        got = generate(model, ids, past_key_values=CONVERSIONS[name](past, model.config))
+        assert torch.equal(got, generate(model, ids))
+    assert past.get_seq_length() == 7
+
+
+# ---------------------------------------------------------------- caches of other models, shapes, frameworks
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"heads": (8, 4, 2)},
+            r"got keys of batch, groups and width \(2, 2, 32\) in layer 0 of the cache, want \(2, 2",
+        ),
+        ({"head_dim": 32}, r"got keys of batch, groups and width \(2, 2, 32\)"),
+        ({"heads": (8, 2, 8)}, r"got values of batch, groups and width \(2, 2, 64\)"),
+        ({"heads": (8, 1, 2)}, r"got keys of batch, groups and width \(2, 1, 16\)"),
+        ({"num_hidden_layers": 1}, "got a cache of 1 layers, want 2"),
+        ({"num_hidden_layers": 3}, "got a cache of 3 layers, want 2"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["lazy", "dynamic", "static"])
+def test_the_cache_of_another_model_is_refused_before_any_work(model, kind, changes, message):
+    other = tiny_model(**changes)
+    past = {
+        "lazy": DynamicCache(),
+        "dynamic": DynamicCache(config=other.config),
+        "static": StaticCache(config=other.config, max_cache_len=16),
+    }[kind]
+    logits(other, tokens(2, 5), past_key_values=past)
+    before = [layer.keys.clone() for layer in past.layers]
+    with pytest.raises(ValueError, match=f"past_key_values: {message}"):
+        generate(model, tokens(2, 9), past_key_values=past)
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(past.layers, before, strict=True))
+
+
+def test_a_full_static_cache_is_refused_before_any_work(model):
+    past = StaticCache(config=model.config, max_cache_len=8)
+    logits(model, tokens(1, 6), past_key_values=past)
+    with pytest.raises(ValueError, match="got 3 new tokens behind 6, want at most max_cache_len = 8"):
+        logits(model, tokens(1, 3), past_key_values=past)
+    assert int(past.get_seq_length()) == 6
+
+
+def test_tuples_are_refused_with_what_to_use(model):
+    legacy = tuple((k, v) for k, v, *_ in prefix_cache(model, tokens(1, 4), "dynamic"))
+    with pytest.raises(TypeError, match=r"past_key_values: got tuple, want a cache .* diffqkv.Cache.from_stock"):
+        logits(model, tokens(1, 2), past_key_values=legacy)
+    past = diffqkv.Cache.from_stock(model.config, legacy)
+    ids = torch.cat([tokens(1, 4), tokens(1, 3, 1)], 1)
+    assert torch.equal(generate(model, ids, past_key_values=past), generate(model, ids))
+
+
+def test_early_initialisation_of_a_static_cache_gives_k_and_v_one_shape(model):
+    """Its one shape for both then fails at the first write: said by name, and not done for chunked prefill."""
+    past = StaticCache(config=model.config, max_cache_len=32)
+    past.early_initialization(1, num_heads=2, head_dim=16, dtype=torch.float32, device="cpu")
+    with pytest.raises(ValueError, match=r"past_key_values: got values of batch, groups and width \(1, 2, 16\)"):
+        logits(model, tokens(1, 4), past_key_values=past)
+    diffqkv.cache.reserve_static_cache(
+        fresh := StaticCache(config=model.config, max_cache_len=32), model.config, 1, torch.float32, torch.device("cpu")
+    )
+    assert fresh.layers[0].keys.shape == (1, 2, 32, 16) and fresh.layers[0].values.shape == (1, 2, 32, 32)
+    ids = tokens(1, 9)
+    assert torch.equal(generate(model, ids, past_key_values=fresh), generate(model, ids))
+    ours = diffqkv.Cache(model.config)
+    ours.early_initialization(1, num_heads=2, head_dim=16, dtype=torch.float32, device="cpu")
+    assert torch.equal(generate(model, ids, past_key_values=ours), generate(model, ids))
+
+
+def test_an_ungrouped_static_cache_cannot_hold_unequal_heads():
+    """Why caches hold K and V in groups: a static layer takes its one head count from K."""
+    layer = transformers.cache_utils.StaticLayer(max_cache_len=8)
+    with pytest.raises(RuntimeError):
+        layer.update(torch.randn(1, 2, 3, 16), torch.randn(1, 4, 3, 16))
+    layer = transformers.cache_utils.StaticLayer(max_cache_len=8)
+    k, v = layer.update(torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3, 32))
+    assert k.shape == (1, 2, 8, 16) and v.shape == (1, 2, 8, 32)
+
+
+def test_prefix_tuning_is_refused_by_name():
+    """PEFT makes a cache with one head count and one dimension for K and V."""
+    peft = pytest.importorskip("peft")
+    model = tiny_model()
+    config = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, num_layers=2, token_dim=32, num_attention_heads=2
+    )
+    adapted = peft.get_peft_model(model, config)
+    with pytest.raises(ValueError, match="past_key_values: got values of batch"):
+        adapted(tokens(2, 5))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_continuous_batching_is_refused_before_it_starts(model, attention):
+    """Its cache has one shape for K and V: left to itself it fails in a thread, after minutes of warming up."""
+    model.set_attn_implementation(attention)
+    message = "continuous batching: .* use generate on a left-padded batch instead"
+    with pytest.raises(NotImplementedError, match=message):
+        generate(model, tokens(1, 4), cache_implementation="paged")
+    with pytest.raises(NotImplementedError, match=message):
+        model.generate_batch([[1, 2, 3], [4, 5]], max_new_tokens=2)
+    assert model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
+def test_offloaded_caches_need_no_accelerator(model, kind):
+    """Transformers' fail on a stream of CUDA; without a GPU, every cache is where they would move it."""
+    if torch.accelerator.is_available():
+        pytest.skip("there is an accelerator")
+    ids, mask = prompts("left", 2)
+    assert torch.equal(generate(model, ids, mask, cache_implementation=kind), generate(model, ids, mask))
+    past = {
+        "offloaded": lambda: DynamicCache(config=model.config, offloading=True),
+        "offloaded_static": lambda: StaticCache(config=model.config, max_cache_len=20, offloading=True),
+    }[kind]()
+    with pytest.raises(ValueError, match="past_key_values: got a cache with offloading and no accelerator"):
+        generate(model, ids, mask, past_key_values=past)
+    assert not any(layer.is_initialized for layer in past.layers)
+
+
+QUANTISED = [
+    pytest.param(
+        "fp8",
+        None,
+        1.0,
+        marks=pytest.mark.skipif(
+            not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"), reason="this transformers has no fp8 cache"
+        ),
+    ),
+    pytest.param("hqq", 8, 0.3, marks=pytest.mark.skipif(not is_hqq_available(), reason="hqq is not installed")),
+    pytest.param(
+        "quanto",
+        4,
+        3.0,
+        marks=pytest.mark.skipif(not is_optimum_quanto_available(), reason="optimum-quanto is not installed"),
+    ),
+]
+
+
+@pytest.mark.parametrize("backend, bits, tolerance", QUANTISED)
+def test_quantised_caches(backend, bits, tolerance):
+    model = tiny_model()
+    ids, mask = prompts("left", 2)
+    config = {} if bits is None else {"nbits": bits, "q_group_size": 16, "residual_length": 4}
+    steps = []
+    for attention in ATTENTIONS:
+        model.set_attn_implementation(attention)
+        past = QuantizedCache(backend, model.config, **config)
+        with torch.no_grad():
+            parts = [model(part, past_key_values=past).logits for part in ids.split([7, 1, 1, 3], 1)]
+        steps.append(torch.cat(parts, 1))
+    exact = logits(model, ids, use_cache=False)
+    assert 0 < (steps[0] - exact).abs().max() < tolerance
+    for other in steps[1:]:  # the same K and V, save where rounding falls to the other side
+        assert (steps[0] - other).abs().mean() < 0.2 * (steps[0] - exact).abs().mean() + 1e-4
+    model.set_attn_implementation("diffqkv")
+    options = {"cache_implementation": "quantized", "cache_config": {"backend": backend, **config}}
+    for more in ({}, {"num_beams": 2}, {"prefill_chunk_size": 5}):
+        got = generate(model, ids, mask, **options, **more)
+        assert got.shape == (2, 12 + NEW) and torch.equal(got[:, :12], ids)
+    with pytest.raises(NotImplementedError, match="assisted decoding: a quantised cache"):
+        generate(model, ids[:1], prompt_lookup_num_tokens=2, **options)
+    with pytest.raises(NotImplementedError, match="assisted decoding: a quantised cache"):
+        fresh = QuantizedCache(backend, model.config, **config)
+        generate(model, ids[:1], prompt_lookup_num_tokens=2, past_key_values=fresh)
+    with pytest.raises(ValueError, match="got quantised K and V"):
+        diffqkv.Cache.from_stock(model.config, past)
+    for other in (tiny_model((8, 4, 4)), tiny_model((8, 2, 8))):
+        with pytest.raises(ValueError, match=r"past_key_values: got \w+ of batch, groups and width \(2, 2, "):
+            logits(other, ids[:, :1], past_key_values=past)
+    with pytest.raises(ValueError, match=r"got keys .* \(2, 2, 16\) in layer 0 of the cache, want \(1, 2, 16\)"):
+        logits(model, ids[:1], past_key_values=past)
+    assert past.get_seq_length() == 12
+
+
+# ---------------------------------------------------------------- models of others: windows, latent attention
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2"])
+def test_our_cache_slides_with_the_windows_of_other_models(name):
+    model = other_model(name).eval()
+    ids, mask = padded([23, 17], "left")
+    options = {"attention_mask": mask, "max_new_tokens": 60, "do_sample": False}
+    one = {"max_new_tokens": 30, "do_sample": False}
+    want = model.generate(ids, **options)
+    want_one = model.generate(ids[:1], **one)
+    for attention in ("eager", "diffqkv"):
+        model.set_attn_implementation(attention)
+        past = diffqkv.Cache(model.config)
+        assert torch.equal(model.generate(ids, **options, past_key_values=past), want)
+        assert past.is_sliding[0] and past.layers[0].capacity == 64 and past.get_seq_length() == 82
+        for more in ({"prompt_lookup_num_tokens": 4}, {"prefill_chunk_size": 3}):
+            past = diffqkv.Cache(model.config)
+            assert torch.equal(model.generate(ids[:1], **one, **more, past_key_values=past), want_one), more
+        past = diffqkv.Cache(model.config)
+        logits(model, ids[:1, :12], past_key_values=past)
+        for kept in (copy.deepcopy(past), past.to_dynamic(), diffqkv.Cache.from_stock(model.config, past.to_dynamic())):
+            assert torch.equal(model.generate(ids[:1], **one, past_key_values=kept), want_one)
+
+
+def test_our_cache_takes_any_shapes_from_who_knows_them():
+    """Latent attention caches one narrow head for K and one for V, which its configuration does not say."""
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, q_lora_rank=None, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=8,
+        first_k_dense_replace=2, initializer_range=0.3, pad_token_id=0, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="config_or_shapes: got a model with latent attention"):
+        diffqkv.Cache(config)
+    model = DeepseekV3ForCausalLM(config).eval()
+    ids, mask = padded([9, 5], "left")
+    stock = DynamicCache(config=config)
+    want = generate(model, ids, mask, past_key_values=stock)
+    shapes = [(k.shape[1], k.shape[3], v.shape[1], v.shape[3]) for k, v, *_ in stock]
+    assert torch.equal(generate(model, ids, mask, past_key_values=diffqkv.Cache(shapes)), want)
+
+
+# ---------------------------------------------------------------- torch.compile
+
+
+def compile_config(backend="aot_eager"):
+    config = CompileConfig(fullgraph=True, mode=None, backend=backend)
+    config._compile_all_devices = True  # transformers compiles on GPUs only, unless told
+    return config
+
+
+def forget_compiled_code(model):
+    torch.compiler.reset()
+    model.__dict__.pop("_compiled_call", None)
+    counters.clear()
+
+
+def graphs():
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_generate_compiles_a_static_cache(model, chunk):
+    """Its masks are built before the compiled forward pass, which builds them a second time; and K and V come with all
+    slots of the cache. With chunked prefill the buffers are reserved before compiled code would own them."""
+    for padding in ("none", "left"):
+        ids, mask = prompts(padding, 2)
+        want = generate(model, ids, mask)
+        forget_compiled_code(model)
+        options = {"cache_implementation": "static", "compile_config": compile_config(), "prefill_chunk_size": chunk}
+        for _ in range(2):
+            out = generate(model, ids, mask, return_dict_in_generate=True, **options)
+            assert torch.equal(out.sequences, want)
+        assert 1 <= graphs() <= (2 if chunk is None else 4)
+        assert all(layer.values.shape[-1] == 2 * layer.keys.shape[-1] for layer in out.past_key_values.layers)
+    forget_compiled_code(model)
+
+
+def test_generate_runs_the_code_of_inductor(model):
+    ids, mask = prompts("left", 2)
+    want = generate(model, ids, mask)
+    forget_compiled_code(model)
+    options = {"cache_implementation": "static", "compile_config": compile_config("inductor")}
+    assert torch.equal(generate(model, ids, mask, **options), want)
+    assert graphs() == 1
+    forget_compiled_code(model)
+
+
+def test_generate_compiles_no_cache_of_ours_by_itself(model):
+    """A cache that says it is compileable is compiled on every GPU, unasked: ours counts in Python, and does not."""
+    assert not diffqkv.Cache(model.config, max_length=32).is_compileable
+    forget_compiled_code(model)
+    for past in (diffqkv.Cache(model.config), diffqkv.Cache(model.config, max_length=32)):
+        generate(model, tokens(1, 5), past_key_values=past, compile_config=compile_config())
+    assert graphs() == 0
+
+
+@pytest.mark.parametrize("kind", ["growing", "fixed", "static"])
+def test_steps_compiled_by_hand(model, kind):
+    """A few graphs for all steps, while our cache counts in Python and grows in place, or a static one fills."""
+    ids = tokens(1, 9)
+    want = generate(model, ids, max_new_tokens=60)
+    past = {
+        "growing": lambda: diffqkv.Cache(model.config),
+        "fixed": lambda: diffqkv.Cache(model.config, max_length=96),
+        "static": lambda: StaticCache(config=model.config, max_cache_len=96),
+    }[kind]()
+    forget_compiled_code(model)
+    step = torch.compile(model, backend="aot_eager", fullgraph=True)
+    new = [logits(model, ids, past_key_values=past)[:, -1:].argmax(-1)]
+    for position in range(9, 68):
+        positions = torch.tensor([[position]])
+        new.append(logits(step, new[-1], past_key_values=past, position_ids=positions)[:, -1:].argmax(-1))
+    assert torch.equal(torch.cat([ids, *new], 1), want)
+    assert 1 <= graphs() <= {"growing": 4, "fixed": 3, "static": 2}[kind]
+    forget_compiled_code(model)
+
+
+# ---------------------------------------------------------------- accelerate
+
+
+def test_layers_on_disk(tmp_path):
+    """device_map by accelerate: what does not fit max_memory is read from disk, layer by layer, at every step."""
+    pytest.importorskip("accelerate")
+    model = tiny_model()
+    ids, mask = prompts("left", 2)
+    want = generate(model, ids, mask)
+    model.save_pretrained(tmp_path / "model")
+    by_hand = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    by_hand |= dict.fromkeys(("model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    for options in ({"device_map": "auto", "max_memory": {"cpu": "400KB"}}, {"device_map": by_hand}):
+        options["offload_folder"] = tmp_path / "disk"
+        loaded = diffqkv.SigmaForCausalLM.from_pretrained(tmp_path / "model", **options)
+        assert set(loaded.hf_device_map.values()) == {"cpu", "disk"}
+        for kind in ("default", "dynamic", "static", "offloaded"):
+            assert torch.equal(generate(loaded, ids, mask, **cache_options(kind, model.config, 19)), want), kind
+        got = generate(loaded, ids, mask, cache_implementation="static", prefill_chunk_size=5)
+        assert torch.equal(got, want)
+
+
+# ---------------------------------------------------------------- names of transformers that we rely on
+
+
+def test_importing_us_replaces_no_layer_of_other_models():
+    """A cache layer with a `_layer_type` takes the place of that type in every model of the process."""
+    config = other_model("mistral").config
+    stock = {
+        "DynamicSlidingWindowLayer": DynamicCache(config=config),
+        "DynamicLayer": DynamicCache(config=tiny_config()),
+    }
+    stock["StaticLayer"] = StaticCache(config=tiny_config(), max_cache_len=8)
+    for name, past in stock.items():
+        assert {type(layer) for layer in past.layers} == {getattr(transformers.cache_utils, name)}
+    assert all(getattr(layer, "_layer_type", None) is None for layer in diffqkv.Cache(tiny_config()).layers)
+
+
+def test_generate_still_asks_the_methods_that_we_override():
+    source = inspect.getsource(GenerationMixin)
+    for name in ("self._prepare_cache_for_generation(", "self.prepare_inputs_for_generation("):
+        assert name in source
+    assert "StaticCache(" in inspect.getsource(GenerationMixin._prepare_static_cache)
+    assert {"next_sequence_length", "past_key_values"} <= set(
+        inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    )
+    assert "self.init_continuous_batching(" in inspect.getsource(GenerationMixin.continuous_batching_context_manager)
