@@ -16,7 +16,7 @@ PAGES = {path.name: path.read_text() for path in sorted(DOCS.glob("*.md"))}
 MODELS, CACHES = PAGES["models.md"], PAGES["caches-and-generation.md"]
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", sorted(PAGES.keys() - {"serving.md"}))  # see test_evaluation.py, test_serving.py
 def test_python_blocks_run(name, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     names: dict = {}

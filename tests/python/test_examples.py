@@ -65,7 +65,8 @@ def test_an_example_takes_a_checkpoint(monkeypatch, capsys, tmp_path):
 
 
 def test_every_python_example_is_tested():
-    elsewhere = {"checkpoint", "recover_conversion", "demo"}  # read by the others; test_convert.py, test_demo.py
+    # Read by the others; test_convert.py, test_demo.py, test_evaluation.py.
+    elsewhere = {"checkpoint", "recover_conversion", "demo", "evaluation"}
     assert {path.stem for path in SCRIPTS.iterdir() if path.suffix == ".py" or path.is_dir()} - {"__pycache__"} == (
         PRINTED.keys() | elsewhere
     )
