@@ -146,6 +146,8 @@ def test_what_a_call_may_select(changes, message):
         ({"selective_v_keep_first": -1}, "selective_v_keep_first: got -1"),
         ({"selective_v_tail": "keep"}, "selective_v_tail: got 'keep'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers: got 0"),
+        ({"sliding_window": 64}, "sliding_window: got 64, want None"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: got 'sliding_attention', want"),
         ({"model_type": "llama"}, "model_type: got 'llama', want 'sigma_diffqkv'"),
         ({"model_type": "sigma"}, "model_type: got 'sigma', want 'sigma_diffqkv'"),
         ({"n_routed_experts": 8}, "n_routed_experts: got a field of Sigma-MoE"),

@@ -202,6 +202,7 @@ class SigmaConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         # Errors raised here reach the user as the ValueError they are; those of a `validate_*` method do not.
         self._refuse_foreign_fields(kwargs)
+        self._refuse_windows(kwargs)
         claimed_groups = kwargs.pop("num_key_value_heads", None)
         self.check_fields()
         if claimed_groups is not None and claimed_groups != self.num_key_value_heads:
@@ -240,6 +241,7 @@ class SigmaConfig(PreTrainedConfig):
         self._settle_head_counts()
         self._settle_head_dims()
         self._check_sizes()
+        self._refuse_windows(vars(self))
 
     @property
     def num_key_value_heads(self) -> int:
@@ -297,6 +299,16 @@ class SigmaConfig(PreTrainedConfig):
         model_type = kwargs.pop("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(f"model_type: got {model_type!r}, want {cls.model_type!r}")
+
+    @staticmethod
+    def _refuse_windows(fields: dict) -> None:
+        """Fields of other models, which caches and masks of transformers would act on, and attention would not."""
+        for name in ("sliding_window", "attention_chunk_size"):
+            if fields.get(name) is not None:
+                raise ValueError(f"{name}: got {fields[name]}, want None: all layers see all tokens before")
+        for layer_type in fields.get("layer_types") or ():
+            if layer_type != "full_attention":
+                raise ValueError(f"layer_types: got {layer_type!r}, want 'full_attention' for every layer")
 
     def _settle_head_counts(self) -> None:
         if all(getattr(self, name) is None for name in _HEAD_COUNTS):
