@@ -39,5 +39,5 @@ pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet -c co
 "${pip[@]}" setuptools ninja pybind11 cmeel-fmt
 cmake_version=$(cmake --version 2>/dev/null | sed -n '1s/.* //p') || true
 printf '3.25\n%s\n' "${cmake_version:-0}" | sort -C -V || "${pip[@]}" cmake
-"${pip[@]}" accelerate clang-format datasets hypothesis lm_eval matplotlib numpy peft psutil pytest pytest-timeout rich ruff safetensors tokenizers tqdm "transformers[serving]" transformers-mlinter
+"${pip[@]}" accelerate clang-format datasets hqq hypothesis lm_eval matplotlib numpy optimum-quanto peft psutil pytest pytest-timeout rich ruff safetensors tokenizers tqdm "transformers[serving]" transformers-mlinter
 touch "$venv/.ready"
