@@ -15,13 +15,18 @@ import diffqkv
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = EXAMPLES / "python"
 
-# What each script must print of an untrained model.
+# What each script must print, those that read a checkpoint of the untrained model of checkpoint.py.
 PRINTED = {
+    "ablate": r"(?s)MHA +8/8/8 .*few K, augmented Q +8/2/8 +853,376 +1,920 +\d\.\d{3}\n",
     "batch": "as alone: True",
     "chat": r"\d\d tokens are cached, in 2 layers of CacheShape\(n_k=2, d_k=16, n_v=4, d_v=16\)",
+    "paged_cache": r"403 prompt tokens: \(403, 32, 64\); \[74, 304, 37\] tokens in 15 pages\nlargest error \d\.\de-0[67]\n100 rows",
     "prefix": "the 70 tokens of the prefix were computed once",
+    "profile_decode": r"(?s)Sigma +70 +0\.2 .*GQA-16 +70 +0\.3 .*\nkernel +(split|row)",
     "speculative": r"(?s)prompt lookup: \d+ forward passes, the same tokens: True\n.*one layer: .* tokens: True",
 }
+CHECKPOINTS = {"batch", "chat", "prefix", "speculative"}  # that read one
+ARGUMENTS = {"ablate": ["2"], "profile_decode": ["70"]}
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
@@ -38,12 +43,12 @@ def test_cpp_example(tmp_path):
 def test_python_example(name, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)  # without the model of the demo
     monkeypatch.syspath_prepend(SCRIPTS)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *ARGUMENTS.get(name, ())])
     lines = iter(["hello", "more", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
     printed = capsys.readouterr().out
-    assert "an untrained model answers with noise" in printed
+    assert ("an untrained model answers with noise" in printed) == (name in CHECKPOINTS)
     assert re.search(PRINTED[name], printed), printed
 
 
