@@ -20,7 +20,7 @@ PRINTED = {
     "ablate": r"(?s)MHA +8/8/8 .*few K, augmented Q +8/2/8 +853,376 +1,920 +\d\.\d{3}\n",
     "batch": "as alone: True",
     "chat": r"\d\d tokens are cached, in 2 layers of CacheShape\(n_k=2, d_k=16, n_v=4, d_v=16\)",
-    "paged_cache": r"403 prompt tokens: \(403, 32, 64\); \[74, 304, 37\] tokens in 15 pages\nlargest error \d\.\de-0[67]\n100 rows",
+    "paged_cache": r"\[74, 304, 37\] tokens in 15 pages\nlargest error \d\.\de-0[67]\n100 rows of V",
     "prefix": "the 70 tokens of the prefix were computed once",
     "profile_decode": r"(?s)Sigma +70 +0\.2 .*GQA-16 +70 +0\.3 .*\nkernel +(split|row)",
     "speculative": r"(?s)prompt lookup: \d+ forward passes, the same tokens: True\n.*one layer: .* tokens: True",
