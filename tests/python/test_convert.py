@@ -551,7 +551,7 @@ class TestRefusals:
         [
             ("model_type: got 'gpt2', want 'llama' or 'mistral' or 'qwen2'", {"model_type": "gpt2"}),
             ("model_type: got None", {"model_type": None}),
-            ("(?s)config.json: .*head_dim.=7", {"head_dim": 7}),
+            ("(?s)config.json: .*head_dim.=7|want .28, 64. by config.json", {"head_dim": 7}),
             ("quantization_config: got a quantised model", {"quantization_config": {"quant_method": "fp8"}}),
             (
                 "layer_types: got .'chunked_attention'.",

@@ -639,7 +639,11 @@ def test_quantised_caches(backend, bits, tolerance):
         assert (steps[0] - other).abs().mean() < 0.2 * (steps[0] - exact).abs().mean() + 1e-4
     model.set_attn_implementation("diffqkv")
     options = {"cache_implementation": "quantized", "cache_config": {"backend": backend, **config}}
-    for more in ({}, {"num_beams": 2}, {"prefill_chunk_size": 5}):
+    modes = [{}, {"prefill_chunk_size": 5}, {"num_beams": 2}]
+    if not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"):
+        # Older releases do not reorder what is quantised, and generate takes quanto whatever backend is asked for.
+        modes = modes[:2] if backend == "quanto" else []
+    for more in modes:
         got = generate(model, ids, mask, **options, **more)
         assert got.shape == (2, 12 + NEW) and torch.equal(got[:, :12], ids)
     with pytest.raises(NotImplementedError, match="assisted decoding: a quantised cache"):
