@@ -424,7 +424,7 @@ def selective_v_attention(
         `[b, n_q, s_q]` and indices int64 `[b, n_q, s_q, top_k]`: the cache positions of the top_k best rows, ascending,
         then -1. error_bound bounds the L2 distance of a row of out to dense attention, up to rounding: with Vmax the
         largest norm of a V row, d * Vmax (drop), d * (Vmax + |out|) (renorm), d * (Vmax + |mean V row|) (mean). The
-        kernels add 2^-18 to d for the rounding of its sums, unless the row reads all it sees.
+        kernels add 2^-18 to d for the rounding of their sums, unless the row reads all it sees.
 
     Raises:
         ValueError, TypeError: an argument is wrong, or requires a gradient in grad mode.

@@ -11,16 +11,8 @@ import torch
 import diffqkv
 from diffqkv import _dispatch, _library, composed
 
-OPS = (
-    "flash_attention",
-    "flash_attention_varlen",
-    "decode_attention",
-    "kv_cache_update",
-    "selective_v_attention",
-    "swiglu",
-    "swiglu_backward",
-)
-LIBRARY_OPS = (*OPS, "flash_attention_backward", "flash_attention_varlen_backward")  # torch differentiates plain torch
+OPS = (*_dispatch.OPS, "swiglu_backward")  # torch differentiates plain torch's attention
+LIBRARY_OPS = (*_dispatch.OPS, *_dispatch.BACKWARD.values())
 
 
 @pytest.fixture(autouse=True)

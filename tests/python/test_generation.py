@@ -4,9 +4,10 @@ import copy
 import inspect
 import re
 import threading
-from functools import cache
+from functools import cache, partial
 
 import pytest
+import tiny_sigma
 import torch
 import transformers.cache_utils
 from test_model_masks import other_model
@@ -30,6 +31,7 @@ from diffqkv.data import byte_tokenizer
 from diffqkv.models import attention as diffqkv_attention_module
 
 NEW = 7
+generate = partial(tiny_sigma.generate, max_new_tokens=NEW)
 IS_OLDER = not hasattr(transformers.cache_utils.DynamicLayer, "is_croppable")
 
 
@@ -41,11 +43,6 @@ def model():
 @pytest.fixture(autouse=True)
 def one_attention_at_the_start(model):
     model.set_attn_implementation("diffqkv")
-
-
-def generate(model, ids, mask=None, **options):
-    mask = torch.ones_like(ids) if mask is None else mask
-    return model.generate(ids, attention_mask=mask, **{"max_new_tokens": NEW, "do_sample": False, **options})
 
 
 # ---------------------------------------------------------------- the grid

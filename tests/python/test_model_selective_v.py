@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_sigma import logits, padded, tiny_config, tiny_model, tokens
+from tiny_sigma import NEW_TOKENS, generate, logits, padded, tiny_config, tiny_model, tokens
 from torch._dynamo.exc import Unsupported
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -13,7 +13,6 @@ from diffqkv.models.sigma import modeling_sigma
 
 TAILS = ["drop", "renorm", "mean"]
 PARTS = [8, 1, 3]
-NEW_TOKENS = 8
 
 
 def cache_of(kind, model):
@@ -30,11 +29,6 @@ def steps(model, ids, kind="diffqkv", mask=None, parts=PARTS, **options):
         given = {} if mask is None else {"attention_mask": mask[:, :seen]}
         out.append(logits(model, part, past_key_values=cache, **given, **options))
     return out
-
-
-def generate(model, ids, **options):
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW_TOKENS, "do_sample": False, **options}
-    return model.generate(ids, **options)
 
 
 @pytest.fixture

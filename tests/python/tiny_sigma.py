@@ -14,6 +14,7 @@ ATTENTIONS = ["diffqkv", "sdpa", "eager"]
 COMPRESSIONS = [None, "expand", "absorbed"]
 HEADS = [(8, 2, 4), (8, 4, 2), (12, 4, 6)]
 VOCAB = 97
+NEW_TOKENS = 8
 
 
 def tiny_config(heads=(8, 2, 4), **changes) -> SigmaConfig:
@@ -59,6 +60,12 @@ def padded(lengths, side, seed=0) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def logits(model, ids, **options) -> torch.Tensor:
     return model(ids, **options).logits
+
+
+def generate(model, ids, mask=None, **options):
+    """Greedy, unless options say otherwise."""
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **options}
+    return model.generate(ids, attention_mask=torch.ones_like(ids) if mask is None else mask, **options)
 
 
 def packed(lengths, rows=1, seed=0) -> tuple[torch.Tensor, torch.Tensor]:
