@@ -14,7 +14,6 @@ namespace diffqkv {
 namespace {
 
 py::dict common(const DeviceFacts& facts, int64_t threads, int64_t shared_bytes, int64_t blocks) {
-  constexpr int64_t kSystemSharedBytes = 1024;
   const int64_t by_shared = facts.shared_per_multiprocessor / (shared_bytes + kSystemSharedBytes);
   py::dict result;
   result["threads"] = threads;

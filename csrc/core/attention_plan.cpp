@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "core/key_range.h"
+
 namespace diffqkv {
 namespace {
 
@@ -17,7 +19,6 @@ constexpr int64_t kMaxSplitQueries = 16;
 constexpr int64_t kChunkSplits = 2;  // at least, of selective V
 constexpr int64_t kLanes = 16;       // of the widest vector: reads and writes overshoot by as much
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 
 // The sum of clamp(first + i, 0, most) over i in [0, count).

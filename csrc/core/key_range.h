@@ -11,7 +11,8 @@ namespace {
 
 DIFFQKV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 DIFFQKV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-DIFFQKV_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+DIFFQKV_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+DIFFQKV_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 struct KeyRange {
   int64_t lo, hi;

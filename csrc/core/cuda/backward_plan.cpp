@@ -1,16 +1,12 @@
 #include <algorithm>
 
 #include "core/cuda/backward_tiles.h"
+#include "core/cuda/rows_aligned.h"
 #include "core/key_range.h"
 #include "diffqkv/attention_plan.h"
-#include "diffqkv/cuda_decode_plan.h"
 
 namespace diffqkv {
 namespace {
-
-constexpr int64_t kSystemSharedBytes = 1024;  // that a block costs beside its own
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Chunks that the q heads of a head are in, at most.
 int64_t slots(int64_t chunk_heads, int64_t group_heads, int64_t head_heads) {

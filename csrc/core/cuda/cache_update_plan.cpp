@@ -3,13 +3,13 @@
 #include <algorithm>
 #include <initializer_list>
 
+#include "core/key_range.h"
+
 namespace diffqkv {
 namespace {
 
 constexpr int64_t kVectorBytes = 16;
 constexpr int64_t kTileUnits = 512;  // two per thread: loads in flight without many idle threads at small batches
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Stride {
   int64_t elements, extent;

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "core/cuda/rows_aligned.h"
 #include "core/cuda/tile_stride.h"
 #include "core/key_range.h"
 #include "diffqkv/cuda_decode_plan.h"
@@ -13,10 +14,6 @@ constexpr int64_t kBlocksPerSequence = 128;
 constexpr int32_t kTileTokens[] = {64, 32, 16};
 constexpr int32_t kMostStages = 4;
 constexpr int64_t kBarrierBytes = 8;
-constexpr int64_t kSystemSharedBytes = 1024;  // that a block costs beside its own
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The tiles of columns that a chunk's V head meets, and accumulators of the busiest warp.
 struct Jobs {
   int64_t columns = 0, tiles = 0, tiles_per_v_head = 0, per_warp = 0, k_heads = 0, v_heads = 0;
@@ -40,21 +37,6 @@ Jobs jobs_of(const AttentionParams& p, int64_t heads_per_chunk, int64_t chunks) 
   most.per_warp = ceil_div(most.v_heads * ceil_div(p.d_v, 16), kDecodeWarps) * most.tiles_per_v_head;
   return most;
 }
-
-}  // namespace
-
-bool rows_aligned(const KvView& view, int64_t element_bytes) {
-  const auto ok = [&](int64_t elements) { return elements * element_bytes % 16 == 0; };
-  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && ok(view.stride_page) && ok(view.stride_group) &&
-         ok(view.stride_head) && ok(view.stride_token);
-}
-bool rows_aligned(const TokenView& view, int64_t element_bytes) {
-  const auto ok = [&](int64_t elements) { return elements * element_bytes % 16 == 0; };
-  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && ok(view.stride_batch) && ok(view.stride_head) &&
-         ok(view.stride_token);
-}
-
-namespace {
 
 // Blocks: enough of one sequence to give every multiprocessor one, whatever the batch.
 void cut(CudaDecodePlan& plan, const AttentionParams& p) {

@@ -1,16 +1,13 @@
 #include <algorithm>
 
+#include "core/cuda/rows_aligned.h"
 #include "core/cuda/tile_stride.h"
+#include "core/key_range.h"
 #include "diffqkv/attention_plan.h"
-#include "diffqkv/cuda_decode_plan.h"
 #include "diffqkv/cuda_prefill_plan.h"
 
 namespace diffqkv {
 namespace {
-
-constexpr int64_t kSystemSharedBytes = 1024;  // that a block costs beside its own
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int64_t shared_bytes(const PrefillVariant& v, int64_t stages) {
   const int64_t elements =

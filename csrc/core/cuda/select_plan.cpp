@@ -1,15 +1,13 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/cuda/rows_aligned.h"
+#include "core/key_range.h"
 #include "diffqkv/attention_plan.h"
-#include "diffqkv/cuda_decode_plan.h"
 #include "diffqkv/cuda_select_plan.h"
 
 namespace diffqkv {
 namespace {
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // The largest chunk that still gives every multiprocessor its blocks: few chunks leave few candidates. Half as large in
 // fp32, where the registers are short and K is twice as large beside the candidates.
@@ -37,7 +35,7 @@ CudaSelectPlan plan_cuda_select(const SelectiveVParams& params, const DeviceFact
   plan.quanta = static_cast<int32_t>(ceil_div(p.s_k, kSelectQuantum));
   const int64_t top_k = std::min(params.top_k, p.s_k);
   plan.wanted = static_cast<int32_t>(std::min(p.s_k, top_k * (params.max_error >= 0 ? kMaxAdded : 1)));
-  plan.candidates = static_cast<int32_t>(up(std::min<int64_t>(plan.chunk_tokens, plan.wanted), 2));
+  plan.candidates = static_cast<int32_t>(round_up(std::min<int64_t>(plan.chunk_tokens, plan.wanted), 2));
   plan.forced = static_cast<int32_t>(std::min(params.keep_first, p.s_k) + std::min(params.keep_last, p.s_k));
   const bool needs_stats = params.tail == Tail::mean || params.want_bound || params.max_error >= 0;
   if (needs_stats && params.v_stats == nullptr) plan.parts = static_cast<int32_t>(ceil_div(p.s_k, kSelectPartTokens));
@@ -46,7 +44,7 @@ CudaSelectPlan plan_cuda_select(const SelectiveVParams& params, const DeviceFact
                       kSelectWarps * kSelectRingBytes;
   // Two blocks a multiprocessor hide each other's latencies.
   const int64_t room =
-      std::min(facts.shared_per_block, facts.shared_per_multiprocessor / 2 - 1024) - kSelectGatherBytes;
+      std::min(facts.shared_per_block, facts.shared_per_multiprocessor / 2 - kSystemSharedBytes) - kSelectGatherBytes;
   const int64_t keys = int64_t{8} * plan.chunks * plan.candidates, list = int64_t{8} * plan.wanted;
   plan.list_in_shared = list <= room / 4;
   plan.keys_in_shared = keys <= room - (plan.list_in_shared ? list : 0);
@@ -59,10 +57,10 @@ CudaSelectPlan plan_cuda_select(const SelectiveVParams& params, const DeviceFact
   plan.queries = std::min(p.s_q, fit);
   plan.entries = std::min(p.batch, std::max<int64_t>(1, fit / std::max<int64_t>(1, p.s_q)));
   const int64_t rows = plan.entries * plan.queries * heads.n_q;
-  plan.keys_at = up(rows * mass_bytes, 256);
-  plan.forced_at = up(plan.keys_at + rows * keys, 256);
-  plan.list_at = up(plan.forced_at + rows * forced_bytes, 256);
-  plan.parts_at = up(plan.list_at + rows * list_bytes, 256);
+  plan.keys_at = round_up(rows * mass_bytes, 256);
+  plan.forced_at = round_up(plan.keys_at + rows * keys, 256);
+  plan.list_at = round_up(plan.forced_at + rows * forced_bytes, 256);
+  plan.parts_at = round_up(plan.list_at + rows * list_bytes, 256);
   plan.workspace_bytes = plan.parts_at + int64_t{4} * p.batch * heads.n_v * plan.parts * (p.d_v + 1);
   return plan;
 }

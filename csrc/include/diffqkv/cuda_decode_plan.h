@@ -69,8 +69,4 @@ constexpr bool cuda_decode_takes(const AttentionParams& p) {
 
 DIFFQKV_API CudaDecodePlan plan_cuda_decode(const AttentionParams& params, const DeviceFacts& facts);
 
-// Whether the tokens' rows can be copied 16 bytes at a time.
-DIFFQKV_API bool rows_aligned(const KvView& view, int64_t element_bytes);
-DIFFQKV_API bool rows_aligned(const TokenView& view, int64_t element_bytes);
-
 }  // namespace diffqkv

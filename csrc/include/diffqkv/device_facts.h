@@ -18,6 +18,7 @@ struct DeviceFacts {
   static constexpr DeviceFacts a100() { return {108, 80, 163 * 1024, 164 * 1024, 64 * 1024, 2039}; }
   static constexpr DeviceFacts rtx4090() { return {128, 89, 99 * 1024, 100 * 1024, 64 * 1024, 1008}; }
 };
+inline constexpr int64_t kSystemSharedBytes = 1024;  // shared memory that a block costs beside its own
 // Older GPUs lack the instructions of the kernels.
 inline constexpr int32_t kLeastCapability = 80;
 
