@@ -111,7 +111,7 @@ def _filled(model: nn.Module, tokens: int, dtype: torch.dtype):
 
 def _step(model: nn.Module, cache) -> Tensor:
     """Logits of one more token; the cache is left as it was."""
-    logits = model(torch.tensor([[1]]), past_key_values=cache, use_cache=True).logits
+    logits = model(torch.tensor([[1]]), cache=cache, use_cache=True).logits
     cache.crop(-1)
     return logits
 

@@ -21,7 +21,7 @@ while line := input("> "):
     conversation = model.generate(
         conversation,
         attention_mask=torch.ones_like(conversation),
-        past_key_values=cache,
+        cache=cache,
         streamer=streamer,
         max_new_tokens=40,
         do_sample=True,

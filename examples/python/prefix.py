@@ -23,12 +23,12 @@ def ids_of(*texts: str) -> torch.Tensor:
 
 
 def answer(ids: torch.Tensor, cache: diffqkv.Cache | None = None) -> torch.Tensor:
-    return model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
+    return model.generate(ids, attention_mask=torch.ones_like(ids), cache=cache, **options)
 
 
 known = diffqkv.Cache(model.config)
 with torch.no_grad():
-    model(ids_of(prefix), past_key_values=known)
+    model(ids_of(prefix), cache=known)
 
 # One prompt after another: each goes on from a copy.
 for question in questions:

@@ -37,7 +37,7 @@ def filled_cache(config: SigmaConfig, tokens: int) -> diffqkv.Cache:
 
 @torch.inference_mode()
 def step(model: SigmaModel, cache: diffqkv.Cache) -> None:
-    model(torch.zeros(1, 1, dtype=torch.long, device=device), past_key_values=cache)
+    model(torch.zeros(1, 1, dtype=torch.long, device=device), cache=cache)
     cache.crop(-1)
     if device.type != "cpu":
         torch.accelerator.synchronize()

@@ -103,6 +103,8 @@ class CacheLayer(CacheLayerMixin):
         self.k_cache: torch.Tensor | None = None
         self.v_cache: torch.Tensor | None = None
         self._v_stats: torch.Tensor | None = None
+        self._assigned: dict[str, torch.Tensor] = {}
+        self._first_cut: int | None = None  # the first token whose graph was not kept
         self._wanted_batch, self._wanted_dtype, self._wanted_device = batch_size, dtype, device
         self._positions = positions or SlotPositions()
 
@@ -111,13 +113,62 @@ class CacheLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """The valid K in the grouped layout `[b, G, s, (n_k / G) * d_k]`."""
-        return self._grouped()[0][:, :, self.unseen :] if self.is_initialized else None
+        """The valid K in the grouped layout `[b, G, s, (n_k / G) * d_k]`; of K in panels, a copy.
+
+        Tools that shorten or change a cache assign keys and values, one after the other: what is assigned is copied
+        once both are as long as each other, and until then nothing else can be done with the layer.
+        """
+        return self._seen("keys")
+
+    @keys.setter
+    def keys(self, keys: torch.Tensor) -> None:
+        self._assign("keys", keys)
 
     @property
     def values(self) -> torch.Tensor | None:
-        """The valid V in the grouped layout `[b, G, s, (n_v / G) * d_v]`."""
-        return self._grouped()[1][:, :, self.unseen :] if self.is_initialized else None
+        """The valid V in the grouped layout `[b, G, s, (n_v / G) * d_v]`; assigned as `keys` is."""
+        return self._seen("values")
+
+    @values.setter
+    def values(self, values: torch.Tensor) -> None:
+        self._assign("values", values)
+
+    def _seen(self, name: str) -> torch.Tensor | None:
+        if name in self._assigned:
+            return self._assigned[name]
+        return self._grouped()[name == "values"][:, :, self.unseen :] if self.is_initialized else None
+
+    def _assign(self, name: str, x: torch.Tensor) -> None:
+        if self.is_sliding:
+            raise NotImplementedError(f"{name}: assignment is not built for layers with a sliding window")
+        shape = self.shape
+        width = shape.v_per_group * shape.d_v if name == "values" else shape.k_per_group * shape.d_k
+        self._check_grouped(name, x, width)
+        assigned = self._assigned | {name: x.detach()}
+        both = {side: assigned.get(side, getattr(self, side)) for side in ("keys", "values")}
+        if self.max_length is not None and x.shape[2] > self.max_length:
+            raise ValueError(f"{name}: got {x.shape[2]} tokens, want at most max_length = {self.max_length}")
+        like = x.shape[:3], x.dtype, x.device
+        if any(y is None or (y.shape[:3], y.dtype, y.device) != like for y in both.values()):
+            self._assigned = assigned
+            return
+        # They may be views of the buffers that are written next.
+        keys, values = (y.clone() for y in both.values())
+        self.reset()
+        if self.is_initialized and (x.shape[0], x.dtype, x.device) != (self.batch_size, self.dtype, self.device):
+            self.is_initialized = False
+            self._wanted_batch = self._wanted_dtype = self._wanted_device = None
+        self.adopt(keys, values, keys.shape[2])
+
+    def check_complete(self) -> None:
+        """Raises ValueError where keys have been assigned and values of their length have not, or the other way."""
+        for name in self._assigned:
+            other = {"keys": "values", "values": "keys"}[name]
+            got, want = (
+                "none" if x is None else f"{x.dtype} of shape {list(x.shape)}"
+                for x in (getattr(self, other), getattr(self, name))
+            )
+            raise ValueError(f"{other}: got {got}, want what fits the assigned {name}, {want}")
 
     def append(
         self, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor | None = None, sin: torch.Tensor | None = None
@@ -138,7 +189,7 @@ class CacheLayer(CacheLayerMixin):
         """Hugging Face's entry: k `[b, G, s_new, (n_k / G) * d_k]` and v `[b, G, s_new, (n_v / G) * d_v]`.
 
         Returns all valid tokens in the same form. The cache stores values without a graph: a gradient flows into the
-        new tokens only.
+        new tokens only, and when a later write records one, too, it is a ValueError.
         """
         shape = self.shape
         if torch.is_autocast_enabled(value_states.device.type):
@@ -146,6 +197,9 @@ class CacheLayer(CacheLayerMixin):
         self._check_grouped("key_states", key_states, shape.k_per_group * shape.d_k)
         self._check_grouped("value_states", value_states, shape.v_per_group * shape.d_v)
         self._check_write(key_states, value_states, key_states.shape[2])
+        records_graph = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        if records_graph:
+            self.check_graph()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[2]
@@ -161,7 +215,8 @@ class CacheLayer(CacheLayerMixin):
         else:
             self._write(ungroup(k), ungroup(v), None, None)
         keys, values = self._grouped()
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+        if records_graph:
+            self._first_cut = past
             keys = torch.cat([keys[:, :, :past], key_states], dim=2)
             values = torch.cat([values[:, :, :past], value_states], dim=2)
         return keys, values
@@ -173,7 +228,8 @@ class CacheLayer(CacheLayerMixin):
         shape = self.shape
         self._check_grouped("keys", keys, shape.k_per_group * shape.d_k)
         self._check_grouped("values", values, shape.v_per_group * shape.d_v)
-        if any(dim % 8 or dim > 256 for dim in (shape.d_k, shape.d_v)):  # the ops do not take them
+        # What the ops do not take.
+        if any(dim % 8 or dim > 256 for dim in (shape.d_k, shape.d_v)) or keys.dtype not in _PANEL_DTYPES:
             self.update(keys.detach(), values.detach())
             return
         k = keys.detach().unflatten(-1, (shape.k_per_group, shape.d_k))
@@ -225,7 +281,8 @@ class CacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets the tokens and keeps the buffers."""
         self.length = 0
-        self._v_stats = None
+        self._v_stats = self._first_cut = None
+        self._assigned = {}
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest tokens: a number <= 0, as in Hugging Face's caches. Moves a counter, copies nothing."""
@@ -235,8 +292,11 @@ class CacheLayer(CacheLayerMixin):
             tokens_to_remove = min(0, tokens_to_remove - self.length)
         if not -self.length <= tokens_to_remove <= 0:
             raise ValueError(f"tokens_to_remove: got {tokens_to_remove}, want {-self.length} to 0 (negative: remove)")
+        self.check_complete()
         self.length += tokens_to_remove
         self._v_stats = None
+        if self._first_cut is not None and self.length <= self._first_cut:
+            self._first_cut = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -249,6 +309,7 @@ class CacheLayer(CacheLayerMixin):
         """Keeps the batch entries `indices` (positions or a bool mask), in that order."""
         if not self.is_initialized:
             return
+        self.check_complete()
         if indices.dtype == torch.bool:
             indices = indices.nonzero().squeeze(1)
         indices = indices.to(self.k_cache.device)
@@ -270,16 +331,26 @@ class CacheLayer(CacheLayerMixin):
 
     def check_fits(self, batch_size: int, new_tokens: int) -> None:
         """Raises ValueError if the next write of `new_tokens` for `batch_size` rows cannot succeed."""
+        self.check_complete()
         wanted = self._wanted_batch
         if wanted is not None and batch_size != wanted:
             raise ValueError(
-                f"past_key_values: got a batch of {batch_size}, want {wanted}, the batch of the cache "
+                f"cache: got a batch of {batch_size}, want {wanted}, the batch of the cache "
                 f"(batch_repeat_interleave and batch_select_indices change it)"
             )
         if self.max_length is not None and self.get_seq_length() + new_tokens > self.max_length:
             raise ValueError(
-                f"past_key_values: got {new_tokens} new tokens behind {self.get_seq_length()}, "
+                f"cache: got {new_tokens} new tokens behind {self.get_seq_length()}, "
                 f"want at most max_length = {self.max_length} in all"
+            )
+
+    def check_graph(self) -> None:
+        """Raises ValueError if a graph that goes on from the cached tokens would not reach what they were made of."""
+        if self._first_cut is not None:
+            raise ValueError(
+                f"cache: got a step that records gradients behind tokens that were recorded too, from number "
+                f"{self._first_cut} on, whose graph diffqkv.Cache does not keep; want them written under "
+                f"torch.no_grad(), or a DynamicCache"
             )
 
     def _check_heads(self, name: str, x: torch.Tensor, heads: int, dim: int) -> None:
@@ -451,4 +522,6 @@ class SlidingCacheLayer(CacheLayer):
         first = self.length - kept
         self.k_cache, self.v_cache = self.k_cache[:, :, first:], self.v_cache[:, :, first:]
         self.dropped, self.length = self.dropped + first, kept
+        if self._first_cut is not None:
+            self._first_cut = max(0, self._first_cut - first)
         self._move_to_new_buffers(_whole_panels(max(kept + new_tokens, 2 * kept, _SMALLEST_CAPACITY)))

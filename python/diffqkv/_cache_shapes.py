@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import astuple, dataclass
 from math import gcd
-from typing import NamedTuple
 
 from transformers import PreTrainedConfig
 
-# A model's config, or one (n_k, d_k, n_v, d_v) per layer.
-ConfigOrShapes = PreTrainedConfig | Iterable[tuple[int, int, int, int]]
 
+@dataclass(frozen=True)
+class CacheShape:
+    """What one token stores in one layer: n_k K heads of d_k and n_v V heads of d_v (eq. 14).
 
-class CacheShape(NamedTuple):
-    """What one token stores in one layer: n_k K heads of d_k and n_v V heads of d_v (eq. 14)."""
+    No tuple: the exporters of transformers take the tuples in a cache apart.
+    """
 
     n_k: int
     d_k: int
@@ -33,16 +34,20 @@ class CacheShape(NamedTuple):
         return self.n_v // self.groups
 
 
+# A model's config, or one (n_k, d_k, n_v, d_v) per layer.
+ConfigOrShapes = PreTrainedConfig | Iterable[CacheShape | tuple[int, int, int, int]]
+
+
 def cache_shapes(config_or_shapes: ConfigOrShapes) -> list[CacheShape]:
     """One `CacheShape` per layer, from a model's config or from tuples (n_k, d_k, n_v, d_v).
 
     A config without `num_key_heads` and `num_value_heads` counts as one with equal K and V heads.
     """
     if not isinstance(config_or_shapes, PreTrainedConfig):
-        shapes = [CacheShape(*shape) for shape in config_or_shapes]
-        for shape in shapes:
+        shapes = [x if isinstance(x, CacheShape) else CacheShape(*x) for x in config_or_shapes]
+        for shape in map(astuple, shapes):
             if any(not isinstance(size, int) or size < 1 for size in shape):
-                raise ValueError(f"config_or_shapes: got {tuple(shape)}, want positive integers (n_k, d_k, n_v, d_v)")
+                raise ValueError(f"config_or_shapes: got {shape}, want positive integers (n_k, d_k, n_v, d_v)")
         return shapes
     return [_shape_of(config) for config in _layer_configs(config_or_shapes)]
 

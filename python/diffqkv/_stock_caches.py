@@ -33,14 +33,14 @@ def check_stock_cache(cache: Cache, config_or_shapes: ConfigOrShapes, batch_size
     layers = getattr(cache, "layers", None)
     if not isinstance(cache, Cache) or layers is None:
         raise TypeError(
-            f"past_key_values: got {type(cache).__name__}, want a cache with one layer for each of the model's; "
+            f"cache: got {type(cache).__name__}, want a cache with one layer for each of the model's; "
             f"diffqkv.Cache.from_stock makes one of (keys, values) per layer"
         )
     if cache.offloading and not torch.accelerator.is_available():
-        raise ValueError("past_key_values: got a cache with offloading and no accelerator, want offloading=False")
+        raise ValueError("cache: got a cache with offloading and no accelerator, want offloading=False")
     shapes = cache_shapes(config_or_shapes)
     if layers and len(layers) != len(shapes):
-        raise ValueError(f"past_key_values: got a cache of {len(layers)} layers, want {len(shapes)}")
+        raise ValueError(f"cache: got a cache of {len(layers)} layers, want {len(shapes)}")
     for i, (layer, shape) in enumerate(zip(layers, shapes, strict=False)):
         if layer.is_initialized:
             _check_shapes(layer, shape, batch_size, i)
@@ -54,8 +54,7 @@ def _check_shapes(layer: CacheLayerMixin, shape: CacheShape, batch_size: int, in
         got, want = (batch, groups, got_width), (batch_size, shape.groups, width)
         if got != want:
             raise ValueError(
-                f"past_key_values: got {name} of batch, groups and width {got} in layer {index} of the cache, want "
-                f"{want}"
+                f"cache: got {name} of batch, groups and width {got} in layer {index} of the cache, want {want}"
             )
 
 
@@ -76,7 +75,7 @@ def _check_room(layer: StaticLayer, new_tokens: int) -> None:
     past = int(layer.get_seq_length())
     if past + new_tokens > layer.max_cache_len:
         raise ValueError(
-            f"past_key_values: got {new_tokens} new tokens behind {past}, want at most max_cache_len = "
+            f"cache: got {new_tokens} new tokens behind {past}, want at most max_cache_len = "
             f"{layer.max_cache_len} in all"
         )
 

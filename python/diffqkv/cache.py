@@ -18,7 +18,7 @@ __all__ = ["Cache", "CacheLayer", "CacheShape", "cache_shapes", "check_cache", "
 class Cache(HuggingFaceCache):
     """K and V of all layers, each with its own head count and dimension, written in place.
 
-    A drop-in for `past_key_values` of every Hugging Face model whose layers cache K and V of fixed shapes. It grows by
+    A drop-in for the caches of every Hugging Face model whose layers cache K and V of fixed shapes. It grows by
     doubling, so a token costs an amortised O(1) copy, or not at all when `max_length` reserves the memory at once. With
     attention "diffqkv" new tokens are rotated and written by one `kv_cache_update` and read where they lie; the other
     attention functions get dense tensors from `update`.
@@ -144,10 +144,14 @@ class Cache(HuggingFaceCache):
         """
         wanted = cache_shapes(config_or_shapes)
         if len(self.shapes) != len(wanted):
-            raise ValueError(f"past_key_values: got a cache of {len(self.shapes)} layers, want {len(wanted)}")
+            raise ValueError(f"cache: got a cache of {len(self.shapes)} layers, want {len(wanted)}")
         for i, (got, want) in enumerate(zip(self.shapes, wanted, strict=True)):
             if got != want:
-                raise ValueError(f"past_key_values: got {got} in layer {i} of the cache, want {want} as in the model")
+                raise ValueError(f"cache: got {got} in layer {i} of the cache, want {want} as in the model")
+        for layer in self.layers:
+            layer.check_complete()
+            if torch.is_grad_enabled():
+                layer.check_graph()
         self.layers[0].check_fits(batch_size, new_tokens)
 
     def early_initialization(

@@ -9,7 +9,7 @@ import sys
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
-from tiny_sigma import packed, tiny_model
+from tiny_sigma import checkpoint_activations, packed, tiny_model
 from torch.distributed.tensor import DTensor
 
 LENGTHS = [5, 3, 9, 1, 6, 10]  # two rows of 17, of which each process takes one
@@ -41,7 +41,7 @@ def fsdp2_accelerator() -> Accelerator:
 
 def train(accelerator: Accelerator, model):
     """Some steps of a whole model: the sharded model, and the losses of the global batches."""
-    model.train().gradient_checkpointing_enable()
+    checkpoint_activations(model.train())
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
     model, optimizer = accelerator.prepare(model, optimizer)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from fsdp2_steps import fsdp2_accelerator, train
-from tiny_sigma import padded, tokens
+from tiny_sigma import cache_in, padded, tokens
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
@@ -36,8 +36,8 @@ def inference(model, caches) -> dict:
     ids, mask = padded([9, 6], "left")
     cache, steps = None, []
     for begin, end in ((0, 6), (6, 7), (7, 9)):
-        out = model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
-        cache, steps = out.past_key_values, [*steps, out.logits]
+        out = model(ids[:, begin:end], attention_mask=mask[:, :end], cache=cache, use_cache=True)
+        cache, steps = cache_in(out), [*steps, out.logits]
     options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
     return {
         "logits": model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()],

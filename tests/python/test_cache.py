@@ -11,7 +11,8 @@ import torch
 from tiny_sigma import tiny_config, tiny_model, tokens
 from transformers import DynamicCache, LlamaConfig, MistralConfig, StaticCache
 
-from diffqkv import Cache
+from diffqkv import Cache, reference
+from diffqkv.cache import CacheShape
 
 SHAPES = [(2, 16, 4, 16), (4, 8, 2, 16), (4, 16, 6, 24), (3, 8, 3, 8)]
 SHAPE = SHAPES[0]
@@ -146,7 +147,8 @@ def test_update_lets_gradients_into_the_new_tokens_only():
     shape = (2, 16, 4, 16)
     cache = Cache([shape])
     old, new = ([grouped(x, 2).requires_grad_() for x in new_tokens(shape, count, seed=count)] for count in (3, 2))
-    cache.update(*old, 0)
+    with torch.no_grad():
+        cache.update(*old, 0)
     keys, values = cache.update(*new, 0)
     (keys.sum() + 2 * values.sum()).backward()
     assert torch.equal(new[0].grad, torch.ones_like(new[0]))
@@ -391,13 +393,13 @@ def test_early_initialization_reserves_k_and_v_with_their_own_shapes():
 
 def test_shapes_come_from_the_config():
     cache = Cache(tiny_config((12, 4, 6), k_compression="expand"))
-    assert cache.shapes == [(4, 8, 6, 16)] * 2
+    assert cache.shapes == [CacheShape(4, 8, 6, 16)] * 2
     llama = LlamaConfig(num_attention_heads=8, num_key_value_heads=2, hidden_size=64, num_hidden_layers=3)
-    assert Cache(llama).shapes == [(2, 8, 2, 8)] * 3
+    assert Cache(llama).shapes == [CacheShape(2, 8, 2, 8)] * 3
     if hasattr(llama, "is_heterogeneous"):  # in newer releases of transformers
         config = MistralConfig(head_dim=8, num_key_value_heads=2, num_hidden_layers=3, sliding_window=None)
         config.per_layer_config = {1: {"num_key_value_heads": 4}, 2: {"sliding_window": 5}}
-        assert Cache(config).shapes == [(2, 8, 2, 8), (4, 8, 4, 8), (2, 8, 2, 8)]
+        assert [x.n_k for x in Cache(config).shapes] == [2, 4, 2]
         assert Cache(config).is_sliding == [False, False, True]
 
 
@@ -600,7 +602,7 @@ def write(cache, layer=0, *, shape=SHAPE, count=2, batch=2, dtype=torch.float32,
         ({"shape": (4, 16, 4, 16)}, r"k: got shape \[2, 4, 2, 16\], want \[batch, 2, tokens, 16\]"),
         ({"shape": (2, 8, 4, 16)}, r"k: got shape \[2, 2, 2, 8\]"),
         ({"shape": (2, 16, 2, 16)}, r"v: got shape \[2, 2, 2, 16\], want \[batch, 4, tokens, 16\]"),
-        ({"batch": 3}, "past_key_values: got a batch of 3, want 2"),
+        ({"batch": 3}, "cache: got a batch of 3, want 2"),
         ({"dtype": torch.bfloat16}, "k: got dtype torch.bfloat16, want torch.float32"),
         ({"count": 8}, "got 8 new tokens behind 3, want at most max_length = 10"),
         ({"v_count": 3}, "v: got 2 rows of 3 tokens, want 2 of 2"),
@@ -656,8 +658,8 @@ def test_bad_shapes():
 @pytest.mark.parametrize(
     ("cache", "message"),
     [
-        (Cache(tiny_config((8, 4, 2))), r"past_key_values: got CacheShape\(n_k=4, d_k=16, n_v=2, d_v=16\) in layer 0"),
-        (Cache(tiny_config(num_hidden_layers=3)), "past_key_values: got a cache of 3 layers, want 2"),
+        (Cache(tiny_config((8, 4, 2))), r"cache: got CacheShape\(n_k=4, d_k=16, n_v=2, d_v=16\) in layer 0"),
+        (Cache(tiny_config(num_hidden_layers=3)), "cache: got a cache of 3 layers, want 2"),
         (Cache(tiny_config(), max_length=6), "got 7 new tokens behind 0, want at most max_length = 6"),
         (Cache(tiny_config(), batch_size=3), "got a batch of 2, want 3"),
         (Cache(tiny_config(), dtype=torch.bfloat16), "k: got dtype torch.float32, want torch.bfloat16"),
@@ -668,7 +670,7 @@ def test_a_model_refuses_a_cache_that_does_not_fit(cache, message, attention):
     model = tiny_model()
     model.set_attn_implementation(attention)
     with torch.no_grad(), pytest.raises(ValueError, match=message):
-        model(tokens(2, 7), past_key_values=cache)
+        model(tokens(2, 7), cache=cache)
     assert all(layer.length == 0 and not layer.is_initialized for layer in cache.layers)
 
 
@@ -678,10 +680,71 @@ def test_unused_slots_are_never_read():
     cache = Cache(model.config, max_length=100)
     with torch.no_grad():
         want = model(ids, use_cache=False).logits
-        model(ids[:, :33], past_key_values=cache)
+        model(ids[:, :33], cache=cache)
         for layer in cache.layers:
             layer.v_cache[:, :, 33:] = float("nan")
             layer.k_cache[:, :, 1, :, 1:] = float("nan")  # tokens 33 to 63
             layer.k_cache[:, :, 2:] = float("nan")
-        got = torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(33, 40)], 1)
+        got = torch.cat([model(ids[:, i : i + 1], cache=cache).logits for i in range(33, 40)], 1)
     torch.testing.assert_close(got, want[:, 33:], atol=1e-4, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- tools that change a cache
+
+
+@pytest.mark.parametrize("by", ["append", "update"])
+def test_keys_and_values_can_be_assigned(by):
+    """As tools for compressing caches do, after the prompt: keys, then values."""
+    shape = CacheShape(2, 16, 4, 16)
+    cache = Cache([shape])
+    k, v = torch.randn(2, 2, 40, 16), torch.randn(2, 4, 40, 16)
+    if by == "append":
+        cache.append(k, v, 0)
+    else:
+        cache.update(k, reference.group(v, 2).flatten(3), 0)
+    layer = cache.layers[0]
+    kept = torch.tensor([0, 3, 4, 20, 39])
+    layer.keys = layer.keys[:, :, kept]
+    assert layer.keys.shape[2] == 5 and layer.values.shape[2] == 40
+    with pytest.raises(ValueError, match=r"values: got torch.float32 of shape \[2, 2, 40, 32\], want what fits the as"):
+        cache.append(k[:, :, :1], v[:, :, :1], 0)
+    with pytest.raises(ValueError, match="values: got torch.float32 of shape"):
+        cache.crop(-1)
+    layer.values = layer.values[:, :, kept]
+    assert all(map(torch.equal, cache.to_dense()[0], (k[:, :, kept], v[:, :, kept])))
+    cache.append(k[:, :, :1], v[:, :, :1], 0)
+    assert cache.get_seq_length() == 6 and torch.equal(cache.to_dense()[0][1][:, :, -1], v[:, :, 0])
+    layer.values = 2 * layer.values  # as long as the keys: at once
+    assert torch.equal(cache.to_dense()[0][1][:, :, 0], 2 * v[:, :, 0])
+    for name, wrong in (("keys", k[:, :1]), ("values", v)):
+        with pytest.raises(ValueError, match=f"{name}: got shape"):
+            setattr(layer, name, wrong)
+    layer.keys = layer.keys[:1].bfloat16()
+    layer.values = layer.values[:1].bfloat16()  # another batch and another dtype
+    assert cache.to_dense()[0][0].shape == (1, 2, 6, 16) and cache.to_dense()[0][0].dtype == torch.bfloat16
+
+
+def test_a_model_goes_on_behind_assigned_tokens():
+    model, ids = tiny_model(), tokens(1, 12)
+    caches = Cache(model.config), DynamicCache(config=model.config)
+    got = []
+    for cache in caches:
+        with torch.no_grad():
+            model(ids[:, :9], cache=cache)
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, 2:], layer.values[:, :, 2:]
+            positions = torch.arange(9, 12)[None]
+            got.append(model(ids[:, 9:], cache=cache, position_ids=positions, attention_mask=torch.ones(1, 10)).logits)
+    torch.testing.assert_close(*got, atol=1e-5, rtol=1e-5)
+
+
+def test_a_sliding_layer_takes_no_assignment():
+    cache = Cache(MistralConfig(head_dim=8, num_key_value_heads=2, num_hidden_layers=1, sliding_window=4))
+    with pytest.raises(NotImplementedError, match="keys: assignment is not built for layers with a sliding window"):
+        cache.layers[0].keys = torch.zeros(1, 2, 3, 8)
+
+
+def test_objects_that_tools_take_apart_can_be_put_together():
+    """The exporters of transformers rebuild the tuples that they find in a cache."""
+    cache = Cache(tiny_config())
+    assert not any(isinstance(x, tuple) for x in [*cache.shapes, *vars(cache.layers[0]).values()])

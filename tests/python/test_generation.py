@@ -11,7 +11,7 @@ import tiny_sigma
 import torch
 import transformers.cache_utils
 from test_model_masks import other_model
-from tiny_sigma import ATTENTIONS, COMPRESSIONS, logits, padded, tiny_config, tiny_model, tokens
+from tiny_sigma import ATTENTIONS, CACHE, COMPRESSIONS, cache_in, logits, padded, tiny_config, tiny_model, tokens
 from torch._dynamo.utils import counters
 from transformers import (
     CompileConfig,
@@ -24,6 +24,7 @@ from transformers import (
     TextIteratorStreamer,
     TextStreamer,
 )
+from transformers.cache_utils import StaticLayer
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 import diffqkv
@@ -60,10 +61,10 @@ def prompts(padding, rows):
 
 def by_candidates(model, input_ids, **kwargs):
     """A `custom_generate`: greedy, but runs the three best tokens as rows of their own, as contrastive search does."""
-    kwargs = {name: kwargs[name] for name in ("attention_mask", "position_ids", "past_key_values")}
-    past, mask, positions = kwargs["past_key_values"], kwargs["attention_mask"], kwargs["position_ids"]
+    kwargs = {name: kwargs[name] for name in ("attention_mask", "position_ids", CACHE)}
+    past, mask, positions = kwargs[CACHE], kwargs["attention_mask"], kwargs["position_ids"]
     rows = len(input_ids)
-    step = model(input_ids, attention_mask=mask, position_ids=positions, past_key_values=past)
+    step = model(input_ids, attention_mask=mask, position_ids=positions, cache=past)
     for step_number in range(NEW):
         best = step.logits[:, -1].topk(3).indices
         input_ids = torch.cat([input_ids, best[:, :1]], 1)
@@ -76,7 +77,7 @@ def by_candidates(model, input_ids, **kwargs):
             "attention_mask": None if mask is None else mask.repeat_interleave(3, 0),
             "position_ids": positions.expand(rows, 1).repeat_interleave(3, 0),
         }
-        step = model(best.reshape(-1, 1), past_key_values=past, **candidates)
+        step = model(best.reshape(-1, 1), cache=past, **candidates)
         step.logits = step.logits[::3]
         past.batch_select_indices(torch.arange(0, 3 * rows, 3))
 
@@ -105,20 +106,20 @@ CACHES = ["default", "given", "fixed", "dynamic", "lazy", "static", "offloaded",
 
 NO_CACHE = {mode: "requires `use_cache=True`" for mode in ONE_ROW_MODES} | {
     "chunked prefill": "prefill chunking without a cache",
-    "custom_generate": "past_key_values",
+    "custom_generate": CACHE,
 }
-NO_STATIC = {mode: "not supported with Static cache" for mode in ONE_ROW_MODES} | {
-    "custom_generate": "batch_repeat_interleave",
-}
+NO_STATIC = {"custom_generate": "batch_repeat_interleave"}
+if not getattr(StaticLayer, "is_croppable", False):  # before transformers 5.24
+    NO_STATIC |= {mode: "not supported with Static cache" for mode in ONE_ROW_MODES}
 
 
 def cache_options(kind, config, length):
     return {
         "default": lambda: {},
-        "given": lambda: {"past_key_values": diffqkv.Cache(config)},
-        "fixed": lambda: {"past_key_values": diffqkv.Cache(config, max_length=length)},
-        "dynamic": lambda: {"past_key_values": DynamicCache(config=config)},
-        "lazy": lambda: {"past_key_values": DynamicCache()},
+        "given": lambda: {CACHE: diffqkv.Cache(config)},
+        "fixed": lambda: {CACHE: diffqkv.Cache(config, max_length=length)},
+        "dynamic": lambda: {CACHE: DynamicCache(config=config)},
+        "lazy": lambda: {CACHE: DynamicCache()},
         "static": lambda: {"cache_implementation": "static"},
         "offloaded": lambda: {"cache_implementation": "offloaded"},
         "none": lambda: {"use_cache": False},
@@ -213,7 +214,7 @@ def test_tokens_in_half_precision_are_best_up_to_its_error(dtype, attention):
             assert error < 0.3, "of logits with a spread of several units"
             model.set_attn_implementation(attention)
             for kind in ("default", "dynamic", "static"):
-                if kind == "static" and mode in ONE_ROW_MODES:
+                if kind == "static" and mode in NO_STATIC:
                     continue
                 draft_model().to(dtype)
                 new = run(model, mode, kind, padding)
@@ -248,14 +249,14 @@ def test_modes_that_transformers_moved_out_say_where_they_are(model):
             generate(model, tokens(1, 5), **options)
 
 
-CUSTOM_GENERATE = """
+CUSTOM_GENERATE = f"""
 from transformers import DynamicCache, GenerationMixin
 
 
-def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, past_key_values, **kwargs):
+def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
     if generation_config.penalty_alpha is not None:
-        assert isinstance(past_key_values, DynamicCache), "what contrastive search asks for"
-    options = {"past_key_values": past_key_values, "attention_mask": kwargs["attention_mask"], "do_sample": False}
+        assert isinstance(kwargs[{CACHE!r}], DynamicCache), "what contrastive search asks for"
+    options = {{name: kwargs[name] for name in ({CACHE!r}, "attention_mask")}} | {{"do_sample": False}}
     return GenerationMixin.generate(model, input_ids, max_length=generation_config.max_length, **options)
 
 
@@ -278,6 +279,9 @@ def test_text_streamers():
     model = tiny_model(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
     inputs = tokenizer("a prompt", return_tensors="pt")
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    # Bytes that are no text yet are decoded otherwise behind more of them.
+    letters = tokenizer("some words and letters").input_ids
+    options["prefix_allowed_tokens_fn"] = lambda batch_id, ids: letters
     want = tokenizer.decode(model.generate(**inputs, **options)[0, inputs.input_ids.shape[1] :])
 
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
@@ -319,8 +323,8 @@ def test_a_dense_mask_takes_stock_attention_and_says_so_once(model, monkeypatch)
     ids, past = tokens(1, 6), diffqkv.Cache(model.config)
     dense = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
     dense[..., 4, 1] = False
-    logits(model, ids[:, :4], attention_mask=dense[:, :, :4, :4], past_key_values=past)
-    got = logits(model, ids[:, 4:], attention_mask=dense[:, :, 4:], past_key_values=past)
+    logits(model, ids[:, :4], attention_mask=dense[:, :, :4, :4], cache=past)
+    got = logits(model, ids[:, 4:], attention_mask=dense[:, :, 4:], cache=past)
     assert len(set(warned)) == 1 and "stock attention" in warned[0]
     model.set_attn_implementation("sdpa")
     torch.testing.assert_close(got, logits(model, ids, attention_mask=dense)[:, 4:], atol=1e-4, rtol=1e-4)
@@ -336,7 +340,7 @@ def prefix_cache(model, ids, kind):
         "dynamic": lambda: DynamicCache(config=model.config),
         "static": lambda: StaticCache(config=model.config, max_cache_len=40),
     }[kind]()
-    logits(model, ids, past_key_values=past)
+    logits(model, ids, cache=past)
     return past
 
 
@@ -351,13 +355,13 @@ def test_a_saved_prefix_serves_many_prompts(model, kind, attention):
         want = generate(model, ids)
         prefix = prefix_cache(model, system, kind) if prefix is None else prefix
         for _ in range(2):
-            assert torch.equal(generate(model, ids, past_key_values=copy.deepcopy(prefix)), want)
+            assert torch.equal(generate(model, ids, cache=copy.deepcopy(prefix)), want)
     fresh = prefix_cache(model, system, kind)
     ids = tokens(1, 3, 8)
     step, positions = copy.deepcopy(prefix), torch.arange(9, 12)[None]
     assert torch.equal(
-        logits(model, ids, past_key_values=step, position_ids=positions),
-        logits(model, ids, past_key_values=fresh, position_ids=positions),
+        logits(model, ids, cache=step, position_ids=positions),
+        logits(model, ids, cache=fresh, position_ids=positions),
     )
     assert int(prefix.get_seq_length()) == 9
 
@@ -367,19 +371,19 @@ def test_a_prefix_serves_a_batch_and_several_samples(model, kind):
     system, ends = tokens(1, 9), tokens(3, 5, 1)
     ids = torch.cat([system.expand(3, -1), ends], 1)
     past = prefix_cache(model, system, kind)
-    with pytest.raises(ValueError, match="past_key_values: got"):
-        generate(model, ids, past_key_values=past)
+    with pytest.raises(ValueError, match="cache: got"):
+        generate(model, ids, cache=past)
     past.batch_repeat_interleave(3)
-    assert torch.equal(generate(model, ids, past_key_values=copy.deepcopy(past)), generate(model, ids))
+    assert torch.equal(generate(model, ids, cache=copy.deepcopy(past)), generate(model, ids))
     # Ends of several lengths leave a gap behind the prefix, which is no span: stock attention computes it.
     mask = torch.ones_like(ids)
     mask[1, 9:12] = 0
     want = generate(model, ids, mask)
-    assert torch.equal(generate(model, ids, mask, past_key_values=copy.deepcopy(past)), want)
+    assert torch.equal(generate(model, ids, mask, cache=copy.deepcopy(past)), want)
     alone = torch.cat([ids[1:2, :9], ids[1:2, 12:]], 1)
     assert torch.equal(want[1:, 14:][:1], generate(model, alone)[:, 11:])
     want = generate(model, ids[:1], num_beams=3)
-    assert torch.equal(generate(model, ids[:1], num_beams=3, past_key_values=past), want)
+    assert torch.equal(generate(model, ids[:1], num_beams=3, cache=past), want)
 
 
 @pytest.mark.parametrize("kind", ["diffqkv", "dynamic"])
@@ -390,7 +394,7 @@ def test_assisted_decoding_behind_a_prefix(model, mode, kind, cached):
     ids, _ = prompts("none", 1)
     want = generate(model, ids)
     mode = {"assistant_model": draft_model()} if "assistant_model" in mode else mode
-    got = generate(model, ids, past_key_values=prefix_cache(model, ids[:, :cached], kind), **mode)
+    got = generate(model, ids, cache=prefix_cache(model, ids[:, :cached], kind), **mode)
     assert torch.equal(got, want)
 
 
@@ -400,10 +404,10 @@ def test_a_prompt_that_is_all_cached_is_refused(model, kind, mode):
     """No token is left to feed, and transformers would feed the whole prompt again: wrong tokens."""
     ids, _ = prompts("none", 1)
     past = prefix_cache(model, ids, kind)
-    with pytest.raises(ValueError, match="past_key_values: got 12 tokens and a prompt of 12"):
-        generate(model, ids, past_key_values=past, **mode)
+    with pytest.raises(ValueError, match="cache: got 12 tokens and a prompt of 12"):
+        generate(model, ids, cache=past, **mode)
     past.crop(-1)
-    assert torch.equal(generate(model, ids, past_key_values=past), generate(model, ids))
+    assert torch.equal(generate(model, ids, cache=past), generate(model, ids))
 
 
 @pytest.mark.parametrize("kind", ["diffqkv", "dynamic"])
@@ -413,10 +417,10 @@ def test_a_conversation_goes_on_in_one_cache(model, kind):
     ids = tokens(1, 6)
     for turn in range(3):
         want = generate(model, ids)
-        assert torch.equal(generate(model, ids, past_key_values=past), want)
+        assert torch.equal(generate(model, ids, cache=past), want)
         if turn == 1:
             past.crop(ids.shape[1] - 1 - past.get_seq_length())
-            want = generate(model, ids, past_key_values=past)
+            want = generate(model, ids, cache=past)
         ids = torch.cat([want, tokens(1, 3, turn)], 1)
 
 
@@ -424,7 +428,7 @@ def test_only_the_new_tokens_with_a_mask_of_all(model):
     ids = tokens(2, 11)
     want = generate(model, ids)
     past = prefix_cache(model, ids[:, :7], "diffqkv")
-    got = generate(model, ids[:, 7:], torch.ones(2, 11, dtype=torch.long), past_key_values=past)
+    got = generate(model, ids[:, 7:], torch.ones(2, 11, dtype=torch.long), cache=past)
     assert torch.equal(got[:, 4:], want[:, 11:])
 
 
@@ -435,12 +439,12 @@ def test_embeddings_behind_a_prefix(model):
     want, options = generate(model, ids), {"max_new_tokens": NEW, "do_sample": False}
     options["attention_mask"] = torch.ones_like(ids)
     with pytest.raises(
-        ValueError, match="inputs_embeds: got 6 tokens behind 5 in past_key_values, want all 11 of the prompt"
+        ValueError, match="inputs_embeds: got 6 tokens behind 5 in the cache, want all 11 of the prompt"
     ):
-        model.generate(inputs_embeds=embeds[:, 5:], past_key_values=past, **options)
-    got = model.generate(inputs_embeds=embeds, past_key_values=copy.deepcopy(past), **options)
+        model.generate(inputs_embeds=embeds[:, 5:], cache=past, **options)
+    got = model.generate(inputs_embeds=embeds, cache=copy.deepcopy(past), **options)
     assert torch.equal(got, want[:, 11:])
-    got = model.generate(ids, inputs_embeds=embeds, past_key_values=past, **options)
+    got = model.generate(ids, inputs_embeds=embeds, cache=past, **options)
     assert torch.equal(got[:, -NEW:], want[:, 11:])
 
 
@@ -475,10 +479,10 @@ def test_a_prefix_moves_from_one_cache_to_another(name, dtype):
     ids = tokens(2, 11)
     past = prefix_cache(model, ids[:, :7], "diffqkv")
     moved = CONVERSIONS[name](past, model.config)
-    steps = [logits(model, ids[:, 7:], past_key_values=x) for x in (moved, copy.deepcopy(past))]
+    steps = [logits(model, ids[:, 7:], cache=x) for x in (moved, copy.deepcopy(past))]
     torch.testing.assert_close(*steps, **({} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.05}))
     if dtype == torch.float32:
-        got = generate(model, ids, past_key_values=CONVERSIONS[name](past, model.config))
+        got = generate(model, ids, cache=CONVERSIONS[name](past, model.config))
         assert torch.equal(got, generate(model, ids))
     assert past.get_seq_length() == 7
 
@@ -508,45 +512,45 @@ def test_the_cache_of_another_model_is_refused_before_any_work(model, kind, chan
         "dynamic": DynamicCache(config=other.config),
         "static": StaticCache(config=other.config, max_cache_len=16),
     }[kind]
-    logits(other, tokens(2, 5), past_key_values=past)
+    logits(other, tokens(2, 5), cache=past)
     before = [layer.keys.clone() for layer in past.layers]
-    with pytest.raises(ValueError, match=f"past_key_values: {message}"):
-        generate(model, tokens(2, 9), past_key_values=past)
+    with pytest.raises(ValueError, match=f"cache: {message}"):
+        generate(model, tokens(2, 9), cache=past)
     assert all(torch.equal(layer.keys, keys) for layer, keys in zip(past.layers, before, strict=True))
 
 
 def test_a_full_static_cache_is_refused_before_any_work(model):
     past = StaticCache(config=model.config, max_cache_len=8)
-    logits(model, tokens(1, 6), past_key_values=past)
+    logits(model, tokens(1, 6), cache=past)
     with pytest.raises(ValueError, match="got 3 new tokens behind 6, want at most max_cache_len = 8"):
-        logits(model, tokens(1, 3), past_key_values=past)
+        logits(model, tokens(1, 3), cache=past)
     assert int(past.get_seq_length()) == 6
 
 
 def test_tuples_are_refused_with_what_to_use(model):
     legacy = tuple((k, v) for k, v, *_ in prefix_cache(model, tokens(1, 4), "dynamic"))
-    with pytest.raises(TypeError, match=r"past_key_values: got tuple, want a cache .* diffqkv.Cache.from_stock"):
-        logits(model, tokens(1, 2), past_key_values=legacy)
+    with pytest.raises(TypeError, match=r"cache: got tuple, want a cache .* diffqkv.Cache.from_stock"):
+        logits(model, tokens(1, 2), cache=legacy)
     past = diffqkv.Cache.from_stock(model.config, legacy)
     ids = torch.cat([tokens(1, 4), tokens(1, 3, 1)], 1)
-    assert torch.equal(generate(model, ids, past_key_values=past), generate(model, ids))
+    assert torch.equal(generate(model, ids, cache=past), generate(model, ids))
 
 
 def test_early_initialisation_of_a_static_cache_gives_k_and_v_one_shape(model):
     """Its one shape for both then fails at the first write: said by name, and not done for chunked prefill."""
     past = StaticCache(config=model.config, max_cache_len=32)
     past.early_initialization(1, num_heads=2, head_dim=16, dtype=torch.float32, device="cpu")
-    with pytest.raises(ValueError, match=r"past_key_values: got values of batch, groups and width \(1, 2, 16\)"):
-        logits(model, tokens(1, 4), past_key_values=past)
+    with pytest.raises(ValueError, match=r"cache: got values of batch, groups and width \(1, 2, 16\)"):
+        logits(model, tokens(1, 4), cache=past)
     diffqkv.cache.reserve_static_cache(
         fresh := StaticCache(config=model.config, max_cache_len=32), model.config, 1, torch.float32, torch.device("cpu")
     )
     assert fresh.layers[0].keys.shape == (1, 2, 32, 16) and fresh.layers[0].values.shape == (1, 2, 32, 32)
     ids = tokens(1, 9)
-    assert torch.equal(generate(model, ids, past_key_values=fresh), generate(model, ids))
+    assert torch.equal(generate(model, ids, cache=fresh), generate(model, ids))
     ours = diffqkv.Cache(model.config)
     ours.early_initialization(1, num_heads=2, head_dim=16, dtype=torch.float32, device="cpu")
-    assert torch.equal(generate(model, ids, past_key_values=ours), generate(model, ids))
+    assert torch.equal(generate(model, ids, cache=ours), generate(model, ids))
 
 
 def test_an_ungrouped_static_cache_cannot_hold_unequal_heads():
@@ -567,7 +571,7 @@ def test_prefix_tuning_is_refused_by_name():
         task_type="CAUSAL_LM", num_virtual_tokens=3, num_layers=2, token_dim=32, num_attention_heads=2
     )
     adapted = peft.get_peft_model(model, config)
-    with pytest.raises(ValueError, match="past_key_values: got values of batch"):
+    with pytest.raises(ValueError, match="cache: got values of batch"):
         adapted(tokens(2, 5))
 
 
@@ -594,8 +598,8 @@ def test_offloaded_caches_need_no_accelerator(model, kind):
         "offloaded": lambda: DynamicCache(config=model.config, offloading=True),
         "offloaded_static": lambda: StaticCache(config=model.config, max_cache_len=20, offloading=True),
     }[kind]()
-    with pytest.raises(ValueError, match="past_key_values: got a cache with offloading and no accelerator"):
-        generate(model, ids, mask, past_key_values=past)
+    with pytest.raises(ValueError, match="cache: got a cache with offloading and no accelerator"):
+        generate(model, ids, mask, cache=past)
     assert not any(layer.is_initialized for layer in past.layers)
 
 
@@ -628,7 +632,7 @@ def test_quantised_caches(backend, bits, tolerance):
         model.set_attn_implementation(attention)
         past = QuantizedCache(backend, model.config, **config)
         with torch.no_grad():
-            parts = [model(part, past_key_values=past).logits for part in ids.split([7, 1, 1, 3], 1)]
+            parts = [model(part, cache=past).logits for part in ids.split([7, 1, 1, 3], 1)]
         steps.append(torch.cat(parts, 1))
     exact = logits(model, ids, use_cache=False)
     assert 0 < (steps[0] - exact).abs().max() < tolerance
@@ -647,14 +651,14 @@ def test_quantised_caches(backend, bits, tolerance):
         generate(model, ids[:1], prompt_lookup_num_tokens=2, **options)
     with pytest.raises(NotImplementedError, match="assisted decoding: a quantised cache"):
         fresh = QuantizedCache(backend, model.config, **config)
-        generate(model, ids[:1], prompt_lookup_num_tokens=2, past_key_values=fresh)
+        generate(model, ids[:1], prompt_lookup_num_tokens=2, cache=fresh)
     with pytest.raises(ValueError, match="got quantised K and V"):
         diffqkv.Cache.from_stock(model.config, past)
     for other in (tiny_model((8, 4, 4)), tiny_model((8, 2, 8))):
-        with pytest.raises(ValueError, match=r"past_key_values: got \w+ of batch, groups and width \(2, 2, "):
-            logits(other, ids[:, :1], past_key_values=past)
+        with pytest.raises(ValueError, match=r"cache: got \w+ of batch, groups and width \(2, 2, "):
+            logits(other, ids[:, :1], cache=past)
     with pytest.raises(ValueError, match=r"got keys .* \(2, 2, 16\) in layer 0 of the cache, want \(1, 2, 16\)"):
-        logits(model, ids[:1], past_key_values=past)
+        logits(model, ids[:1], cache=past)
     assert past.get_seq_length() == 12
 
 
@@ -672,15 +676,15 @@ def test_our_cache_slides_with_the_windows_of_other_models(name):
     for attention in ("eager", "diffqkv"):
         model.set_attn_implementation(attention)
         past = diffqkv.Cache(model.config)
-        assert torch.equal(model.generate(ids, **options, past_key_values=past), want)
+        assert torch.equal(model.generate(ids, **options, cache=past), want)
         assert past.is_sliding[0] and past.layers[0].capacity == 64 and past.get_seq_length() == 82
         for more in ({"prompt_lookup_num_tokens": 4}, {"prefill_chunk_size": 3}):
             past = diffqkv.Cache(model.config)
-            assert torch.equal(model.generate(ids[:1], **one, **more, past_key_values=past), want_one), more
+            assert torch.equal(model.generate(ids[:1], **one, **more, cache=past), want_one), more
         past = diffqkv.Cache(model.config)
-        logits(model, ids[:1, :12], past_key_values=past)
+        logits(model, ids[:1, :12], cache=past)
         for kept in (copy.deepcopy(past), past.to_dynamic(), diffqkv.Cache.from_stock(model.config, past.to_dynamic())):
-            assert torch.equal(model.generate(ids[:1], **one, past_key_values=kept), want_one)
+            assert torch.equal(model.generate(ids[:1], **one, cache=kept), want_one)
 
 
 def test_our_cache_takes_any_shapes_from_who_knows_them():
@@ -696,9 +700,9 @@ def test_our_cache_takes_any_shapes_from_who_knows_them():
     model = DeepseekV3ForCausalLM(config).eval()
     ids, mask = padded([9, 5], "left")
     stock = DynamicCache(config=config)
-    want = generate(model, ids, mask, past_key_values=stock)
+    want = generate(model, ids, mask, cache=stock)
     shapes = [(k.shape[1], k.shape[3], v.shape[1], v.shape[3]) for k, v, *_ in stock]
-    assert torch.equal(generate(model, ids, mask, past_key_values=diffqkv.Cache(shapes)), want)
+    assert torch.equal(generate(model, ids, mask, cache=diffqkv.Cache(shapes)), want)
 
 
 # ---------------------------------------------------------------- torch.compile
@@ -733,7 +737,7 @@ def test_generate_compiles_a_static_cache(model, chunk):
             out = generate(model, ids, mask, return_dict_in_generate=True, **options)
             assert torch.equal(out.sequences, want)
         assert 1 <= graphs() <= (2 if chunk is None else 4)
-        assert all(layer.values.shape[-1] == 2 * layer.keys.shape[-1] for layer in out.past_key_values.layers)
+        assert all(layer.values.shape[-1] == 2 * layer.keys.shape[-1] for layer in cache_in(out).layers)
     forget_compiled_code(model)
 
 
@@ -752,7 +756,7 @@ def test_generate_compiles_no_cache_of_ours_by_itself(model):
     assert not diffqkv.Cache(model.config, max_length=32).is_compileable
     forget_compiled_code(model)
     for past in (diffqkv.Cache(model.config), diffqkv.Cache(model.config, max_length=32)):
-        generate(model, tokens(1, 5), past_key_values=past, compile_config=compile_config())
+        generate(model, tokens(1, 5), cache=past, compile_config=compile_config())
     assert graphs() == 0
 
 
@@ -768,10 +772,10 @@ def test_steps_compiled_by_hand(model, kind):
     }[kind]()
     forget_compiled_code(model)
     step = torch.compile(model, backend="aot_eager", fullgraph=True)
-    new = [logits(model, ids, past_key_values=past)[:, -1:].argmax(-1)]
+    new = [logits(model, ids, cache=past)[:, -1:].argmax(-1)]
     for position in range(9, 68):
         positions = torch.tensor([[position]])
-        new.append(logits(step, new[-1], past_key_values=past, position_ids=positions)[:, -1:].argmax(-1))
+        new.append(logits(step, new[-1], cache=past, position_ids=positions)[:, -1:].argmax(-1))
     assert torch.equal(torch.cat([ids, *new], 1), want)
     assert 1 <= graphs() <= {"growing": 4, "fixed": 3, "static": 2}[kind]
     forget_compiled_code(model)
@@ -820,7 +824,7 @@ def test_generate_still_asks_the_methods_that_we_override():
     for name in ("self._prepare_cache_for_generation(", "self.prepare_inputs_for_generation("):
         assert name in source
     assert "StaticCache(" in inspect.getsource(GenerationMixin._prepare_static_cache)
-    assert {"next_sequence_length", "past_key_values"} <= set(
+    assert {"next_sequence_length", CACHE} <= set(
         inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
     )
     assert "self.init_continuous_batching(" in inspect.getsource(GenerationMixin.continuous_batching_context_manager)

@@ -6,10 +6,12 @@ import pytest
 import torch
 from tiny_sigma import (
     ATTENTIONS,
+    CACHE,
     COMPRESSIONS,
     HEADS,
     NEW_TOKENS,
     VOCAB,
+    cache_in,
     generate,
     logits,
     padded,
@@ -25,6 +27,7 @@ from transformers import (
     LlamaForCausalLM,
     StaticCache,
 )
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 import diffqkv
 from diffqkv.models import attention as diffqkv_models_attention
@@ -34,8 +37,8 @@ CACHES = ["diffqkv", "dynamic", "static", "none"]
 
 def cache_arguments(kind, model) -> dict:
     return {
-        "diffqkv": lambda: {"past_key_values": diffqkv.Cache(model.config)},
-        "dynamic": lambda: {"past_key_values": DynamicCache(config=model.config)},
+        "diffqkv": lambda: {CACHE: diffqkv.Cache(model.config)},
+        "dynamic": lambda: {CACHE: DynamicCache(config=model.config)},
         "static": lambda: {"cache_implementation": "static"},
         "none": lambda: {"use_cache": False},
     }[kind]()
@@ -71,9 +74,9 @@ def test_cached_logits_are_the_uncached_ones(attention, compression):
     want = logits(model, ids, use_cache=False)
     for kind in ("diffqkv", "dynamic", "static"):
         cache = StaticCache(config=model.config, max_cache_len=64) if kind == "static" else None
-        cache = cache or cache_arguments(kind, model)["past_key_values"]
+        cache = cache or cache_arguments(kind, model)[CACHE]
         steps = [30, 1, 1, 5, 1, 7]
-        got = [logits(model, part, past_key_values=cache) for part in ids.split(steps, dim=1)]
+        got = [logits(model, part, cache=cache) for part in ids.split(steps, dim=1)]
         torch.testing.assert_close(torch.cat(got, 1), want, atol=2e-4, rtol=2e-4)
 
 
@@ -87,7 +90,7 @@ def test_half_precision_stays_near_single(dtype):
     for attention in ("diffqkv", "eager"):
         model.set_attn_implementation(attention)
         cache = diffqkv.Cache(model.config)
-        got = [logits(model, part, past_key_values=cache) for part in ids.split([12, 1, 1, 6], dim=1)]
+        got = [logits(model, part, cache=cache) for part in ids.split([12, 1, 1, 6], dim=1)]
         errors[attention] = (torch.cat(got, 1).float().softmax(-1) - want).abs().max()
     assert errors["diffqkv"] < 2 * errors["eager"] + 1e-3
 
@@ -98,7 +101,7 @@ def test_autocast_inference():
     want = logits(model, ids, use_cache=False)
     cache = diffqkv.Cache(model.config)
     with torch.autocast("cpu", torch.bfloat16):
-        got = torch.cat([logits(model, part, past_key_values=cache) for part in ids.split([12, 1, 7], dim=1)], 1)
+        got = torch.cat([logits(model, part, cache=cache) for part in ids.split([12, 1, 7], dim=1)], 1)
     assert cache.layers[0].dtype == torch.bfloat16
     assert torch.nn.functional.cosine_similarity(got.float(), want, dim=-1).min() > 0.99
 
@@ -108,9 +111,9 @@ def test_defaults_are_the_fast_path():
     assert model.config._attn_implementation == "diffqkv"
     ids = tokens(1, 5)
     with torch.no_grad():
-        cache = model(ids).past_key_values
+        cache = cache_in(model(ids))
     assert type(cache) is diffqkv.Cache and cache.layers[0].k_layout == "panels"
-    generated = generate(model, ids, return_dict_in_generate=True).past_key_values
+    generated = cache_in(generate(model, ids, return_dict_in_generate=True))
     assert type(generated) is diffqkv.Cache
     assert generated.layers[0].capacity == 32  # 5 + 8 - 1 tokens, known in advance, in whole panels
     for attention in ("sdpa", "eager"):
@@ -136,13 +139,13 @@ def test_which_op_runs(monkeypatch):
         monkeypatch.setattr(diffqkv_models_attention, name, recorded)
     cache = diffqkv.Cache(model.config)
     for part in tokens(1, 10).split([6, 1, 3], dim=1):
-        logits(model, part, past_key_values=cache)
+        logits(model, part, cache=cache)
     assert calls == ["flash_attention"] * 2 + ["decode_attention"] * 4
     calls.clear()
     static = StaticCache(config=model.config, max_cache_len=8)
     for _ in range(2):
         calls.clear()
-        generate(model, tokens(1, 6), past_key_values=static, max_new_tokens=2)
+        generate(model, tokens(1, 6), cache=static, max_new_tokens=2)
         assert calls == ["flash_attention"] * 2 + ["decode_attention"] * 2
         static.reset()
 
@@ -201,7 +204,7 @@ def test_generate_continues_a_returned_cache():
     ids = tokens(1, 9)
     want = generate(model, ids, max_new_tokens=12)
     first = generate(model, ids, max_new_tokens=5, return_dict_in_generate=True)
-    got = generate(model, first.sequences, max_new_tokens=7, past_key_values=first.past_key_values)
+    got = generate(model, first.sequences, max_new_tokens=7, cache=cache_in(first))
     assert torch.equal(got, want)
 
 
@@ -244,7 +247,7 @@ def test_output_attentions():
                 out = model(
                     ids[:, start:end],
                     attention_mask=mask[:, :end],
-                    past_key_values=cache,
+                    cache=cache,
                     output_attentions=True,
                     output_hidden_states=True,
                 )
@@ -257,8 +260,35 @@ def test_output_attentions():
 
 
 def test_continuous_batching_is_refused():
-    with pytest.raises(NotImplementedError, match="continuous batching"):
+    paged = object.__new__(PagedAttentionCache)
+    for options in ({"cache": paged}, {"past_key_values": paged}):
+        with pytest.raises(NotImplementedError, match="continuous batching"):
+            logits(tiny_model(), tokens(1, 4), **options)
+    with pytest.raises(TypeError, match="cache: got object, want a cache"):
         logits(tiny_model(), tokens(1, 4), cache=object())
+
+
+def test_the_cache_has_the_name_of_any_release():
+    model, ids = tiny_model(), tokens(1, 8)
+    want = logits(model, ids)[:, 5:]
+    for name in ("cache", "past_key_values"):
+        given = diffqkv.Cache(model.config)
+        logits(model, ids[:, :5], **{name: given})
+        torch.testing.assert_close(logits(model, ids[:, 5:], **{name: given}), want, atol=1e-5, rtol=1e-5)
+        given.crop(-3)
+        assert torch.equal(generate(model, ids, **{name: given}), generate(model, ids))
+    with pytest.raises(ValueError, match="past_key_values: got another cache than cache"):
+        logits(model, ids, cache=given, past_key_values=diffqkv.Cache(model.config))
+
+
+@torch.no_grad()
+def test_a_model_warns_of_nothing_that_will_go(recwarn, caplog):
+    model, ids = tiny_model(), tokens(1, 6)
+    model(ids, use_cache=True)
+    generate(model, ids)
+    generate(model, ids, cache=diffqkv.Cache(model.config), return_dict_in_generate=True)
+    assert not [str(x.message) for x in recwarn if issubclass(x.category, (DeprecationWarning, FutureWarning))]
+    assert "deprecated" not in caplog.text
 
 
 # ---------------------------------------------------------------- the paper's formulas, half K
@@ -347,7 +377,7 @@ def test_half_k_caches_the_small_k():
     for compression in ("expand", "absorbed"):
         model = tiny_model((12, 4, 6), k_compression=compression)
         with torch.no_grad():
-            cache = model(tokens(2, 5)).past_key_values
+            cache = cache_in(model(tokens(2, 5)))
         assert [x.shape for x in cache.to_dense()[1]] == [(2, 4, 5, 8), (2, 6, 5, 16)]
         if compression == "expand":
             hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(tokens(2, 5)))
@@ -358,17 +388,51 @@ def test_half_k_caches_the_small_k():
 def test_expand_refuses_positions_it_cannot_know():
     model = tiny_model(k_compression="expand")
     ids = tokens(1, 6)
-    mask = torch.tensor([[1, 1, 0, 1, 1, 1]])
-    with pytest.raises(NotImplementedError, match="k_compression='expand' with a cache"):
-        logits(model, ids, attention_mask=mask, past_key_values=diffqkv.Cache(model.config))
+    holes = {
+        "attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1]]),
+        "position_ids": torch.tensor([[0, 1, 1, 2, 3, 4]]),
+    }
+    skip = {"attention_mask": torch.ones_like(ids), "position_ids": torch.tensor([[0, 1, 2, 7, 8, 9]])}
+    dense = {"attention_mask": torch.ones(6, 6).tril().bool().index_fill(1, torch.tensor([2]), False)[None, None]}
     for attention in ATTENTIONS:
         model.set_attn_implementation(attention)
+        for first in (holes, skip, dense):
+            # Without older tokens all positions are known.
+            given = diffqkv.Cache(model.config)
+            want = logits(model, ids, use_cache=False, **first)
+            torch.testing.assert_close(logits(model, ids, cache=given, **first), want, atol=1e-5, rtol=1e-5)
+        for first in (holes, skip):
+            given = diffqkv.Cache(model.config)
+            logits(model, ids[:, :-1], cache=given, **{name: x[:, :-1] for name, x in first.items()})
+            step = {"attention_mask": first["attention_mask"], "position_ids": first["position_ids"][:, -1:]}
+            if first is skip:
+                step["position_ids"] = step["position_ids"].expand(-1, 2) + torch.tensor([0, 2])
+                step["attention_mask"] = torch.ones(1, 7)
+            with pytest.raises(NotImplementedError, match="k_compression='expand' with a cache"):
+                logits(model, ids[:, : step["position_ids"].shape[1]], cache=given, **step)
         with pytest.raises(NotImplementedError, match="k_compression='expand' with a cache"):
-            generate(model, ids, mask, cache_implementation="static")
-    skip = torch.tensor([[0, 1, 2, 7, 8, 9]])
-    with pytest.raises(NotImplementedError, match="k_compression='expand' with a cache"):
-        cached = {"attention_mask": torch.ones_like(ids), "past_key_values": diffqkv.Cache(model.config)}
-        logits(model, ids, position_ids=skip, **cached)
+            generate(model, ids, holes["attention_mask"], cache_implementation="static")
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@torch.no_grad()
+def test_a_float64_model(attention, compression):
+    """What the ops do not take, stock functions compute."""
+    model = tiny_model(k_compression=compression).double()
+    model.set_attn_implementation(attention)
+    ids, mask = padded([9, 6], "left")
+    want = generate(model, ids, mask, use_cache=False)
+    given = lambda: {"cache": diffqkv.Cache(model.config)}  # noqa: E731
+    for options in ({}, given(), {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 2}):
+        rows = slice(0, 1) if "prompt_lookup_num_tokens" in options else slice(None)
+        assert torch.equal(generate(model, ids[rows], mask[rows], **options), want[rows])
+    ids = tokens(1, 9)
+    # Norms and rotations are float32, as in Llama.
+    torch.testing.assert_close(logits(model, ids), logits_by_hand(model, ids), atol=1e-5, rtol=1e-3)
+    cached = given()
+    got = [logits(model, part, **cached) for part in ids.split([5, 1, 3], 1)]
+    torch.testing.assert_close(torch.cat(got, 1), logits(model, ids), atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
@@ -410,10 +474,10 @@ def test_stock_caches_of_another_model_are_refused(heads, changes, message, kind
     batch = changes.pop("batch", 2)
     other, model = tiny_model(heads, **changes), tiny_model()
     cache = StaticCache(config=other.config, max_cache_len=12) if kind == "static" else DynamicCache()
-    logits(other, tokens(batch, 5), past_key_values=cache)
+    logits(other, tokens(batch, 5), cache=cache)
     model.set_attn_implementation(attention)
-    with pytest.raises(ValueError, match=f"past_key_values: {message}"):
-        logits(model, tokens(2, 3), past_key_values=cache)
+    with pytest.raises(ValueError, match=f"cache: {message}"):
+        logits(model, tokens(2, 3), cache=cache)
     assert int(cache.get_seq_length()) == 5
 
 
@@ -511,8 +575,8 @@ def test_fullgraph_compilation(compression):
     with torch.no_grad():
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, want, atol=1e-4, rtol=1e-4)
         cache = StaticCache(config=model.config, max_cache_len=16)
-        model(ids[:, :6], past_key_values=cache)
+        model(ids[:, :6], cache=cache)
         for i in range(6, 9):
             position = torch.tensor([[i]])
-            step = compiled(ids[:, i : i + 1], past_key_values=cache, position_ids=position).logits
+            step = compiled(ids[:, i : i + 1], cache=cache, position_ids=position).logits
             torch.testing.assert_close(step, want[:, i : i + 1], atol=1e-4, rtol=1e-4)

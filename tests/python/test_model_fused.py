@@ -69,7 +69,7 @@ def test_a_cache_may_change_hands():
     fused, model = fused_and_not()
     ids = tokens(2, 12)
     cache = diffqkv.Cache(model.config)
-    got = [logits(x, part, past_key_values=cache) for x, part in zip((model, fused), ids.split([9, 3], 1), strict=True)]
+    got = [logits(x, part, cache=cache) for x, part in zip((model, fused), ids.split([9, 3], 1), strict=True)]
     torch.testing.assert_close(torch.cat(got, 1), logits(model, ids), atol=2e-4, rtol=2e-4)
 
 
@@ -84,9 +84,9 @@ def test_static_cache_and_fullgraph_compilation(attention):
     counter = CompileCounter()
     compiled = torch.compile(fused, backend=counter, fullgraph=True)
     cache = StaticCache(config=fused.config, max_cache_len=16)
-    logits(fused, ids[:, :6], past_key_values=cache)
+    logits(fused, ids[:, :6], cache=cache)
     for i in range(6, 9):
-        step = logits(compiled, ids[:, i : i + 1], past_key_values=cache, position_ids=torch.tensor([[i]]))
+        step = logits(compiled, ids[:, i : i + 1], cache=cache, position_ids=torch.tensor([[i]]))
         torch.testing.assert_close(step, want[:, i : i + 1], atol=2e-4, rtol=2e-4)
     assert counter.frame_count > 0
     torch.compiler.reset()
@@ -97,7 +97,7 @@ def test_selective_v():
     steps = []
     for model in fused_and_not(selective_v_top_k=3):
         cache = diffqkv.Cache(model.config)
-        steps.append([logits(model, part, past_key_values=cache) for part in ids.split([8, 2], 1)][1])
+        steps.append([logits(model, part, cache=cache) for part in ids.split([8, 2], 1)][1])
     torch.testing.assert_close(*steps, atol=2e-4, rtol=2e-4)
 
 

@@ -4,7 +4,9 @@ from itertools import product
 
 import pytest
 import torch
-from tiny_sigma import ATTENTIONS, HEADS, VOCAB, Recorder, logits, packed, padded, tiny_model, tokens
+import transformers
+from packaging.version import Version
+from tiny_sigma import ATTENTIONS, CACHE, HEADS, VOCAB, Recorder, cache_in, logits, packed, padded, tiny_model, tokens
 from transformers import (
     DataCollatorWithFlattening,
     Gemma2Config,
@@ -32,7 +34,7 @@ from diffqkv.models.attention import diffqkv_attention
 from diffqkv.models.mask import diffqkv_mask, packing_of, read_spans, spans_to_mask
 
 # Masks of packed rows say that positions are consecutive; before transformers 5.23 other models take dense ones.
-MASKS_SAY_PACKED = hasattr(masking_utils, "packed_sequence_compatibility_function")
+MASKS_SAY_PACKED = Version(transformers.__version__) >= Version("5.23")
 
 # ---------------------------------------------------------------- padding and dense masks
 
@@ -77,7 +79,7 @@ def test_masks_that_are_not_one_span(cached):
             parts = []
             for start, end in ((0, 8), (8, 9), (9, 12)):
                 part_mask = mask[:, :end] if mask is holes else mask[:, :, start:end, :end]
-                part = {"attention_mask": part_mask, "past_key_values": cache}
+                part = {"attention_mask": part_mask, CACHE: cache}
                 parts.append(logits(model, ids[:, start:end], **part))
             results.append(torch.cat(parts, 1))
         torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)
@@ -91,8 +93,8 @@ def test_a_mask_that_hides_the_newest_tokens():
     for attention in ("diffqkv", "sdpa"):
         model.set_attn_implementation(attention)
         cache = diffqkv.Cache(model.config)
-        logits(model, ids[:, :6], past_key_values=cache)
-        results.append(logits(model, ids[:, 6:], attention_mask=torch.ones(2, 4), past_key_values=cache))
+        logits(model, ids[:, :6], cache=cache)
+        results.append(logits(model, ids[:, 6:], attention_mask=torch.ones(2, 4), cache=cache))
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
 
 
@@ -132,7 +134,7 @@ def test_packed_rows_are_separate_sequences(heads, rows):
             with Recorder(ids.shape[1]) as record, torch.no_grad():
                 out = model(ids, **options)
             torch.testing.assert_close(out.logits.flatten(0, 1), want, atol=1e-4, rtol=1e-4)
-            assert out.past_key_values is None
+            assert cache_in(out) is None
             if attention == "diffqkv":
                 assert record.ops["flash_attention_varlen"] == 2 and not record.dense
             results.append(out.logits)
@@ -175,7 +177,7 @@ def test_packed_rows_take_no_cache_and_no_mask():
         ids, positions = packed([5, 3, 4])
         for options in ({"position_ids": positions}, flash_kwargs([5, 3, 4])):
             with pytest.raises(ValueError, match="position_ids: got several sequences in a row with a cache"):
-                logits(model, ids, past_key_values=diffqkv.Cache(model.config), **options)
+                logits(model, ids, cache=diffqkv.Cache(model.config), **options)
         with pytest.raises(ValueError, match="attention_mask: got one beside cu_seq_lens_q"):
             logits(model, ids, attention_mask=torch.ones_like(ids), **flash_kwargs([5, 3, 4]))
 
@@ -247,12 +249,16 @@ def test_spans_say_what_sdpa_mask_says(q_length, kv_length, side, window, kv_off
 
 @pytest.mark.skipif(not MASKS_SAY_PACKED, reason="transformers before 5.23")
 @pytest.mark.parametrize("window", [None, 3])
-def test_spans_of_packed_rows(window):
+def test_spans_of_packed_rows(window, monkeypatch):
     _, positions = packed(LENGTHS, 2)
-    sequences = (positions == 0).cumsum(-1)
-    function = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
-    function = masking_utils.packed_sequence_compatibility_function(function, positions, sequences)
-    spans = assert_says_what_sdpa_mask_says(mask_arguments(17, 17, function, batch=2))
+    made = {}
+    monkeypatch.setitem(
+        masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "diffqkv", lambda **x: made.update(x)
+    )
+    config = LlamaConfig(**SMALL, attn_implementation="diffqkv", sliding_window=window)
+    make = masking_utils.create_causal_mask if window is None else masking_utils.create_sliding_window_causal_mask
+    make(config, torch.zeros(2, 17, 64), None, None, position_ids=positions)
+    spans = assert_says_what_sdpa_mask_says(mask_arguments(17, 17, made["mask_function"], batch=2))
     packing = read_spans(spans).packing
     assert packing.cu_seqlens_q.diff().tolist() == LENGTHS and packing.max_seqlen_q == max(LENGTHS)
     compiled = torch.compile(packing_of, backend="eager", fullgraph=True)(positions == 0)
@@ -457,12 +463,12 @@ def test_autocast_with_a_model_that_rotates_in_float32(cache):
     model.set_attn_implementation("diffqkv")
     ids = tokens(2, 12)
     want = logits(model, ids)
-    options = {"past_key_values": diffqkv.Cache(model.config)} if cache == "diffqkv" else {"use_cache": True}
+    options = {CACHE: diffqkv.Cache(model.config)} if cache == "diffqkv" else {"use_cache": True}
     parts = []
     with torch.autocast("cpu", torch.bfloat16), Recorder(12) as record, torch.no_grad():
         for part in ids.split([8, 1, 3], dim=1):
             out = model(part, **options)
-            options["past_key_values"] = out.past_key_values
+            options[CACHE] = cache_in(out)
             parts.append(out.logits)
     assert record.ops["flash_attention"] == 2 and record.ops["decode_attention"] == 4
     assert torch.nn.functional.cosine_similarity(torch.cat(parts, 1).float(), want, dim=-1).min() > 0.98

@@ -116,5 +116,5 @@ def test_degrees_that_do_not_divide_the_groups_are_refused(heads, degree):
 def test_a_stage_of_a_pipeline_refuses_a_static_cache():
     model = tiny_model()
     model.model.layers[1] = torch.nn.Identity()
-    with pytest.raises(NotImplementedError, match="past_key_values: a static cache is not built for pipeline"):
-        model(tokens(1, 5), past_key_values=StaticCache(config=model.config, max_cache_len=8))
+    with pytest.raises(NotImplementedError, match="cache: a static cache is not built for pipeline"):
+        model(tokens(1, 5), cache=StaticCache(config=model.config, max_cache_len=8))

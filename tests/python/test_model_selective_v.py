@@ -27,7 +27,7 @@ def steps(model, ids, kind="diffqkv", mask=None, parts=PARTS, **options):
     for part in ids.split(parts, dim=1):
         seen += part.shape[1]
         given = {} if mask is None else {"attention_mask": mask[:, :seen]}
-        out.append(logits(model, part, past_key_values=cache, **given, **options))
+        out.append(logits(model, part, cache=cache, **given, **options))
     return out
 
 
@@ -84,7 +84,7 @@ def test_the_mean_tail_takes_v_stats_from_the_cache(monkeypatch, tail, side, k_c
         for part in ids.split([7, 1, 3, 1], dim=1):
             seen += part.shape[1]
             options = {} if mask is None else {"attention_mask": mask[:, :seen]}
-            got.append(logits(model, part, past_key_values=cache, **options))
+            got.append(logits(model, part, cache=cache, **options))
         return cache, got
 
     cache, got = steps(True)
@@ -101,7 +101,7 @@ def test_selective_v_keeps_the_best_rows_of_the_chosen_layers(monkeypatch, tail)
     ids = tokens(2, 12)
     selective = tiny_model(selective_v_top_k=[0, top_k], selective_v_tail=tail)
     cache = diffqkv.Cache(selective.config)
-    got = [logits(selective, part, past_key_values=cache) for part in ids.split([8, 1, 3], dim=1)]
+    got = [logits(selective, part, cache=cache) for part in ids.split([8, 1, 3], dim=1)]
 
     dense = tiny_model()
     torch.testing.assert_close(got[0], logits(dense, ids[:, :8]), atol=1e-4, rtol=1e-4)
@@ -122,7 +122,7 @@ def test_selective_v_keeps_the_best_rows_of_the_chosen_layers(monkeypatch, tail)
     monkeypatch.setattr(modeling_sigma, "eager_attention_forward", eager_top_k)
     dense.set_attn_implementation("eager")
     cache = DynamicCache(config=dense.config)
-    want = [logits(dense, part, past_key_values=cache) for part in ids.split([8, 1, 3], dim=1)]
+    want = [logits(dense, part, cache=cache) for part in ids.split([8, 1, 3], dim=1)]
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     monkeypatch.undo()
@@ -204,12 +204,12 @@ def test_compiled_steps():
     torch.compiler.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     cache = StaticCache(config=model.config, max_cache_len=32)
-    logits(model, ids[:, :7], past_key_values=cache)
+    logits(model, ids[:, :7], cache=cache)
     for i in range(7, 10):
-        got = logits(compiled, ids[:, i : i + 1], past_key_values=cache, position_ids=torch.tensor([[i]]))
+        got = logits(compiled, ids[:, i : i + 1], cache=cache, position_ids=torch.tensor([[i]]))
         torch.testing.assert_close(got, want[i - 6], atol=1e-4, rtol=1e-4)
     with record_selective_v(), pytest.raises(Unsupported, match="record_selective_v: not built for compiled code"):
-        logits(compiled, ids[:, :1], past_key_values=cache, position_ids=torch.tensor([[10]]))
+        logits(compiled, ids[:, :1], cache=cache, position_ids=torch.tensor([[10]]))
     torch.compiler.reset()
 
 
@@ -283,7 +283,7 @@ def test_other_attentions_refuse_a_call_and_warn_of_a_configuration(monkeypatch)
         model.set_attn_implementation(attention)
         cache = diffqkv.Cache(model.config)
         with pytest.raises(ValueError, match=f"selective_v: got .*attention '{attention}' reads all V rows"):
-            logits(model, ids, past_key_values=cache, selective_v={"top_k": 2})
+            logits(model, ids, cache=cache, selective_v={"top_k": 2})
         assert cache.get_seq_length() == 0
         logits(model, ids, use_cache=False)
         assert not warned
@@ -303,16 +303,17 @@ def test_steps_that_the_op_cannot_compute_are_dense_and_say_so(monkeypatch, sele
     for options in ({"output_attentions": True}, {"attention_mask": holes}):
         want, got = DynamicCache(config=model.config), DynamicCache(config=model.config)
         for cache in (want, got):
-            logits(model, ids[:, :7], past_key_values=cache)
+            logits(model, ids[:, :7], cache=cache)
         warned.clear()
-        step = logits(model, ids[:, 7:], past_key_values=got, selective_v=selection, **options)
-        assert warned[0].startswith("selective_v: a step that records gradients, returns probabilities or has a mask")
-        assert torch.equal(step, logits(model, ids[:, 7:], past_key_values=want, **options))
+        step = logits(model, ids[:, 7:], cache=got, selective_v=selection, **options)
+        assert warned[0].startswith("selective_v: a step that records gradients, returns probabilities, computes in")
+        assert torch.equal(step, logits(model, ids[:, 7:], cache=want, **options))
     warned.clear()
     cache = diffqkv.Cache(model.config)
-    model(ids[:, :7], past_key_values=cache, selective_v=selection)
+    with torch.no_grad():
+        model(ids[:, :7], cache=cache, selective_v=selection)
     assert not warned
-    step = model(ids[:, 7:], past_key_values=cache, selective_v=selection).logits  # in grad mode
+    step = model(ids[:, 7:], cache=cache, selective_v=selection).logits  # in grad mode
     assert warned and step.requires_grad and not selections
     torch.testing.assert_close(step.detach(), logits(model, ids)[:, 7:], atol=1e-4, rtol=1e-4)
 
@@ -323,9 +324,9 @@ def test_bad_selections_are_refused_before_any_work(wrong):
     cache = diffqkv.Cache(model.config)
     for call in (model, model.model):
         with pytest.raises(ValueError, match="^selective_v"):
-            call(tokens(1, 4), past_key_values=cache, selective_v=wrong)
+            call(tokens(1, 4), cache=cache, selective_v=wrong)
     with pytest.raises(ValueError, match="^selective_v"):
-        generate(model, tokens(1, 4), past_key_values=cache, selective_v=wrong)
+        generate(model, tokens(1, 4), cache=cache, selective_v=wrong)
     assert cache.get_seq_length() == 0 and not cache.is_initialized
 
 

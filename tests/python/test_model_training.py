@@ -13,7 +13,19 @@ import peft
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from tiny_sigma import COMPRESSIONS, HEADS, Recorder, logits, packed, padded, tiny_model, tokens
+from tiny_sigma import (
+    ATTENTIONS,
+    COMPRESSIONS,
+    HEADS,
+    Recorder,
+    cache_in,
+    checkpoint_activations,
+    logits,
+    packed,
+    padded,
+    tiny_model,
+    tokens,
+)
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
@@ -142,8 +154,8 @@ def test_packed_rows_of_a_training_loop_make_no_cache(monkeypatch):
     warned = []
     monkeypatch.setattr(sys.modules[type(model).__module__].logger, "warning_once", warned.append)
     out = model(**batch_of("packed"))
-    assert out.past_key_values is None
-    assert warned == ["use_cache: several sequences in a row cannot be cached; no cache is returned"]
+    assert cache_in(out) is None
+    assert len(warned) == 1 and "jumps begin new sequences in a row, which do not see the tokens before" in warned[0]
 
 
 def test_what_the_ops_cannot_train_takes_stock_attention(monkeypatch):
@@ -183,12 +195,12 @@ def test_gradient_checkpointing_changes_no_bit(use_reentrant, dropout, rows):
     model = tiny_model(attention_dropout=dropout).train()
     batch = batch_of(rows)
     want = loss_and_gradients(model, **batch)
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpoint_activations(model, use_reentrant=use_reentrant)
     with Recorder(TOKENS) as record:
         assert_equal_gradients(loss_and_gradients(model, **batch), want)
     forward, backward = expected_ops(rows)
     assert attention_ops(record) == {forward: 4, backward: 2} and not record.dense
-    assert model(**batch_of("plain")).past_key_values is None
+    assert cache_in(model(**batch_of("plain"))) is None
 
 
 def test_a_few_steps_learn_a_sequence():
@@ -217,8 +229,10 @@ def test_training_with_the_default_cache_gives_the_same_gradients():
         got = loss_and_gradients(model, input_ids=ids, labels=ids, use_cache=True)
     assert attention_ops(record) == expected_ops("plain")
     assert_equal_gradients(got, want)
-    assert out.past_key_values.get_seq_length() == TOKENS
-    assert not out.past_key_values.to_dense()[0][0].requires_grad
+    assert cache_in(out).get_seq_length() == TOKENS
+    assert cache_in(out).layers[0].keys.requires_grad  # steps behind it are differentiable
+    with torch.no_grad():
+        assert type(cache_in(model(ids))) is diffqkv.Cache
 
 
 @pytest.mark.parametrize("side", ["left", None])
@@ -239,7 +253,7 @@ def test_gradients_flow_through_cached_steps(compression, side):
         cache = DynamicCache(config=model.config)  # diffqkv.Cache keeps no graph
         for begin, end in ((0, 11), (11, 12), (12, TOKENS)):
             part = {name: x[:, begin:end] for name, x in batch.items()} | {"attention_mask": mask[:, :end]}
-            yield model(**part, past_key_values=cache).logits
+            yield model(**part, cache=cache).logits
 
     with Recorder(TOKENS) as record:
         got = gradients(steps())
@@ -247,13 +261,71 @@ def test_gradients_flow_through_cached_steps(compression, side):
     assert_same_gradients(got, gradients([model(**batch, use_cache=False).logits]))
 
 
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_gradients_flow_through_the_default_cache(compression, attention):
+    """A prompt, then the completion behind its cache, and a loss of the completion alone."""
+    model = tiny_model((12, 4, 6), k_compression=compression, initializer_range=0.1).train()
+    model.set_attn_implementation(attention)
+    ids = tokens(2, TOKENS)
+
+    def gradients(completion):
+        model.zero_grad()
+        completion.log_softmax(-1)[..., 3].mean().backward()
+        return completion.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    want = gradients(model(ids, use_cache=False).logits[:, 6:])
+    prompt = cache_in(model(ids[:, :6], use_cache=True))
+    assert_same_gradients(gradients(model(ids[:, 6:], cache=prompt).logits), want)
+
+
+def test_a_cache_that_lost_a_graph_is_refused():
+    model, ids = tiny_model(), tokens(2, 12)
+    want = logits(model, ids)
+    cache = diffqkv.Cache(model.config)
+    with torch.no_grad():
+        model(ids[:, :4], cache=cache)
+    first = model(ids[:, 4:6], cache=cache).logits  # behind constants
+    torch.testing.assert_close(first.detach(), want[:, 4:6], atol=1e-4, rtol=1e-4)
+    held = [x.clone() for x in cache.to_dense()[0]]
+    with pytest.raises(ValueError, match="cache: got a step that records gradients behind tokens .* from number 4 on"):
+        model(ids[:, 6:], cache=cache)
+    k, v = (torch.randn_like(x[:, :, :1], requires_grad=True) for x in (cache.layers[0].keys, cache.layers[0].values))
+    with pytest.raises(ValueError, match="cache: got a step that records gradients"):
+        cache.update(k, v, 0)
+    assert all(map(torch.equal, cache.to_dense()[0], held))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids[:, 6:], cache=cache).logits, want[:, 6:], atol=1e-4, rtol=1e-4)
+    cache.crop(-8)  # what was recorded is gone
+    assert model(ids[:, 4:], cache=cache).logits.requires_grad
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_layers_drop_no_cached_tokens(reentrant):
+    model, ids = tiny_model(), tokens(1, 12)
+    want = logits(model, ids)[:, 6:]
+    with torch.no_grad():
+        cache = cache_in(model(ids[:, :6], use_cache=True))
+    stock = cache.to_dynamic()
+    checkpoint_activations(model.train(), use_reentrant=reentrant)
+    for filled in (cache, stock):
+        with pytest.raises(ValueError, match="cache: got one with tokens while activations are checkpointed"):
+            model(ids[:, 6:], cache=filled)
+        assert filled.get_seq_length() == 6
+    with torch.no_grad():  # nothing is run once more
+        torch.testing.assert_close(model(ids[:, 6:], cache=cache).logits, want, atol=1e-4, rtol=1e-4)
+    empty = diffqkv.Cache(model.config)
+    out = model(ids, cache=empty, labels=ids)
+    out.loss.backward()
+    assert cache_in(out) is None and empty.get_seq_length() == 0
+
+
 def test_cached_steps_with_grad_mode_on():
     model = tiny_model()
     ids = tokens(2, 9)
-    for make in (lambda: diffqkv.Cache(model.config), lambda: DynamicCache(config=model.config)):
-        cache = make()
-        got = torch.cat([model(part, past_key_values=cache).logits for part in ids.split([6, 1, 2], dim=1)], 1)
-        torch.testing.assert_close(got.detach(), logits(model, ids), atol=1e-4, rtol=1e-4)
+    cache = DynamicCache(config=model.config)
+    got = torch.cat([model(part, cache=cache).logits for part in ids.split([6, 1, 2], dim=1)], 1)
+    torch.testing.assert_close(got.detach(), logits(model, ids), atol=1e-4, rtol=1e-4)
 
 
 def test_a_frozen_model_in_grad_mode_decodes():
@@ -262,10 +334,7 @@ def test_a_frozen_model_in_grad_mode_decodes():
     want = logits(model, ids, attention_mask=mask)
     cache = diffqkv.Cache(model.config)
     with Recorder(9) as record:
-        got = [
-            model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits
-            for a, b in ((0, 6), (6, 7), (7, 9))
-        ]
+        got = [model(ids[:, a:b], attention_mask=mask[:, :b], cache=cache).logits for a, b in ((0, 6), (6, 7), (7, 9))]
     assert attention_ops(record) == {"flash_attention": 2, "decode_attention": 4}
     torch.testing.assert_close(torch.cat(got, 1)[mask.bool()], want[mask.bool()], atol=1e-4, rtol=1e-4)
 
@@ -331,7 +400,7 @@ def test_a_compiled_packed_step_that_fills_a_cache(graphs, attention):
     model.set_attn_implementation(attention)
     want = model(**batch_of("packed")).loss
     got = torch.compile(model, backend=graphs[0], fullgraph=True)(**batch_of("packed"), use_cache=True)
-    assert got.past_key_values is not None
+    assert cache_in(got) is not None
     torch.testing.assert_close(got.loss, want)
 
 
@@ -533,3 +602,12 @@ def test_lora(tmp_path):
     want = logits(model.eval(), ids)
     assert torch.equal(logits(again, ids), want)
     torch.testing.assert_close(logits(again.merge_and_unload(), ids), want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["LoraConfig", "IA3Config", "LoHaConfig"])
+def test_peft_knows_the_layers_of_the_model(method):
+    model = peft.get_peft_model(tiny_model(), getattr(peft, method)(task_type="CAUSAL_LM"))
+    adapted = {part for name, x in model.named_parameters() if x.requires_grad for part in name.split(".")}
+    assert ({"k_proj", "v_proj", "down_proj"} if method == "IA3Config" else {"q_proj", "v_proj"}) <= adapted
+    model(input_ids=tokens(1, 5), labels=tokens(1, 5)).loss.backward()
+    assert all(x.grad is not None for x in model.parameters() if x.requires_grad)

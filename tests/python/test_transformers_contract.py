@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny_sigma import COMPRESSIONS, logits, padded, tiny_config, tiny_model, tokens
+from tiny_sigma import CACHE, COMPRESSIONS, checkpoint_activations, logits, padded, tiny_config, tiny_model, tokens
 from transformers import (
     AttentionInterface,
     AutoModel,
@@ -157,7 +157,7 @@ def test_a_mask_of_ours_passes_through_create_causal_mask(cached):
         for layer in range(config.num_hidden_layers):
             cache.update(torch.zeros(2, 2, cached, 16), torch.zeros(2, 2, cached, 32), layer)
     _, mask = padded([9, 5], "left")
-    arguments = {"config": config, "inputs_embeds": torch.zeros(2, 9 - cached, 64), "past_key_values": cache}
+    arguments = {"config": config, "inputs_embeds": torch.zeros(2, 9 - cached, 64), CACHE: cache}
     once = masking_utils.create_causal_mask(**arguments, attention_mask=mask)
     assert once.dtype == torch.int32 and once.dim() == 4
     assert masking_utils.create_causal_mask(**arguments, attention_mask=once) is once
@@ -191,7 +191,7 @@ def test_conventions_of_the_class():
     # Declared, it would be filled by transformers, with a warning.
     assert "cache_position" not in inspect.signature(type(model).forward).parameters
     assert {"logits_to_keep", "inputs_embeds"} <= inspect.signature(type(model).forward).parameters.keys()
-    assert diffqkv.SigmaConfig.keys_to_ignore_at_inference == ["past_key_values"]
+    assert diffqkv.SigmaConfig.keys_to_ignore_at_inference == ["cache", "past_key_values"]
     assert "get_interface(" in source(modeling_sigma) and "eager_attention_forward" in source(modeling_sigma)
 
 
@@ -281,9 +281,9 @@ def test_recomputed_layers_write_no_cache(given):
     for recompute in (False, True):
         model = tiny_model().train()
         if recompute:
-            model.gradient_checkpointing_enable()
+            checkpoint_activations(model)
         cache = diffqkv.Cache(model.config) if given and recompute else None
-        out = model(ids, labels=ids, past_key_values=cache, use_cache=recompute)
+        out = model(ids, labels=ids, cache=cache, use_cache=recompute)
         out.loss.backward()
         gradients.append([x.grad for x in model.parameters()])
         assert cache is None or cache.get_seq_length() == 0

@@ -1,12 +1,15 @@
 """Small random SIGMA models that the tests share, their inputs, and a record of what runs."""
 
 from collections import Counter
+from inspect import signature
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedTokenizerFast
+from transformers.masking_utils import create_causal_mask
+from transformers.utils import ModelOutput
 
 from diffqkv import SigmaConfig, SigmaForCausalLM
 
@@ -15,6 +18,18 @@ COMPRESSIONS = [None, "expand", "absorbed"]
 HEADS = [(8, 2, 4), (8, 4, 2), (12, 4, 6)]
 VOCAB = 97
 NEW_TOKENS = 8
+# What the installed transformers calls a cache, where its own models and functions are given one.
+CACHE = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
+
+
+def checkpoint_activations(model, **how) -> None:
+    """In transformers before 5.24 this is called gradient checkpointing."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(how or None)
+
+
+def cache_in(output: ModelOutput):
+    return output.get(CACHE)
 
 
 def tiny_config(heads=(8, 2, 4), **changes) -> SigmaConfig:

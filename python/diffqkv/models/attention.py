@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.utils import logging
 
 from .._autocast import autocast_dtype, cast
-from .._dispatch import uses_kernel
+from .._dispatch import KERNEL_DTYPES, uses_kernel
 from ..ops import decode_attention, flash_attention, flash_attention_varlen, selective_v_attention
 from ..reference import SelectiveVStats, group
 from .mask import Packing, read_spans
@@ -110,12 +110,14 @@ def diffqkv_attention(
     inputs = (query, key, value) if s_aux is None else (query, key, value, s_aux)
     records_graph = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     packs_in_torch = packing is not None and not uses_kernel("flash_attention_varlen", *inputs)
+    can_decode = query.dtype in KERNEL_DTYPES["decode_attention"]
     is_left_to_torch = is_compiling and (dropout or records_graph and not is_prompt or packs_in_torch)
     is_step = selective_v is not None and not is_prompt and query.shape[2] <= MAX_DECODE_QUERIES
-    if is_step and not is_compiling and (is_dense or wants_weights or records_graph or dropout or not causal):
+    reads_all = is_dense or wants_weights or records_graph or dropout or not causal or not can_decode
+    if is_step and not is_compiling and reads_all:
         logger.warning_once(
-            "selective_v: a step that records gradients, returns probabilities or has a mask that is not one causal "
-            "span of keys per row reads all V rows"
+            "selective_v: a step that records gradients, returns probabilities, computes in float64 or has a mask that "
+            "is not one causal span of keys per row reads all V rows"
         )
     if is_dense or wants_weights or is_left_to_torch:
         if is_dense and not is_compiling:
@@ -137,7 +139,7 @@ def diffqkv_attention(
         rows = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         out = flash_attention_varlen(*rows, *packing, causal=causal, dropout_p=dropout, **logits)
         return out.unflatten(0, (query.shape[0], query.shape[2])), None
-    if is_prompt or not causal or records_graph or dropout:
+    if is_prompt or not causal or records_graph or dropout or not can_decode:
         if not is_prompt:
             key, value = dense_rows(key, value, kv_cache, attention_mask)
             end = None  # all slots of these rows are written

@@ -117,15 +117,24 @@ def _pattern_of(mask_function: Callable) -> tuple[int, torch.Tensor | None] | No
     if torch.compiler.is_compiling():
         return None
     window, sequences = -1, None
-    parts = _made_by("and_masks", mask_function).get("mask_functions", ())
-    if len(parts) == 2 and (packed := _made_by("packed_sequence_mask_function", parts[0])):
+    if parts := _both_of(mask_function, "packed_sequence_mask_function", "remap_positions_for_packed_sequence"):
         # The positions of a sequence are consecutive, so that its mask does not change with where it begins.
-        sequences = packed["packed_sequence_mask"]
-        mask_function = _made_by("remap_positions_for_packed_sequence", parts[1]).get("mask_function")
-        parts = _made_by("and_masks", mask_function).get("mask_functions", ())
+        packed, remapped = parts
+        sequences, mask_function = packed["packed_sequence_mask"], remapped["mask_function"]
+    parts = _made_by("and_masks", mask_function).get("mask_functions", ())
     if len(parts) == 2 and (sliding := _made_by("sliding_window_overlay", parts[0])):
         window, mask_function = sliding["sliding_window"] - 1, parts[1]
     return (window, sequences) if mask_function is causal_mask_function else None
+
+
+def _both_of(function: Callable, *makers: str) -> list[dict[str, Any]] | None:
+    """What the two parts of an intersection have closed over, in the order of their makers; None for other functions.
+
+    Transformers 5.24 exchanged the parts.
+    """
+    parts = _made_by("and_masks", function).get("mask_functions", ())
+    found = [next(filter(None, (_made_by(maker, part) for part in parts)), None) for maker in makers]
+    return found if len(parts) == 2 and all(found) else None
 
 
 def _made_by(maker: str, function: Callable | None) -> dict[str, Any]:

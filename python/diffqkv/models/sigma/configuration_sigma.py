@@ -161,7 +161,7 @@ class SigmaConfig(PreTrainedConfig):
     """
 
     model_type = "sigma_diffqkv"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
     base_model_pp_plan: ClassVar[dict] = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -205,11 +205,8 @@ class SigmaConfig(PreTrainedConfig):
         self._refuse_windows(kwargs)
         claimed_groups = kwargs.pop("num_key_value_heads", None)
         self.check_fields()
-        if claimed_groups is not None and claimed_groups != self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads: got {claimed_groups}, want {self.num_key_value_heads}, the greatest common "
-                f"divisor of num_key_heads ({self.num_key_heads}) and num_value_heads ({self.num_value_heads})"
-            )
+        if claimed_groups is not None:
+            self.num_key_value_heads = claimed_groups
         self.base_model_tp_plan = self._tensor_parallel_plan()
         super().__post_init__(**kwargs)
         if (self.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
@@ -247,6 +244,15 @@ class SigmaConfig(PreTrainedConfig):
     def num_key_value_heads(self) -> int:
         """G = gcd(n_k, n_v): the KV groups, which are the heads of the grouped cache layout."""
         return gcd(self.num_key_heads, self.num_value_heads)
+
+    @num_key_value_heads.setter
+    def num_key_value_heads(self, groups: int) -> None:
+        # Tools that copy or export configurations assign what they have read.
+        if groups != self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads: got {groups}, want {self.num_key_value_heads}, the greatest common divisor of "
+                f"num_key_heads ({self.num_key_heads}) and num_value_heads ({self.num_value_heads})"
+            )
 
     @property
     def attention_head_dim(self) -> int:

@@ -5,11 +5,13 @@ This file stands alone: `save_pretrained` copies it beside a checkpoint, where i
 on stock attention functions and caches. With the package, attention "diffqkv" and `diffqkv.Cache` are the defaults.
 """
 
+import functools
 import os
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import copy
+from inspect import signature
 from math import gcd, lcm
 from typing import Any, ClassVar
 
@@ -26,6 +28,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 from transformers.generation import GenerationMixin
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.integrations import use_kernel_forward_from_hub
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.modeling_layers import (
@@ -38,7 +41,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import TransformersKwargs, can_return_tuple, is_peft_available, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -50,6 +53,12 @@ except ImportError:
     diffqkv = None
 
 logger = logging.get_logger(__name__)
+
+# What transformers calls a cache in arguments and results; before 5.24 it was past_key_values.
+_CACHE = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
+
+# What the ops for inference take; models of other dtypes run on stock functions and caches.
+_OP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Slots that `generate` reserves at most before the first token; longer outputs grow the cache by doubling.
 _MAX_RESERVED_SLOTS = 16384
@@ -66,7 +75,7 @@ def _profiler_range(name: str):
 
 
 def _swiglu(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    if diffqkv is not None and activation == "silu":
+    if diffqkv is not None and activation == "silu" and gate.dtype in _OP_DTYPES:
         return diffqkv.swiglu(gate, up)
     return ACT2FN[activation](gate) * up
 
@@ -149,6 +158,25 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+def _has_own_cache(dtype: torch.dtype) -> bool:
+    """Whether models of this dtype cache in a `diffqkv.Cache` by default."""
+    return diffqkv is not None and dtype in _OP_DTYPES
+
+
+def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache that the caller gave, under either name."""
+    if past_key_values is not None:
+        if cache is not None and cache is not past_key_values:
+            raise ValueError("past_key_values: got another cache than cache, want one of the two")
+        cache = past_key_values
+    if isinstance(cache, PagedAttentionCache):
+        raise NotImplementedError(
+            "continuous batching: its paged cache has one shape for K and V; use generate on a left-padded batch "
+            "instead"
+        )
+    return cache
+
+
 def _attention_function(config: SigmaConfig) -> tuple[Callable, bool]:
     """The attention function that config names, and whether K and V may have head counts of their own in it.
 
@@ -219,16 +247,11 @@ class SigmaAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         cache_is_empty: bool = False,
         key_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if kwargs.get("cache") is not None:
-            raise NotImplementedError(
-                "continuous batching: its paged cache has one shape for K and V; use generate on a left-padded batch "
-                "instead"
-            )
         tokens = hidden_states.shape[:-1]
         query, key, value = self._project(hidden_states)
         query = query.view(*tokens, -1, self.head_dim)
@@ -244,15 +267,15 @@ class SigmaAttention(nn.Module):
                 key,
                 value,
                 position_embeddings,
-                past_key_values,
+                cache,
                 cache_is_empty,
                 key_position_embeddings,
                 takes_unequal_heads,
             )
         if takes_unequal_heads:
             kwargs["kv_cache"] = kv_cache
-            if isinstance(past_key_values, diffqkv.Cache):
-                kwargs["v_stats"] = past_key_values.layers[self.layer_idx].v_stats
+            if isinstance(cache, diffqkv.Cache):
+                kwargs["v_stats"] = cache.layers[self.layer_idx].v_stats
         else:
             query, key, value = self._for_stock_attention(query, key, value, kv_cache, attend)
         with _profiler_range("attention"):
@@ -328,7 +351,7 @@ class SigmaAttention(nn.Module):
         key: torch.Tensor,
         value: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
-        past_key_values: Cache | None,
+        cache: Cache | None,
         cache_is_empty: bool,
         key_rope: tuple[torch.Tensor, torch.Tensor] | None,
         takes_unequal_heads: bool,
@@ -340,26 +363,27 @@ class SigmaAttention(nn.Module):
         """
         in_place = (
             takes_unequal_heads
-            and isinstance(past_key_values, diffqkv.Cache)
+            and isinstance(cache, diffqkv.Cache)
+            and key.dtype in _OP_DTYPES
             and not (torch.is_grad_enabled() and (key.requires_grad or value.requires_grad))
         )
-        reads_cache = past_key_values is not None and not cache_is_empty
+        reads_cache = cache is not None and not cache_is_empty
         rotates_on_write = in_place and reads_cache and not self.expands_k
         if not (self.expands_k or rotates_on_write):
             key = apply_rotary_pos_emb(key, *rope)
 
         cached = None
         if in_place:
-            layer = past_key_values.layers[self.layer_idx]
+            layer = cache.layers[self.layer_idx]
             layer.append(key.transpose(1, 2), value.transpose(1, 2), *(rope if rotates_on_write else ()))
             if reads_cache:
                 cached = layer.k_cache, layer.v_cache, layer.k_layout
                 if self.expands_k:
                     keys, _ = layer.dense()
                     cached = self._expanded_cache(keys, layer.v_cache[:, :, : keys.shape[2]], key_rope)
-        elif past_key_values is not None:
+        elif cache is not None:
             groups = gcd(key.shape[2], value.shape[2])
-            keys, values = past_key_values.update(
+            keys, values = cache.update(
                 *(x.flatten(2).unflatten(2, (groups, -1)).transpose(1, 2) for x in (key, value)), self.layer_idx
             )
             # Stock functions take every token from the cache, which may have more slots than tokens.
@@ -413,7 +437,7 @@ class SigmaDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -423,12 +447,28 @@ class SigmaDecoderLayer(GradientCheckpointingLayer):
             position_embeddings,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             **kwargs,
         )
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+@functools.cache
+def _tell_peft() -> None:
+    """PEFT chooses the layers of its methods by model type, where the user does not: those of Llama, by their names."""
+    if not is_peft_available():
+        return
+    from peft.utils import constants
+
+    for name, layers in vars(constants).items():
+        if name.endswith("_MODULES_MAPPING") and "llama" in layers:
+            layers.setdefault(SigmaConfig.model_type, layers["llama"])
+
+
+class MismatchedWeightsError(ValueError, RuntimeError):
+    """A checkpoint holds weights of other shapes than the model: a RuntimeError to callers of transformers."""
 
 
 def _fast_path_obstacle(config: SigmaConfig) -> str | None:
@@ -449,7 +489,7 @@ class SigmaPreTrainedModel(PreTrainedModel):  # trf-ignore: TRF013 (the models t
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["SigmaDecoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -464,6 +504,7 @@ class SigmaPreTrainedModel(PreTrainedModel):  # trf-ignore: TRF013 (the models t
         if not isinstance(config, SigmaConfig):
             AutoModel.register(type(config), SigmaModel, exist_ok=True)  # by which the task heads make their base
         config.check_fields()
+        _tell_peft()
         super().__init__(config, *args, **kwargs)
 
     @classmethod
@@ -495,7 +536,7 @@ class SigmaPreTrainedModel(PreTrainedModel):  # trf-ignore: TRF013 (the models t
         if info["mismatched_keys"] and not ignore_mismatched_sizes:
             (name, got, want), *others = sorted(info["mismatched_keys"])
             more = f" and {len(others)} more of other shapes" if others else ""
-            raise ValueError(
+            raise MismatchedWeightsError(
                 f"pretrained_model_name_or_path: got a checkpoint with {name} of shape {list(got)}{more}, "
                 f"want {list(want)} by the configuration; ignore_mismatched_sizes=True makes such weights up"
             )
@@ -615,10 +656,11 @@ class SigmaModel(SigmaPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         selective_v: dict[str, Any] | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """The hidden states `[b, t, hidden_size]` of the new tokens.
@@ -628,8 +670,8 @@ class SigmaModel(SigmaPreTrainedModel):
             attention_mask: 1 for tokens, 0 for padding, `[b, cached + t]`, or a dense mask `[b, 1, t, cached + t]`.
             position_ids: `[b or 1, t]`. Rows whose positions jump hold several sequences, which do not see each other;
                 they take neither a mask nor a cache. So do rows with flash attention's arguments cu_seq_lens_q, ...
-            past_key_values: the tokens before, to which the new ones are added: a `diffqkv.Cache`, which reads and
-                writes in place, or any cache of transformers.
+            cache: the tokens before, to which the new ones are added: a `diffqkv.Cache`, which reads and writes in
+                place, or any cache of transformers. Its name before transformers 5.24, past_key_values, is taken too.
             use_cache: make a cache if there is none. Default: the configuration's.
             selective_v: for this call, values in place of the configuration's selective_v_*, by their names without
                 that prefix: {"top_k": 100, "max_error": 0.1}. Prompts are not concerned, only steps behind a cache.
@@ -643,28 +685,40 @@ class SigmaModel(SigmaPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch, tokens = inputs_embeds.shape[:2]
+        cache = _one_cache(cache, past_key_values)
 
         _, takes_unequal_heads = _attention_function(self.config)
-        selected_v = self._selected_v(selective_v, takes_unequal_heads, past_key_values)
+        if self._checkpoints_activations() and cache is not None:
+            if not self._is_empty(cache.get_seq_length(), tokens):
+                raise ValueError(
+                    "cache: got one with tokens while activations are checkpointed, where layers run without a cache; "
+                    "want None, eval() or gradient_checkpointing_disable()"
+                )
+            logger.warning_once("cache: activations are checkpointed, so that nothing is cached")
+            cache = None
+        selected_v = self._selected_v(selective_v, takes_unequal_heads, cache)
         packed_positions = None
-        begins = self._sequence_begins(position_ids, attention_mask, past_key_values, kwargs, batch, tokens)
+        begins = self._sequence_begins(position_ids, attention_mask, cache, kwargs, batch, tokens)
         if begins is not None:
-            if past_key_values is not None and not torch.compiler.is_compiling():
-                raise ValueError("position_ids: got several sequences in a row with a cache, want no past_key_values")
+            if cache is not None and not torch.compiler.is_compiling():
+                raise ValueError("position_ids: got several sequences in a row with a cache, want no cache")
             if use_cache and not torch.compiler.is_compiling():
-                logger.warning_once("use_cache: several sequences in a row cannot be cached; no cache is returned")
+                logger.warning_once(
+                    "position_ids: without an attention_mask, jumps begin new sequences in a row, which do not see the "
+                    "tokens before them; they cannot be cached, so that use_cache returns none"
+                )
                 use_cache = False
             slots = torch.arange(tokens, device=inputs_embeds.device)
             packed_positions = slots - (slots * begins).cummax(-1).values
             position_ids = packed_positions if position_ids is None else position_ids
             if takes_unequal_heads and kwargs.get("cu_seq_lens_q") is None:
                 kwargs.update(zip(_FLASH_KWARGS, diffqkv.models.mask.packing_of(begins), strict=True))
-        if past_key_values is not None:
-            self._check_cache(past_key_values, batch, tokens)
+        if cache is not None:
+            self._check_cache(cache, batch, tokens)
         elif use_cache:
-            past_key_values = self._new_cache()
+            cache = self._new_cache(inputs_embeds)
 
-        counted_cache = self._from_own_layer(past_key_values)
+        counted_cache = self._from_own_layer(cache)
         past = counted_cache.get_seq_length() if counted_cache is not None else 0
         if position_ids is None:
             position_ids = (torch.arange(tokens, device=inputs_embeds.device) + past).unsqueeze(0)
@@ -674,19 +728,18 @@ class SigmaModel(SigmaPreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                # Behind a cache, which compiled code may fill here, transformers looks for no sequences.
-                past_key_values=counted_cache if begins is None else None,
                 position_ids=packed_positions,
+                # Behind a cache, which compiled code may fill here, transformers looks for no sequences.
+                **{_CACHE: counted_cache if begins is None else None},
             )
         rope = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         key_rope = None
         # CODEPATH: the rows with half K dim of Tables 2 and 6.
-        if self.config.k_compression == "expand" and past_key_values is not None:
-            key_positions = self._key_positions(position_ids, attention_mask, counted_cache, past)
-            key_rope = self.rotary_emb(inputs_embeds, position_ids=key_positions)
-
         # Before the first layer writes: a static cache's counter is live.
         cache_is_empty = self._is_empty(past, tokens)
+        if self.config.k_compression == "expand" and cache is not None:
+            key_positions = self._key_positions(position_ids, attention_mask, counted_cache, past, cache_is_empty)
+            key_rope = self.rotary_emb(inputs_embeds, position_ids=key_positions)
         hidden_states = inputs_embeds
         for layer, selection in zip(self.layers[: len(selected_v)], selected_v, strict=True):
             hidden_states = layer(
@@ -694,20 +747,28 @@ class SigmaModel(SigmaPreTrainedModel):
                 attention_mask=causal_mask,
                 position_embeddings=rope,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 use_cache=use_cache,
                 cache_is_empty=cache_is_empty,
                 key_position_embeddings=key_rope,
                 selective_v=selection,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{_CACHE: cache})
 
-    def _new_cache(self) -> Cache:
-        # A compiled region must not own the buffers that later calls write.
-        if diffqkv is None or torch.compiler.is_compiling():
+    def _new_cache(self, inputs_embeds: torch.Tensor) -> Cache:
+        # A compiled region must not own the buffers that later calls write; and a graph must reach the cached tokens.
+        records_graph = torch.is_grad_enabled() and (
+            inputs_embeds.requires_grad or any(x.requires_grad for x in self.parameters())
+        )
+        if not _has_own_cache(inputs_embeds.dtype) or torch.compiler.is_compiling() or records_graph:
             return DynamicCache(config=self.config)
         return diffqkv.Cache(self._cache_shapes())
+
+    def _checkpoints_activations(self) -> bool:
+        """Whether the backward pass will run layers once more, where they must not write into a cache again."""
+        is_recording = self.training and torch.is_grad_enabled()
+        return is_recording and any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers)
 
     def _from_own_layer(self, cache: Cache | None) -> Cache | None:
         """The cache from the first layer on that is in this process: in a later stage of a pipeline, none before it is
@@ -716,13 +777,13 @@ class SigmaModel(SigmaPreTrainedModel):
         if cache is None or not any(is_elsewhere):
             return cache
         if cache.is_compileable:
-            raise NotImplementedError("past_key_values: a static cache is not built for pipeline parallelism")
+            raise NotImplementedError("cache: a static cache is not built for pipeline parallelism")
         stage = copy(cache)
         stage.layers = cache.layers[is_elsewhere.index(False) :]
         return stage
 
     def _selected_v(
-        self, selective_v: dict[str, Any] | None, takes_unequal_heads: bool, past_key_values: Cache | None
+        self, selective_v: dict[str, Any] | None, takes_unequal_heads: bool, cache: Cache | None
     ) -> list[dict[str, Any] | None]:
         """What each layer is told of the V rows to read."""
         per_layer = self.config.selective_v(selective_v)
@@ -730,7 +791,7 @@ class SigmaModel(SigmaPreTrainedModel):
             problem = f"attention {self.config._attn_implementation!r} reads all V rows, only 'diffqkv' selects"
             if selective_v is not None:
                 raise ValueError(f"selective_v: got {selective_v}, want None: {problem}")
-            if past_key_values is not None and not torch.compiler.is_compiling():
+            if cache is not None and not torch.compiler.is_compiling():
                 logger.warning_once(f"selective_v_top_k: {problem}")
         return per_layer
 
@@ -743,7 +804,7 @@ class SigmaModel(SigmaPreTrainedModel):
     def _sequence_begins(
         position_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         kwargs: dict,
         batch: int,
         tokens: int,
@@ -768,7 +829,7 @@ class SigmaModel(SigmaPreTrainedModel):
             return begins
         if position_ids is None or attention_mask is not None or tokens == 1:
             return None
-        if is_compiling and past_key_values is not None:
+        if is_compiling and cache is not None:
             return None
         # Compiled code cannot look: there, any positions may be those of packed rows.
         sequences = find_packed_sequence_indices(position_ids)
@@ -787,21 +848,22 @@ class SigmaModel(SigmaPreTrainedModel):
     def _key_positions(
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache,
+        cache: Cache,
         past: int | torch.Tensor,
+        cache_is_empty: bool,
     ) -> torch.Tensor:
         """Positions of all cache slots, `[b or 1, s]`, for keys that are cached without their rotation.
 
         A cache keeps no positions. Those of older tokens follow from the newest one, since the tokens of a row are
-        consecutive; where a mask shows that they are not, an error says so.
+        consecutive; where a mask shows that they are not, an error says so. Without older tokens any positions do.
         """
         tokens = position_ids.shape[1]
-        slots, _ = past_key_values.get_mask_sizes(tokens, 0)
+        slots, _ = cache.get_mask_sizes(tokens, 0)
         newest = past + tokens - 1
         positions = position_ids[:, -1:] - newest + torch.arange(slots, device=position_ids.device)
         new_slots = torch.arange(tokens, device=position_ids.device) + past
         positions = positions.index_copy(1, new_slots, position_ids)
-        valid = _visible_slots(attention_mask)
+        valid = None if cache_is_empty else _visible_slots(attention_mask)
         if valid is not None and not torch.compiler.is_compiling():
             valid = valid[:, :slots]
             both = valid[:, 1:] & valid[:, :-1]
@@ -858,12 +920,13 @@ class SigmaForCausalLM(SigmaPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         selective_v: dict[str, Any] | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """The logits `[b, t, vocab_size]` of the token behind each new one. The other arguments: see `SigmaModel`.
@@ -878,7 +941,7 @@ class SigmaForCausalLM(SigmaPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=_one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             selective_v=selective_v,
@@ -891,39 +954,47 @@ class SigmaForCausalLM(SigmaPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{_CACHE: outputs.get(_CACHE)},
         )
 
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
         next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,  # generate looks for the name
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> dict:
         """As in transformers, where assisted decoding would feed the tokens that a given cache holds once more."""
+        cache = _one_cache(cache, past_key_values)
         positions = kwargs.get("position_ids")
-        if next_sequence_length is None and past_key_values is not None and positions is not None:
-            past = int(past_key_values.get_seq_length())
+        if next_sequence_length is None and cache is not None and positions is not None:
+            past = int(cache.get_seq_length())
             if past and positions.shape[-1] == input_ids.shape[1] and int(positions[..., 0].max()) == 0:
                 next_sequence_length = input_ids.shape[1] - past
                 if next_sequence_length < 1:
                     raise NotImplementedError(
-                        f"prefill_chunk_size: got chunks within the {past} tokens of past_key_values, which this "
-                        f"release of transformers would feed again; want None"
+                        f"prefill_chunk_size: got chunks within the {past} tokens of the cache, which this release of "
+                        f"transformers would feed again; want None"
                     )
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
+            **{_CACHE: cache},
             **kwargs,
         )
+
+    def generate(self, *args, **kwargs):
+        """As in transformers. `cache` is taken as the name of the cache in the releases before 5.24 too."""
+        if "cache" in kwargs:
+            kwargs[_CACHE] = kwargs.pop("cache")
+        return super().generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -934,38 +1005,40 @@ class SigmaForCausalLM(SigmaPreTrainedModel, GenerationMixin):
         if kind in ("offloaded", "offloaded_static") and not torch.accelerator.is_available():
             # Without an accelerator every cache is in the host's memory.
             kind = generation_config.cache_implementation = {"offloaded_static": "static"}.get(kind)
-        is_new = model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False
+        is_new = model_kwargs.get(_CACHE) is None and generation_config.use_cache is not False
         # The code of contrastive search, which is in a repository of its own, takes no class but DynamicCache.
-        if diffqkv is not None and is_new and kind is None and generation_mode != "contrastive_search":
+        if _has_own_cache(self.dtype) and is_new and kind is None and generation_mode != "contrastive_search":
             reserved = min(max_cache_length, _MAX_RESERVED_SLOTS)
-            model_kwargs["past_key_values"] = diffqkv.Cache(self._cache_shapes(), initial_length=reserved)
+            model_kwargs[_CACHE] = diffqkv.Cache(self._cache_shapes(), initial_length=reserved)
             return
+        # Candidates found in the prompt are fed before those too many are taken back.
+        candidates = generation_config.prompt_lookup_num_tokens or 0
         super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length + candidates
         )
         is_on_one_device = len(set(getattr(self, "hf_device_map", {}).values())) < 2
         if diffqkv is not None and is_new and kind == "static" and chunk_size is not None and is_on_one_device:
             # Compiled prefill must not own the buffers.
             rows = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1) * batch_size
-            cache = model_kwargs["past_key_values"]
+            cache = model_kwargs[_CACHE]
             diffqkv.cache.reserve_static_cache(cache, self._cache_shapes(), rows, self.dtype, self.device)
 
     @staticmethod
     def _check_generation(generation_config, model_kwargs, generation_mode) -> None:
         """Refuses what transformers would compute from the wrong tokens, or fail at after the first forward pass."""
-        given, embeds = model_kwargs.get("past_key_values"), model_kwargs.get("inputs_embeds")
+        given, embeds = model_kwargs.get(_CACHE), model_kwargs.get("inputs_embeds")
         positions = model_kwargs.get("position_ids")
         if isinstance(given, Cache) and positions is not None and not generation_config.is_assistant:
             past, prompt = int(given.get_seq_length()), positions.shape[-1]
             if past >= prompt:
                 raise ValueError(
-                    f"past_key_values: got {past} tokens and a prompt of {prompt}, want a prompt that repeats them and "
+                    f"cache: got {past} tokens and a prompt of {prompt}, want a prompt that repeats them and "
                     f"goes on (crop(-1) takes one back)"
                 )
             if past and embeds is not None and embeds.shape[1] != prompt:
                 raise ValueError(
-                    f"inputs_embeds: got {embeds.shape[1]} tokens behind {past} in past_key_values, want all {prompt} "
-                    f"of the prompt"
+                    f"inputs_embeds: got {embeds.shape[1]} tokens behind {past} in the cache, want all {prompt} of the "
+                    f"prompt"
                 )
         chunk_size = generation_config.prefill_chunk_size
         if chunk_size is not None and embeds is not None:
