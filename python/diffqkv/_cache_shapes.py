@@ -9,11 +9,11 @@ from math import gcd
 from transformers import PreTrainedConfig
 
 
-@dataclass(frozen=True)
+@dataclass
 class CacheShape:
     """What one token stores in one layer: n_k K heads of d_k and n_v V heads of d_v (eq. 14).
 
-    No tuple: the exporters of transformers take the tuples in a cache apart.
+    Neither a tuple nor frozen: the exporters of transformers take a cache apart and put it together.
     """
 
     n_k: int
