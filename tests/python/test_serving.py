@@ -16,7 +16,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from tiny_sigma import save_with_tokenizer
+from tiny_sigma import CACHE, save_with_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cli.serving.model_manager import ModelManager
 
