@@ -547,6 +547,17 @@ def test_trainer_learns_alike_without_padding(tmp_path):
     assert losses["padded"][-1] < losses["padded"][0]
 
 
+def test_trainer_evaluates_with_a_cache_in_the_outputs(tmp_path):
+    """It gathers logits alone: `keys_to_ignore_at_inference` names the cache."""
+    trainer = trainer_of(tmp_path, pad, use_cache=True, per_device_eval_batch_size=2)
+    seen = []
+    trainer.compute_metrics = lambda prediction: (
+        seen.append(prediction.predictions.shape) or {"rows": len(prediction.label_ids)}
+    )
+    assert trainer.evaluate(documents(6))["eval_rows"] == 6
+    assert len(seen) == 1 and seen[0][0] == 6 and seen[0][2] == trainer.model.config.vocab_size
+
+
 def test_two_processes_with_fsdp2_train_like_one(tmp_path):
     folder = Path(__file__).parent
     done = subprocess.run(
