@@ -676,15 +676,15 @@ def test_our_cache_slides_with_the_windows_of_other_models(name):
     for attention in ("eager", "diffqkv"):
         model.set_attn_implementation(attention)
         past = diffqkv.Cache(model.config)
-        assert torch.equal(model.generate(ids, **options, cache=past), want)
+        assert torch.equal(model.generate(ids, **options, **{CACHE: past}), want)
         assert past.is_sliding[0] and past.layers[0].capacity == 64 and past.get_seq_length() == 82
         for more in ({"prompt_lookup_num_tokens": 4}, {"prefill_chunk_size": 3}):
             past = diffqkv.Cache(model.config)
-            assert torch.equal(model.generate(ids[:1], **one, **more, cache=past), want_one), more
+            assert torch.equal(model.generate(ids[:1], **one, **more, **{CACHE: past}), want_one), more
         past = diffqkv.Cache(model.config)
-        logits(model, ids[:1, :12], cache=past)
+        logits(model, ids[:1, :12], **{CACHE: past})
         for kept in (copy.deepcopy(past), past.to_dynamic(), diffqkv.Cache.from_stock(model.config, past.to_dynamic())):
-            assert torch.equal(model.generate(ids[:1], **one, cache=kept), want_one)
+            assert torch.equal(model.generate(ids[:1], **one, **{CACHE: kept}), want_one)
 
 
 def test_our_cache_takes_any_shapes_from_who_knows_them():
@@ -700,9 +700,9 @@ def test_our_cache_takes_any_shapes_from_who_knows_them():
     model = DeepseekV3ForCausalLM(config).eval()
     ids, mask = padded([9, 5], "left")
     stock = DynamicCache(config=config)
-    want = generate(model, ids, mask, cache=stock)
+    want = generate(model, ids, mask, **{CACHE: stock})
     shapes = [(k.shape[1], k.shape[3], v.shape[1], v.shape[3]) for k, v, *_ in stock]
-    assert torch.equal(generate(model, ids, mask, cache=diffqkv.Cache(shapes)), want)
+    assert torch.equal(generate(model, ids, mask, **{CACHE: diffqkv.Cache(shapes)}), want)
 
 
 # ---------------------------------------------------------------- torch.compile

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_sigma import NEW_TOKENS, generate, logits, padded, tiny_config, tiny_model, tokens
+from tiny_sigma import CACHE, NEW_TOKENS, generate, logits, padded, tiny_config, tiny_model, tokens
 from torch._dynamo.exc import Unsupported
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -27,7 +27,7 @@ def steps(model, ids, kind="diffqkv", mask=None, parts=PARTS, **options):
     for part in ids.split(parts, dim=1):
         seen += part.shape[1]
         given = {} if mask is None else {"attention_mask": mask[:, :seen]}
-        out.append(logits(model, part, cache=cache, **given, **options))
+        out.append(logits(model, part, **{CACHE: cache}, **given, **options))
     return out
 
 
