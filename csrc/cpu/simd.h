@@ -234,8 +234,9 @@ DIFFQKV_INLINE vf vload_first(const float* p, int) { return vload(p); }
 DIFFQKV_INLINE vf vload_first_u16(const uint16_t* p, int, bool half) { return half ? vload_f16(p) : vload_bf16(p); }
 #endif
 
-// 2^y for y <= 127, exactly 1 at 0, 0 below 2^-125 or so, NaN for NaN. Minimax polynomial in y - round(y) with constant
-// term 1: of degree 5, relative error 1.9e-7, or of degree 4, 2.9e-6, for what is rounded to bf16 afterwards.
+// 2^y for y <= 128, which is infinite, exactly 1 at 0, 0 below 2^-125 or so, NaN for NaN. Minimax polynomial in y -
+// round(y) with constant term 1: of degree 5, relative error 1.9e-7, or of degree 4, 2.9e-6, for what is rounded to
+// bf16 afterwards.
 template <bool kForBf16 = false>
 DIFFQKV_INLINE vf vexp2(vf y) {
   vf n, r;

@@ -410,4 +410,4 @@ def swiglu_backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     g, u, d = gate.float(), up.float(), dout.float()
     sigmoid = torch.sigmoid(g)
     dgate = d * u * sigmoid * (1 + g * (1 - sigmoid))
-    return dgate.to(gate.dtype), (d * g * sigmoid).to(gate.dtype)
+    return dgate.to(gate.dtype), (d * (g * sigmoid)).to(gate.dtype)

@@ -478,6 +478,19 @@ def test_swiglu_extremes(ops):
     assert_accurate(out, reference.swiglu(gate.double(), torch.ones(9, dtype=D)), reference.swiglu(gate, torch.ones(9)))
 
 
+def test_swiglu_of_huge_gates(ops):
+    """What torch gives, forward and backward: 0 where the sigmoid is 0, however large its factor, NaN of -inf and NaN."""
+    sizes = torch.logspace(1, 38.5, 301)
+    gate = torch.cat([-sizes, sizes, torch.linspace(-104, -80, 301), torch.tensor([torch.inf, -torch.inf, NAN])])
+    for up in (torch.ones(gate.shape), torch.full(gate.shape, -1e3)):
+        dout = torch.full(gate.shape, 2.0)
+        leaves = [x.double().requires_grad_() for x in (gate, up)]
+        exact = torch.nn.functional.silu(leaves[0]) * leaves[1]
+        exact = (exact, *torch.autograd.grad(exact, leaves, dout.double()))
+        for actual, want in zip((ops.swiglu(gate, up), *ops.swiglu_backward(dout, gate, up)), exact, strict=True):
+            torch.testing.assert_close(actual, want.detach().float(), rtol=1e-5, atol=1e-33, equal_nan=True)
+
+
 def test_swiglu_strides(ops):
     gate, up = torch.randn(2, 6, 10, 16).transpose(1, 2).unbind(0)
     torch.testing.assert_close(ops.swiglu(gate, up), reference.swiglu(gate, up))
