@@ -1,4 +1,7 @@
-"""Gradients of the compiled ops: the training attention and swiglu. Decode, cache and selection are for inference."""
+"""Autograd of the compiled ops: gradients of the training attention and swiglu, versions of what others write.
+
+Decode, cache and selection are for inference.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ._dispatch import BACKWARD, OPS
+
+_LIBRARY = torch.library.Library("diffqkv", "IMPL")
 
 
 def _register_attention(name: str) -> None:
@@ -46,8 +53,27 @@ def _refuse_second(name: str) -> None:
     torch.library.register_autograd(f"diffqkv::{name}", refuse)
 
 
+def _register_writes(op: torch._ops.OpOverload) -> None:
+    """Counts a version up for every tensor that op writes, so that a graph that saved one raises.
+
+    Torch's own in-place ops do so at this dispatch key; ops of its stable ABI have nothing there.
+    """
+    written = [(i, a.name) for i, a in enumerate(op._schema.arguments) if a.alias_info and a.alias_info.is_write]
+
+    def kernel(keys: torch._C.DispatchKeySet, *args: Any, **named: Any) -> Any:
+        result = op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args, **named)
+        tensors = (args[i] if i < len(args) else named.get(name) for i, name in written)
+        torch.autograd.graph.increment_version([x for x in tensors if x is not None])
+        return result
+
+    _LIBRARY.impl(op, kernel, "ADInplaceOrView", with_keyset=True)
+
+
 _register_attention("flash_attention")
 _register_attention("flash_attention_varlen")
 torch.library.register_autograd("diffqkv::swiglu", _swiglu_backward, setup_context=_swiglu_setup)
 for _name in ("flash_attention_backward", "flash_attention_varlen_backward", "swiglu_backward"):
     _refuse_second(_name)
+for _name in (*OPS, *BACKWARD.values()):
+    if (_op := getattr(torch.ops.diffqkv, _name).default)._schema.is_mutable:
+        _register_writes(_op)

@@ -78,6 +78,18 @@ def _call(op: Callable, *args: Any, **kwargs: Any) -> Any:
         raise translated from None
 
 
+def _write(op: Callable, written: tuple[Tensor | None, ...], *args: Any, **kwargs: Any) -> None:
+    """Calls an op that writes `written`, and counts their versions up, as `_autograd` does, but without a way through a
+    Python kernel, which takes several microseconds.
+    """
+    if torch.compiler.is_compiling():
+        op(*args, **kwargs)
+        return
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        _call(op, *args, **kwargs)
+    torch.autograd.graph.increment_version([x for x in written if x is not None])
+
+
 def _uses_kernel(op: str, name: str, x: Tensor, *inputs: Tensor | None, k_layout: int = ROWS) -> bool:
     if not isinstance(x, Tensor):
         raise wrong(name, type(x).__name__, "a Tensor", TypeError)
@@ -377,7 +389,7 @@ def kv_cache_update(
         _refuse_gradients("kv_cache_update", k_cache=k_cache, v_cache=v_cache, k=k, v=v, cos=cos, sin=sin)
     options = {"cos": cos, "sin": sin, "block_table": block_table, "v_stats": v_stats, "k_layout": layout}
     if run:
-        _call(_UPDATE, k_cache, v_cache, k, v, positions, **options)
+        _write(_UPDATE, (k_cache, v_cache, v_stats), k_cache, v_cache, k, v, positions, **options)
     else:
         composed.kv_cache_update(k_cache, v_cache, k, v, positions, **options)
 

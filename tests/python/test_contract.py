@@ -68,6 +68,67 @@ def test_opcheck_empty_batch_and_gradient(library):
     torch.library.opcheck(torch.ops.diffqkv.swiglu.default, (gate, up.detach()))
 
 
+# ---- versions --------------------------------------------------------------------------------------------------------
+
+
+def update_arguments():
+    base = torch.randn(2, 2, 8, 16)  # the caches are views
+    k_cache, v_cache = reference.group(base, 2), torch.randn(2, 2, 8, 2, 24)
+    new = (torch.randn(2, 2, 3, 16), torch.randn(2, 4, 3, 24), torch.tensor([[0, 1, 2], [5, -1, 7]]))
+    return base, (k_cache, v_cache, *new), torch.zeros(2, 4, 25)
+
+
+def update_calls(library):
+    """The op by its function and directly."""
+    return (diffqkv.kv_cache_update, library.kv_cache_update)
+
+
+def test_what_is_written_has_a_new_version(library, api):
+    for update in update_calls(library):
+        base, args, v_stats = update_arguments()
+        update(*args, v_stats=v_stats)
+        assert base._version == args[0]._version > 0
+        assert args[1]._version > 0 and v_stats._version > 0
+        assert all(x._version == 0 for x in args[2:])
+        versions = [x._version for x in (*args, v_stats)]
+        with pytest.raises((ValueError, RuntimeError), match="positions: got"):
+            update(*args[:4], args[4] + 2, v_stats=v_stats)
+        assert [x._version for x in (*args, v_stats)] == versions
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                update(*args)
+            assert all(x._version > before for x, before in zip(args[:2], versions[:2], strict=True))
+            versions = [x._version for x in args]
+
+
+def test_a_graph_does_not_go_on_with_a_cache_that_was_written(library, api):
+    def attend(q, base, v_cache):
+        return torch.nn.functional.scaled_dot_product_attention(q, base, base + 0 * v_cache.sum())
+
+    for update in (*update_calls(library), torch.compile(diffqkv.kv_cache_update, fullgraph=True, backend="aot_eager")):
+        base, args, _ = update_arguments()
+        q = torch.randn(2, 2, 1, 16, requires_grad=True)
+        out = attend(q, base, args[1])
+        want = base.clone()
+        update(*args)
+        assert not torch.equal(base, want)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
+def test_inference_tensors_are_written_in_any_mode(library):
+    """They have no version."""
+    for update in update_calls(library):
+        with torch.inference_mode():
+            base, args, v_stats = update_arguments()
+            update(*args, v_stats=v_stats)
+        assert base.is_inference()
+        torch.testing.assert_close(base[0, :, :3], args[2][0])
+        with torch.no_grad():
+            update(*args[:4], args[4] * 0 - 1 + torch.tensor([4, 0, 0]), v_stats=v_stats)  # the first tokens to slot 3
+        torch.testing.assert_close(base[:, :, 3], args[2][:, :, 0])
+
+
 def assert_same(actual, expected):
     for a, b in zip(torch.utils._pytree.tree_leaves(actual), torch.utils._pytree.tree_leaves(expected), strict=True):
         assert a.dtype == b.dtype
