@@ -110,7 +110,9 @@ struct SelectedRow {
   KeyRange keys;
   RowState state;
   float kept;
-  const float* stats;  // of the V head, or null
+  const float* stats;     // of the V head, or null
+  const float* seen_sum;  // tail mean: sum of the V rows that the query sees
+  alignas(64) float own_sum[kMaxHeadDim + VL];
 
   SelectedRow(const SelectiveVParams& params, const SelectivePlan& selective, const SelectiveWorkspace& shared,
               Scratch& scratch)
@@ -132,16 +134,15 @@ struct SelectedRow {
     keys = keys_of_query(p, entry, query);
     n = keys.hi - keys.lo;
     top_k = min_of(sp.top_k, n);
-    int64_t* indices = sp.indices + row * sp.top_k;
-    for (int64_t i = top_k; i < sp.top_k; ++i) indices[i] = -1;
     work.computed_densely[row] = 0;
     if (sp.top_k >= entry.keys.hi - entry.keys.lo) {  // the dense kernel has written out and lse
-      for (int64_t i = 0; i < top_k; ++i) indices[i] = keys.lo + i;
+      report([&](int64_t i) { return keys.lo + i; });
       dense_stats();
       return false;
     }
     stats = sp.v_stats ? sp.v_stats : work.v_stats;
     if (stats) stats += (b * p.heads.n_v + v_head) * (p.d_v + 1);
+    if (sp.tail == Tail::mean) sum_what_is_seen();
     state = kEmptyRow;
     for (int64_t split = 0; split < plan.dense.splits; ++split) {
       const float* mass = work.mass + (row * plan.dense.splits + split) * 2;
@@ -156,7 +157,7 @@ struct SelectedRow {
     } else {
       list_best(top_k);
     }
-    for (int64_t i = 0; i < top_k; ++i) indices[i] = best.index[i];
+    report([&](int64_t i) { return int64_t(best.index[i]); });
     if (!nan) add_forced();
     weigh();
     if (sp.max_error >= 0.0f && !nan && guaranteed() > sp.max_error && !add_rows()) {
@@ -164,10 +165,8 @@ struct SelectedRow {
       dense_stats();
       return false;
     }
-    const int64_t per_group = p.heads.v_per_group();
     for (int64_t i = 0; i < best.count; ++i) {
-      const KvSlot slot = kv_page(p.paging, b, best.index[i]);
-      value[i] = head_at<const T>(p.v, slot.page, v_head, per_group) + slot.token * p.v.stride_token;
+      value[i] = v_row(best.index[i]);
       for (int64_t x = 0; x < p.d_v; x += 64 / int64_t(sizeof(T))) __builtin_prefetch(value[i] + x);
     }
     return true;
@@ -182,9 +181,9 @@ struct SelectedRow {
     const float mass = kept_mass(), rest = unread_mass();
     if (state.sum > 0.0f && best.count < n) {  // false for NaN
       if (sp.tail == Tail::renorm) state.norm = kept;
-      const float factor = mass < 1.0f ? (1.0f - mass) * state.sum / float(entry.keys.hi - entry.keys.lo) : 0.0f;
+      const float factor = mass < 1.0f ? (1.0f - mass) * state.sum / float(n) : 0.0f;
       if (sp.tail == Tail::mean)
-        for (int64_t i = 0; i < p.d_v; ++i) o[i] += factor * stats[i];
+        for (int64_t i = 0; i < p.d_v; ++i) o[i] += factor * seen_sum[i];
     }
     store_result(p, entry, h, query, o, state, exp2_scale(p));
     sp.kept_mass[row] = mass;
@@ -201,6 +200,30 @@ struct SelectedRow {
   }
 
  private:
+  const T* v_row(int64_t token) const {
+    const KvSlot slot = kv_page(p.paging, b, token);
+    return head_at<const T>(p.v, slot.page, v_head, p.heads.v_per_group()) + slot.token * p.v.stride_token;
+  }
+  // The row's indices, from its top_k best tokens in ascending order.
+  template <class Token>
+  void report(const Token& token) const {
+    if (sp.indices == nullptr) return;
+    int64_t* indices = sp.indices + row * sp.indices_per_row;
+    for (int64_t i = 0; i < top_k; ++i) indices[i] = token(i);
+    for (int64_t i = top_k; i < sp.indices_per_row; ++i) indices[i] = -1;
+  }
+  // stats are of all keys of the entry: this takes away the rows behind the query, fewer than s_q.
+  void sum_what_is_seen() {
+    seen_sum = stats;
+    if (keys.hi == entry.keys.hi) return;
+    seen_sum = own_sum;
+    for (int64_t x = 0; x < p.d_v; ++x) own_sum[x] = stats[x];
+    for (int64_t t = keys.hi; t < entry.keys.hi; ++t) {
+      const T* v = v_row(t);
+      for (int64_t x = 0; x < p.d_v; x += VL)
+        vstore(own_sum + x, vsub(vload(own_sum + x), E::load_first(v + x, int(min_of(VL, p.d_v - x)))));
+    }
+  }
   void dense_stats() {
     sp.kept_mass[row] = n > 0 ? 1.0f : 0.0f;
     sp.rows_used[row] = int32_t(n);
@@ -268,8 +291,8 @@ struct SelectedRow {
     const float norm = stats[p.d_v];
     if (sp.tail != Tail::mean) return norm;
     float square = 0.0f;
-    for (int64_t i = 0; i < p.d_v; ++i) square += stats[i] * stats[i];
-    return norm + __builtin_sqrtf(square) / float(entry.keys.hi - entry.keys.lo);
+    for (int64_t i = 0; i < p.d_v; ++i) square += seen_sum[i] * seen_sum[i];
+    return norm + __builtin_sqrtf(square) / float(n);
   }
   // What error_bound cannot exceed.
   float guaranteed() const {

@@ -17,14 +17,15 @@ namespace diffqkv {
 #define DIFFQKV_PACKED_ARGUMENTS {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k}
 
 // Of selective_v_attention.
-#define DIFFQKV_SELECTIVE_PARAMETERS                                                                         \
-  const Tensor &q, const Tensor &k_cache, const Tensor &v_cache, const Tensor &cache_seqlens, int64_t top_k, \
-      int64_t tail, int64_t keep_first, int64_t keep_last, const std::optional<Tensor>&v_stats,              \
-      const std::optional<Tensor>&cache_start, const std::optional<Tensor>&block_table,                      \
-      std::optional<double> softmax_scale, int64_t k_layout, std::optional<double> max_error, bool return_bound
+#define DIFFQKV_SELECTIVE_PARAMETERS                                                                             \
+  const Tensor &q, const Tensor &k_cache, const Tensor &v_cache, const Tensor &cache_seqlens, int64_t top_k,     \
+      int64_t tail, int64_t keep_first, int64_t keep_last, const std::optional<Tensor>&v_stats,                  \
+      const std::optional<Tensor>&cache_start, const std::optional<Tensor>&block_table,                          \
+      std::optional<double> softmax_scale, int64_t k_layout, std::optional<double> max_error, bool return_bound, \
+      bool return_indices
 #define DIFFQKV_SELECTIVE_ARGUMENTS                                                                          \
   q, k_cache, v_cache, cache_seqlens, top_k, tail, keep_first, keep_last, v_stats, cache_start, block_table, \
-      softmax_scale, k_layout, max_error, return_bound
+      softmax_scale, k_layout, max_error, return_bound, return_indices
 // out, lse, kept_mass, indices, rows_used, error_bound
 using SelectiveResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 

@@ -34,11 +34,13 @@ STABLE_TORCH_LIBRARY(diffqkv, m) {
       "kv_cache_update(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor positions, *, "
       "Tensor? cos=None, Tensor? sin=None, Tensor? block_table=None, Tensor(c!)? v_stats=None, int k_layout=0) -> ()");
 
-  // tail: 0 drop, 1 renorm, 2 mean. -> out, lse, kept_mass, indices, rows_used, error_bound
+  // tail: 0 drop, 1 renorm, 2 mean. -> out, lse, kept_mass, indices, rows_used, error_bound; error_bound is +inf
+  // without return_bound, and indices are [b, n_q, s_q, 0] without return_indices
   m.def(
       "selective_v_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, int top_k, *, int tail=0, "
       "int keep_first=0, int keep_last=0, Tensor? v_stats=None, Tensor? cache_start=None, Tensor? block_table=None, "
-      "float? softmax_scale=None, int k_layout=0, float? max_error=None, bool return_bound=False) "
+      "float? softmax_scale=None, int k_layout=0, float? max_error=None, bool return_bound=False, "
+      "bool return_indices=False) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor");

@@ -1,7 +1,15 @@
+#include <algorithm>
+
 #include "ops/arguments.h"
 #include "ops/ops.h"
 
 namespace diffqkv {
+namespace {
+
+// Indices take so many places behind those that the cache can fill: 1 GiB.
+constexpr int64_t kMostIndices = int64_t{1} << 27;
+
+}  // namespace
 
 SelectiveCall selective_call(DIFFQKV_SELECTIVE_PARAMETERS) {
   DIFFQKV_CHECK(top_k > 0, "top_k: got ", top_k, ", want 1 or more");
@@ -13,9 +21,15 @@ SelectiveCall selective_call(DIFFQKV_SELECTIVE_PARAMETERS) {
   call.cached = cached_attention(q, k_cache, v_cache, cache_seqlens, cache_start, block_table, softmax_scale, k_layout);
   const AttentionParams& a = call.cached.params;
   SelectiveVParams& p = call.params;
-  p.top_k = top_k;
-  p.keep_first = keep_first;
-  p.keep_last = keep_last;
+  const int64_t rows = std::max<int64_t>(1, a.batch * a.heads.n_q * a.s_q);
+  const int64_t most = std::max(a.s_k, kMostIndices / rows);
+  DIFFQKV_CHECK(!return_indices || top_k <= most, "top_k: got ", top_k, ", want 1 to ", most,
+                " where indices are asked for");
+  // No row can use more than there are.
+  p.top_k = std::min(top_k, std::max<int64_t>(1, a.s_k));
+  p.keep_first = std::min(keep_first, a.s_k);
+  p.keep_last = std::min(keep_last, a.s_k);
+  p.indices_per_row = return_indices ? top_k : 0;
   p.tail = static_cast<Tail>(tail);
   p.want_bound = return_bound || max_error;
   if (max_error) p.max_error = static_cast<float>(*max_error);
@@ -35,11 +49,11 @@ void SelectiveCall::allocate(const Tensor& q) {
   };
   kept_mass = per_row(ScalarType::Float), rows_used = per_row(ScalarType::Int);
   error_bound = per_row(ScalarType::Float);
-  indices = torch::stable::new_empty(q, {a.batch, a.heads.n_q, a.s_q, params.top_k}, ScalarType::Long);
+  indices = torch::stable::new_empty(q, {a.batch, a.heads.n_q, a.s_q, params.indices_per_row}, ScalarType::Long);
   params.kept_mass = static_cast<float*>(kept_mass.data_ptr());
   params.rows_used = static_cast<int32_t*>(rows_used.data_ptr());
   params.error_bound = static_cast<float*>(error_bound.data_ptr());
-  params.indices = static_cast<int64_t*>(indices.data_ptr());
+  params.indices = params.indices_per_row > 0 ? static_cast<int64_t*>(indices.data_ptr()) : nullptr;
 }
 
 SelectiveResults selective_v_attention_cpu(DIFFQKV_SELECTIVE_PARAMETERS) {

@@ -19,6 +19,8 @@ from .reference import PANEL_TOKENS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRAINING_DTYPES = (*DTYPES, torch.float64)
 ROWS, PANELS = 0, 1
+MOST_SCALE = 1e38  # times log2(e) it is still a number of float32
+MOST_INDICES = 2**27  # that selective_v_attention takes behind those that the cache can fill: 1 GiB
 _DEBUG = os.environ.get("DIFFQKV_DEBUG") == "1"
 
 
@@ -334,6 +336,8 @@ def selective_v_attention(
     block_table: Tensor | None,
     k_layout: int,
     max_error: float | None,
+    softmax_scale: float | None,
+    return_indices: bool,
 ) -> CacheShape:
     if max_error is not None and not max_error >= 0:
         raise wrong("max_error", max_error, "a number >= 0")
@@ -342,7 +346,11 @@ def selective_v_attention(
             raise wrong(name, value, f"an integer >= {least}")
     if tail not in (0, 1, 2):
         raise wrong("tail", tail, "0 (drop), 1 (renorm) or 2 (mean)")
-    cache = decode_attention(q, k_cache, v_cache, cache_seqlens, cache_start, block_table, k_layout)
+    cache = decode_attention(
+        q, k_cache, v_cache, cache_seqlens, cache_start, block_table, k_layout, softmax_scale=softmax_scale
+    )
+    if return_indices and top_k > cache.capacity and top_k > (most := MOST_INDICES // max(1, q.shape[:3].numel())):
+        raise wrong("top_k", top_k, f"1 to {max(most, cache.capacity)} where indices are asked for")
     _v_stats(v_stats, q, q.shape[0], cache.n_v, cache.d_v)
     return cache
 

@@ -75,13 +75,14 @@ def _(
 def _(
     q, k_cache, v_cache, cache_seqlens, top_k, *, tail=0, keep_first=0, keep_last=0, v_stats=None, cache_start=None,
     block_table=None, softmax_scale=None, k_layout=ROWS, max_error=None, return_bound=False,
+    return_indices=False,
 ):  # fmt: skip
     cache = _checks.selective_v_attention(
         q, k_cache, v_cache, cache_seqlens, top_k, tail, keep_first, keep_last, v_stats, cache_start, block_table,
-        k_layout, max_error,
+        k_layout, max_error, softmax_scale, return_indices,
     )  # fmt: skip
     out, lse = _out_and_lse(q, cache.d_v)
-    indices = q.new_empty((*q.shape[:3], top_k), dtype=torch.int64)
+    indices = q.new_empty((*q.shape[:3], top_k if return_indices else 0), dtype=torch.int64)
     return out, lse, torch.empty_like(lse), indices, torch.empty_like(lse, dtype=torch.int32), torch.empty_like(lse)
 
 

@@ -260,6 +260,20 @@ def _fetch_rows(v_cache: Tensor, block_table: Tensor | None, n_q: int, positions
     return torch.where(used[..., None], v_cache[page, head // per_group, slot, head % per_group].float(), 0)
 
 
+def _later_rows(v: Tensor, s_q: int, start: Tensor, cache_seqlens: Tensor) -> Tensor:
+    """For each query the sum of the V rows behind it, fewer than s_q: v `[b, n_v, s, d_v]` -> `[b, n_v, s_q, d_v]`."""
+    if v.shape[2] == 0:
+        return v.new_zeros((*v.shape[:2], s_q, v.shape[3]), dtype=torch.float32)
+    newest = cache_seqlens[:, None] - torch.arange(1, max(1, s_q), device=v.device)  # [b, s_q - 1], backwards
+    exists = (newest >= start[:, None])[:, None, :, None]
+    slot = newest.clamp(0, v.shape[2] - 1).long()[:, None, :, None].expand(-1, v.shape[1], -1, v.shape[3])
+    return F.pad(torch.where(exists, v.gather(2, slot).float(), 0).cumsum(2), (0, 0, 1, 0)).flip(2)[:, :, :s_q]
+
+
+def _padded(indices: Tensor, top_k: int) -> Tensor:
+    return F.pad(indices, (0, top_k - indices.shape[-1]), value=-1)
+
+
 @outside_autocast
 def selective_v_attention(
     q: Tensor,
@@ -278,19 +292,21 @@ def selective_v_attention(
     k_layout: int = ROWS,
     max_error: float | None = None,
     return_bound: bool = False,
+    return_indices: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op: out, lse, kept_mass, indices, rows_used, error_bound."""
-    _checks.selective_v_attention(
+    cache = _checks.selective_v_attention(
         q, k_cache, v_cache, cache_seqlens, top_k, tail, keep_first, keep_last, v_stats, cache_start, block_table,
-        k_layout, max_error,
+        k_layout, max_error, softmax_scale, return_indices,
     )  # fmt: skip
     if max_error is not None:
+        known = max(1, min(top_k, cache.capacity))
         out, stats = reference.selective_v_attention(
-            q, k_cache, v_cache, cache_seqlens, top_k, tail=_TAILS[tail], max_error=max_error, keep_first=keep_first,
+            q, k_cache, v_cache, cache_seqlens, known, tail=_TAILS[tail], max_error=max_error, keep_first=keep_first,
             keep_last=keep_last, v_stats=v_stats, cache_start=cache_start, block_table=block_table,
             softmax_scale=softmax_scale, k_layout=_LAYOUTS[k_layout], dtype=torch.float32,
         )  # fmt: skip
-        return out.to(q.dtype), *stats
+        return out.to(q.dtype), *stats._replace(indices=_padded(stats.indices, top_k if return_indices else 0))
     b, n_q, s_q, d_k = q.shape
     start = torch.zeros_like(cache_seqlens) if cache_start is None else cache_start
     layout = _LAYOUTS[k_layout]
@@ -338,18 +354,18 @@ def selective_v_attention(
             v_sum, v_norm = dense.sum(2), norms.amax(-1) if capacity else norms.sum(-1)
         else:
             v_sum, v_norm = v_stats[..., :-1], v_stats[..., -1]
-        tokens = (cache_seqlens - start).clamp_min(1)[:, None, None]
-        v_mean = _repeat(v_sum / tokens, n_q)[:, :, None]
         radius = _repeat(v_norm, n_q)[:, :, None]
         if tail == RENORM:
             radius = radius + out.norm(dim=-1)
         elif tail == MEAN:
+            v_mean = _repeat(v_sum[:, :, None] - _later_rows(v, s_q, start, cache_seqlens), n_q)
+            v_mean = v_mean / count.clamp_min(1)[..., None]
             out = out + discarded[..., None] * v_mean
             radius = radius + v_mean.norm(dim=-1)
         if return_bound:
             bound = torch.where(discarded > 0, discarded * radius, discarded)
 
-    indices = F.pad(torch.where(best < capacity, best, -1), (0, top_k - listed), value=-1)
+    indices = _padded(torch.where(best < capacity, best, -1), top_k if return_indices else 0)
     return out.to(q.dtype), lse, kept_mass, indices, rows_used.int(), bound
 
 

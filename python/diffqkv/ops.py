@@ -420,9 +420,11 @@ def selective_v_attention(
     Args:
         q, k_cache, v_cache, cache_seqlens, cache_start, block_table, softmax_scale, k_layout: as in
             `decode_attention`.
-        top_k: V rows that a query row selects, at least 1.
+        top_k: V rows that a query row selects, at least 1. It may exceed the cache's capacity, with return_stats as
+            long as indices take no more than 1 GiB.
         tail: what becomes of the softmax mass d of the rows that are not read: "drop": nothing is added, as in the
-            paper; "renorm": the result is divided by 1 - d; "mean": d times the mean V row of the sequence is added.
+            paper; "renorm": the result is divided by 1 - d; "mean": d times the mean of the V rows that the query sees
+            is added.
         max_error: the L2 distance to dense attention that a row of out may have, rounding of out apart. A row reads
             as many more of its best V rows as guarantee it, up to 4 * top_k of them; a row for which those are too few
             reads all of V. Without v_stats this takes one pass over V.
@@ -468,6 +470,7 @@ def selective_v_attention(
         k_layout=layout,
         max_error=max_error,
         return_bound=return_stats,
+        return_indices=return_stats,
     )
     return (out, SelectiveVStats(*stats)) if return_stats else out
 

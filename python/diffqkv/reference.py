@@ -339,7 +339,7 @@ def selective_v_attention(
 
     Best: score descending (the dot product before scaling; ascending if the scale is negative), then index ascending.
     With m = softmax mass of the rows used, the rest adds nothing ("drop"), scales the sum by 1 / m ("renorm"), or
-    counts with the mean V row of the sequence ("mean"). A row that uses all it sees is dense attention.
+    counts with the mean of the V rows that the query sees ("mean"). A row that uses all it sees is dense attention.
 
     With max_error a row uses as many more of its best rows as bring its error bound to max_error or less, up to
     MAX_ADDED * top_k of them; if those are too few, it uses all.
@@ -367,8 +367,9 @@ def selective_v_attention(
         v_sum, v_norm = v.sum(2), v.norm(dim=-1).amax(-1) if capacity else v.new_zeros(b, v.shape[1])
     else:
         v_sum, v_norm = v_stats[..., :-1].to(v.dtype), v_stats[..., -1].to(v.dtype)
-    tokens = cache_seqlens if cache_start is None else cache_seqlens - cache_start
-    v_mean = (v_sum / tokens.clamp_min(1)[:, None, None])[:, v_head, None]  # [b, n_q, 1, d_v]
+    written = visible_keys(s_q, capacity, cache_seqlens, start=cache_start, end=cache_seqlens, device=q.device)
+    later = written & ~visible  # newer than the query
+    v_mean = (v_sum[:, v_head, None] - later.to(v.dtype) @ v[:, v_head]) / count.clamp_min(1)  # [b, n_q, s_q, d_v]
     radius = v_norm[:, v_head, None].expand_as(lse)
     if tail == "mean":
         radius = radius + v_mean.norm(dim=-1)

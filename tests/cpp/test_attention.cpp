@@ -193,7 +193,7 @@ TEST_CASE("top_k below the length keeps the best rows; ties go to the lower inde
   p.paging.page_size = 5;
   p.softmax_scale = 1.0f;
   p.window_right = 0;
-  sp.top_k = 2;
+  sp.top_k = sp.indices_per_row = 2;
   sp.want_bound = true;
   sp.kept_mass = kept.data(), sp.indices = indices.data(), sp.rows_used = used.data(), sp.error_bound = bound.data();
   const SelectivePlan plan = plan_selective(sp, 5, 1);

@@ -105,6 +105,18 @@ TEST_CASE("selective V on CUDA: the workspace is bounded, by more launches") {
   REQUIRE(plan_cuda_select(sigma(1, 32768, 100), DeviceFacts::h200()).workspace_bytes < 2 << 20);
 }
 
+TEST_CASE("selective V on CUDA: more rows than the cache holds ask for no more memory") {
+  for (const float max_error : {-1.0f, 0.5f}) {
+    SelectiveVParams all = sigma(8, 10000, 10000), more = sigma(8, 10000, INT64_MAX);
+    all.max_error = more.max_error = max_error;
+    all.keep_first = all.keep_last = 10000, more.keep_first = more.keep_last = INT64_MAX;
+    const CudaSelectPlan plan = plan_cuda_select(more, DeviceFacts::h200());
+    REQUIRE(plan.wanted == 10000);
+    REQUIRE(plan.workspace_bytes == plan_cuda_select(all, DeviceFacts::h200()).workspace_bytes);
+    REQUIRE(plan.gather_shared == plan_cuda_select(all, DeviceFacts::h200()).gather_shared);
+  }
+}
+
 TEST_CASE("selective V on CUDA: a pass over V only for what needs it") {
   std::vector<float> stats(3 * 16 * 65);
   for (const Tail tail : {Tail::drop, Tail::renorm, Tail::mean})

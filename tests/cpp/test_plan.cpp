@@ -4,6 +4,7 @@
 #include "catch.h"
 #include "core/cpu_isa.h"
 #include "diffqkv/attention_plan.h"
+#include "diffqkv/cpu.h"
 
 using namespace diffqkv;
 
@@ -137,6 +138,17 @@ TEST_CASE("selective V: chunks cover the splits, and no more of them than the th
 TEST_CASE("selective V: scratch does not grow with the length, once it exceeds what is selected") {
   const auto scratch = [](int64_t keys) { return plan_selective(selective(1, 100), keys, 2).scratch_bytes; };
   REQUIRE(scratch(1 << 20) == scratch(1 << 14));
+}
+
+TEST_CASE("selective V: more rows than there are keys ask for no more memory") {
+  for (const float max_error : {-1.0f, 0.5f}) {
+    SelectiveVParams all = selective(1, 5000), more = selective(1, INT64_MAX);
+    all.max_error = more.max_error = max_error;
+    all.keep_first = all.keep_last = 5000, more.keep_first = more.keep_last = INT64_MAX;
+    const SelectivePlan plan = plan_selective(more, 5000, 2), want = plan_selective(all, 5000, 2);
+    REQUIRE(plan.scratch_bytes == want.scratch_bytes);
+    REQUIRE(cpu::selective_v_workspace(more, plan) == cpu::selective_v_workspace(all, want));
+  }
 }
 
 TEST_CASE("selective V: a guarantee keeps more candidates, but never more than there are keys") {

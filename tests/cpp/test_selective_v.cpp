@@ -49,7 +49,7 @@ struct Sequence {
     p.paging.page_size = keys;
     p.softmax_scale = 0.25f;
     p.window_right = 0;
-    params.top_k = top_k;
+    params.top_k = params.indices_per_row = top_k;
     params.want_bound = true;
     params.kept_mass = kept.data(), params.indices = indices.data();
     params.rows_used = used.data(), params.error_bound = bound.data();
@@ -118,6 +118,52 @@ TEST_CASE("selective V chooses what a stable sort chooses, and sums it") {
           REQUIRE(sequence.out[row * kDim + x] == Approx(want[x]).margin(1e-5).epsilon(1e-5));
       }
     }
+}
+
+TEST_CASE("tail mean stands for the rows that a query sees, and no indices are written that nobody asked for") {
+  const int64_t s_q = GENERATE(1, 4, 40), keys = GENERATE(90, 1100);
+  const bool given = GENERATE(false, true);
+  Sequence sequence(keys, s_q, 12);
+  for (int64_t t = keys - s_q; t < keys; ++t)  // a mean that takes in later rows is far off
+    for (int64_t head = 0; head < kHeads.n_v; ++head)
+      for (int64_t x = 0; x < kDim; ++x) sequence.v[(head * keys + t) * kDim + x] += 100.0f * float(t - keys + 2);
+  std::vector<float> stats(kHeads.n_v * (kDim + 1), 0.0f);
+  for (int64_t head = 0; head < kHeads.n_v; ++head) {
+    float* of_head = stats.data() + head * (kDim + 1);
+    for (int64_t t = 0; t < keys; ++t) {
+      double square = 0;
+      for (int64_t x = 0; x < kDim; ++x) {
+        const float value = sequence.v[(head * keys + t) * kDim + x];
+        of_head[x] += value, square += double(value) * value;
+      }
+      of_head[kDim] = std::max(of_head[kDim], float(std::sqrt(square)));
+    }
+  }
+  if (given) sequence.params.v_stats = stats.data();
+  sequence.params.tail = Tail::mean;
+  sequence.params.indices = nullptr;
+  sequence.run(2);
+  CAPTURE(s_q, keys, given);
+  REQUIRE(std::count(sequence.indices.begin(), sequence.indices.end(), -7) == int64_t(sequence.indices.size()));
+  for (int64_t row = 0; row < kHeads.n_q * s_q; ++row) {
+    const std::vector<double> s = sequence.scores(row);
+    const std::vector<int64_t> chosen = sequence.best(s, 12);
+    std::vector<double> want = sequence.weighted(row, s, chosen);
+    const std::vector<double> dense = sequence.weighted(row, s, sequence.best(s, keys));
+    const int64_t head = kHeads.v_head(row / s_q), seen = int64_t(s.size());
+    double all = 0, kept = 0, distance = 0;
+    for (const double x : s) all += std::exp(0.25 * x);
+    for (const int64_t t : chosen) kept += std::exp(0.25 * s[t]) / all;
+    for (int64_t x = 0; x < kDim; ++x) {
+      double mean = 0;
+      for (int64_t t = 0; t < seen; ++t) mean += sequence.v[(head * keys + t) * kDim + x] / double(seen);
+      want[x] += (1.0 - kept) * mean;
+      CAPTURE(row, x);
+      REQUIRE(sequence.out[row * kDim + x] == Approx(want[x]).margin(1e-3).epsilon(1e-4));
+      distance += std::pow(sequence.out[row * kDim + x] - dense[x], 2);
+    }
+    REQUIRE(std::sqrt(distance) <= sequence.bound[row] + 1e-3);
+  }
 }
 
 TEST_CASE("max_error is kept, by more rows or by all of them") {

@@ -38,7 +38,7 @@ def main(library: str) -> None:
     out, _ = ops.decode_attention(q, k_cache, v_cache, lengths, k_layout=1)
     torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
 
-    selected = ops.selective_v_attention(q, k_cache, v_cache, lengths, 10, tail=1, k_layout=1)
+    selected = ops.selective_v_attention(q, k_cache, v_cache, lengths, 10, tail=1, k_layout=1, return_indices=True)
     assert selected[3].shape == (b, n_q, 1, 10) and (selected[4] == 10).all() and (selected[2] < 1).all()
 
     gate, up = torch.randn(3, 77), torch.randn(3, 77)

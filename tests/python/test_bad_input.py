@@ -289,6 +289,8 @@ SELECTIVE = [
     ({"v_stats": lambda x: x[:, :3].contiguous()}, ValueError, "v_stats"),
     ({"v_stats": lambda x: x[..., :24].contiguous()}, ValueError, "v_stats"),
     ({"v_stats": wide}, ValueError, "v_stats"),
+    ({"top_k": 2**40, "return_stats": True}, ValueError, "top_k"),
+    ({"top_k": 2**63 - 1, "return_stats": True}, ValueError, "top_k"),
 ]
 
 UPDATE = [

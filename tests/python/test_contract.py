@@ -39,7 +39,11 @@ def op_calls(dtype=torch.float32, layout="rows", paged=False, batch=2):
         (ops.flash_attention.default, (q.transpose(1, 2).contiguous().transpose(1, 2), k, v), {"softmax_scale": 0.1}),
         (ops.decode_attention.default, cached, options),
         (ops.decode_attention.default, cached, options | {"window_left": 9, "softcap": 2.0, "sinks": torch.randn(8)}),
-        (ops.selective_v_attention.default, (*cached, 5), options | {"tail": 2, "return_bound": True}),
+        (
+            ops.selective_v_attention.default,
+            (*cached, 5),
+            options | {"tail": 2, "return_bound": True, "return_indices": True},
+        ),
         (ops.selective_v_attention.default, (*cached, 90), options | {"v_stats": stats, "keep_last": 1}),
         (ops.kv_cache_update.default, (k_cache, v_cache, *new), update | rope | {"v_stats": stats}),
         (ops.kv_cache_update.default, (k_cache, v_cache, *new), update),

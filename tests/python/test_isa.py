@@ -44,7 +44,9 @@ for dtype in DTYPES:
             cache = cache_of(k, v, int32(600, 77), layout=layout, block_size=block_size)
             args = (q, cache.k_cache, cache.v_cache, cache.seqlens, 40)
             for code, tail in enumerate(TAILS):
-                out, _, _, indices, rows_used, _ = ops.selective_v_attention(*args, tail=code, **cache.options)
+                out, _, _, indices, rows_used, _ = ops.selective_v_attention(
+                    *args, tail=code, return_indices=True, **cache.options
+                )
                 exact, want = reference.selective_v_attention(*args, tail=tail, dtype=D, **cache.reference_options)
                 low, _ = reference.selective_v_attention(
                     *args, tail=tail, dtype=torch.float32, **cache.reference_options

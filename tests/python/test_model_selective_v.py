@@ -102,6 +102,9 @@ def test_selective_v_keeps_the_best_rows_of_the_chosen_layers(monkeypatch, tail)
     selective = tiny_model(selective_v_top_k=[0, top_k], selective_v_tail=tail)
     cache = diffqkv.Cache(selective.config)
     got = [logits(selective, part, cache=cache) for part in ids.split([8, 1, 3], dim=1)]
+    cache = diffqkv.Cache(selective.config)
+    one_by_one = [logits(selective, part, cache=cache) for part in ids.split([8, 1, 1, 1, 1], dim=1)]
+    torch.testing.assert_close(got[2], torch.cat(one_by_one[2:], dim=1))
 
     dense = tiny_model()
     torch.testing.assert_close(got[0], logits(dense, ids[:, :8]), atol=1e-4, rtol=1e-4)
@@ -116,7 +119,8 @@ def test_selective_v_keeps_the_best_rows_of_the_chosen_layers(monkeypatch, tail)
         if tail == "renorm":
             kept = kept / mass
         if tail == "mean":
-            kept = kept + (1 - mass) / key.shape[2]  # the mean of all cached V rows, as running statistics have it
+            seen = weights > 0
+            kept = kept + (1 - mass) * seen / seen.sum(-1, keepdim=True)  # the mean of the V rows that the query sees
         return (kept @ value.repeat_interleave(module.num_key_value_groups, 1)).transpose(1, 2), weights
 
     monkeypatch.setattr(modeling_sigma, "eager_attention_forward", eager_top_k)

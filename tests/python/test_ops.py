@@ -136,7 +136,9 @@ def test_empty_batch(ops):
     cache = cache_of(k, v, int32())
     out, lse = ops.decode_attention(q, cache.k_cache, cache.v_cache, cache.seqlens)
     assert out.shape == (0, 8, 3, 24) and lse.shape == (0, 8, 3)
-    out, *_, indices, _, _ = ops.selective_v_attention(q, cache.k_cache, cache.v_cache, cache.seqlens, 2)
+    out, *_, indices, _, _ = ops.selective_v_attention(
+        q, cache.k_cache, cache.v_cache, cache.seqlens, 2, return_indices=True
+    )
     assert out.shape == (0, 8, 3, 24) and indices.shape == (0, 8, 3, 2)
     ops.kv_cache_update(cache.k_cache, cache.v_cache, k, v, torch.zeros(0, 5, dtype=torch.int64))
     assert ops.swiglu(torch.empty(0, 3), torch.empty(0, 3)).shape == (0, 3)
@@ -210,7 +212,13 @@ def integers(b, heads, s_q, s_k, dims, dtype):
 def check_selective(ops, q, cache, top_k, tail="drop", v_stats=None, **kwargs):
     args = (q, cache.k_cache, cache.v_cache, cache.seqlens, top_k)
     out, *stats = ops.selective_v_attention(
-        *args, tail=TAILS.index(tail), v_stats=v_stats, return_bound=True, **cache.options, **kwargs
+        *args,
+        tail=TAILS.index(tail),
+        v_stats=v_stats,
+        return_bound=True,
+        return_indices=True,
+        **cache.options,
+        **kwargs,
     )
     stats = diffqkv.SelectiveVStats(*stats)
     options = {"tail": tail, "v_stats": v_stats, **cache.reference_options, **kwargs}
@@ -275,6 +283,53 @@ def test_selective_with_v_stats(ops, tail):
     torch.testing.assert_close(kept, computed)
 
 
+@pytest.mark.parametrize("stats", [False, True], ids=["", "v_stats"])
+@pytest.mark.parametrize("block_size", [None, 32])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tail", TAILS)
+def test_selective_of_several_queries_is_that_of_each(ops, tail, layout, block_size, stats):
+    """Whatever lies behind a query, as the drafts of speculative decoding do, is nothing to it."""
+    q, k, v = integers(3, (8, 2, 4), 4, 130, (16, 24), torch.float32)
+    v = v + 10 * torch.arange(130)[:, None]  # the newest rows move any mean that takes them in
+    seqlens, start = int32(130, 77, 3), int32(0, 60, 0)  # the last entry has fewer tokens than queries
+    options = {"tail": TAILS.index(tail), "return_bound": True, "return_indices": True, "keep_last": 1}
+
+    def call(q, seqlens):
+        cache = cache_of(k, v, seqlens, layout=layout, block_size=block_size, start=start)
+        rows = cache.v.nan_to_num(0.0)
+        v_stats = torch.cat([rows.sum(2), rows.norm(dim=-1).amax(2)[..., None]], -1) if stats else None
+        args = (q, cache.k_cache, cache.v_cache, seqlens)
+        dense, _ = ops.decode_attention(*args, **cache.options)
+        return dense, *ops.selective_v_attention(*args, 9, v_stats=v_stats, **options, **cache.options)
+
+    together = call(q, seqlens)
+    for i in range(4):
+        alone = call(q[:, :, i : i + 1], (seqlens - 3 + i).clamp_min(0))
+        for a, b in zip(together[:-1], alone[:-1], strict=True):
+            torch.testing.assert_close(a[:, :, i : i + 1], b, atol=2e-3, rtol=1e-5)
+        assert (together[-1][:, :, i] >= alone[-1][:, :, 0] * (1 - 1e-5) - 2e-3).all()
+    dense, out, bound = together[0], together[1], together[-1]
+    assert ((out - dense).norm(dim=-1) <= bound * (1 + 1e-4) + 2e-3).all()
+
+
+def test_selective_asks_for_no_more_than_the_cache_holds(ops):
+    """top_k beyond the capacity costs nothing, but where the caller wants places for as many indices."""
+    q, k, v = qkv(2, (8, 2, 4), 1, 100, (16, 24))
+    cache = cache_of(k, v, int32(100, 61))
+    args = (q, cache.k_cache, cache.v_cache, cache.seqlens)
+    for top_k in (100, 10**9, 2**40, 2**63 - 1):
+        for options in ({}, {"max_error": 0.1}, {"keep_first": 2**63 - 1, "keep_last": 2**62}):
+            out, _, _, indices, used, _ = ops.selective_v_attention(*args, top_k, **options)
+            assert torch.equal(out, ops.selective_v_attention(*args, 100, **options)[0])
+            assert indices.shape == (2, 8, 1, 0)
+            assert torch.equal(used, cache.seqlens[:, None, None].expand(2, 8, 1))
+    indices = ops.selective_v_attention(*args, 5000, return_indices=True)[3]
+    assert indices.shape == (2, 8, 1, 5000)
+    assert torch.equal(indices[1, 0, 0, :61], torch.arange(61)) and (indices[1, :, :, 61:] == -1).all()
+    with pytest.raises((ValueError, RuntimeError), match=r"top_k: got 1099511627776, want 1 to 8388608 where indices"):
+        ops.selective_v_attention(*args, 2**40, return_indices=True)
+
+
 def test_selective_bound_holds(ops):
     q, k, v = qkv(2, (8, 2, 4), 1, 400, (32, 32))
     cache = cache_of(k, v, int32(400, 250))
@@ -309,7 +364,7 @@ def test_selective_keeps_max_error(ops, max_error, kind, tail):
     q, k, v = certified_inputs(kind)
     cache = cache_of(k, v, int32(700, 350))
     args = (q, cache.k_cache, cache.v_cache, cache.seqlens)
-    options = {"tail": TAILS.index(tail), "max_error": max_error}
+    options = {"tail": TAILS.index(tail), "max_error": max_error, "return_indices": True}
     out, lse, kept, indices, rows, bound = ops.selective_v_attention(*args, 40, **options)
     error = (out.double() - reference.decode_attention(*args, dtype=D)).norm(dim=-1)
     rounding = 5e-5  # of fp32 scores near 100
@@ -479,7 +534,7 @@ def test_swiglu_extremes(ops):
 
 
 def test_swiglu_of_huge_gates(ops):
-    """What torch gives, forward and backward: 0 where the sigmoid is 0, however large its factor, NaN of -inf and NaN."""
+    """What torch gives, forward and backward: 0 where the sigmoid is, however large its factor, NaN of -inf and NaN."""
     sizes = torch.logspace(1, 38.5, 301)
     gate = torch.cat([-sizes, sizes, torch.linspace(-104, -80, 301), torch.tensor([torch.inf, -torch.inf, NAN])])
     for up in (torch.ones(gate.shape), torch.full(gate.shape, -1e3)):
@@ -518,7 +573,8 @@ def results(ops, part=slice(None)):
                 args = (q, cache.k_cache, cache.v_cache, seqlens)
                 out += ops.decode_attention(*args, **cache.options)
                 if s_q < 100:
-                    out += ops.selective_v_attention(*args, 30, tail=2, return_bound=True, **cache.options)
+                    asked = {"return_bound": True, "return_indices": True}
+                    out += ops.selective_v_attention(*args, 30, tail=2, **asked, **cache.options)
         gate, up = torch.randn(2, 3, 7, 1001).to(dtype)
         out.append(ops.swiglu(gate[part], up[part]))
     return out
@@ -560,7 +616,8 @@ def test_wrappers_return_what_the_ops_return(library):
     assert torch.equal(diffqkv.decode_attention(*args, **cache.reference_options), want)
     for code, tail in enumerate(TAILS):
         out, stats = diffqkv.selective_v_attention(*args, 5, tail=tail, return_stats=True, **cache.reference_options)
-        want = library.selective_v_attention(*args, 5, tail=code, return_bound=True, **cache.options)
+        asked = {"return_bound": True, "return_indices": True}
+        want = library.selective_v_attention(*args, 5, tail=code, **asked, **cache.options)
         for a, b in zip((out, *stats), want, strict=True):
             assert torch.equal(a, b)
     k_cache, v_cache = cache.k_cache.clone(), cache.v_cache.clone()

@@ -99,7 +99,8 @@ def test_selection_is_exact(library, seed, layout, heads, s_q, length, top_k, ke
     cache = cache_of(k, v, int32(length), layout=layout, block_size=block_size)
     args = (q, cache.k_cache, cache.v_cache, cache.seqlens, top_k)
     keep = {"keep_first": keep_first, "keep_last": keep_last}
-    out, _, kept_mass, indices, rows_used, _ = library.selective_v_attention(*args, **keep, **cache.options)
+    options = keep | cache.options | {"return_indices": True}
+    out, _, kept_mass, indices, rows_used, _ = library.selective_v_attention(*args, **options)
     exact, want = reference.selective_v_attention(*args, dtype=D, **keep, **cache.reference_options)
     low, _ = reference.selective_v_attention(*args, dtype=torch.float32, **keep, **cache.reference_options)
     assert torch.equal(indices, want.indices) and torch.equal(rows_used, want.rows_used)

@@ -241,14 +241,14 @@ class Selective(_OnCache):
             return source.integers(-2, 2, *shape).to(case.dtype).to(device)
 
         cache = cached(case, source, small_integers if case.ties else None)
-        tokens = cache.args["cache_seqlens"] - (0 if cache.args["cache_start"] is None else cache.args["cache_start"])
         stats = torch.cat([cache.v.float().sum(2), cache.v.float().norm(dim=-1).amax(2)[..., None]], dim=-1)
         options = {"keep_first": case.keep_first, "keep_last": case.keep_last, "max_error": case.max_error}
         options |= {"v_stats": stats.contiguous() if case.stats else None}
-        args = cache.args | options | {"top_k": case.top_k, "tail": _TAILS.index(case.tail), "return_bound": case.bound}
+        options |= {"return_bound": case.bound, "return_indices": True}
+        args = cache.args | options | {"top_k": case.top_k, "tail": _TAILS.index(case.tail)}
 
         def verify(results: dict[str, Tensor]) -> list[str]:
-            return _Selection(case, cache, stats.double(), tokens).wrong_with(results)
+            return _Selection(case, cache, stats.double()).wrong_with(results)
 
         return Problem(self.op, case, args, self.results, verify)
 
@@ -256,18 +256,18 @@ class Selective(_OnCache):
 class _Selection:
     """The definition in float64, given which rows the op chose: near ties may go either way, all else follows."""
 
-    def __init__(self, case: SelectiveCase, cache: Cached, stats: Tensor, tokens: Tensor):
+    def __init__(self, case: SelectiveCase, cache: Cached, stats: Tensor):
         self.case, self.cache = case, cache
         n_q = case.heads[0]
         self.q, self.k = cache.args["q"], cache.k.repeat_interleave(n_q // cache.k.shape[1], dim=1)
         self.v = cache.v.repeat_interleave(n_q // cache.v.shape[1], dim=1)
         stats = stats.repeat_interleave(n_q // stats.shape[1], dim=1)
-        self.v_mean = (stats[..., :-1] / tokens.clamp_min(1)[:, None, None])[:, :, None]
         self.v_norm = stats[..., -1:]
         self.scale = case.dims[0] ** -0.5 if case.scale is None else case.scale
         self.scores = self.q.double() @ self.k.double().transpose(2, 3)
         self.visible = cache.visible.expand_as(self.scores)
         self.count = self.visible.sum(-1)
+        self.v_mean = self.visible.double() @ self.v.double() / self.count.clamp_min(1)[..., None]  # of those seen
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         scores = self.scores if dtype == torch.float64 else self.q @ self.k.transpose(2, 3)

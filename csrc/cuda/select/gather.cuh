@@ -10,7 +10,7 @@ namespace diffqkv::device::selective {
 struct GatherShared {
   uint32_t digits[kSelectThreads];
   float q[kMaxHeadDim];
-  float stats[kMaxHeadDim + 4];   // of the V head: sum of its rows, largest norm
+  float stats[kMaxHeadDim + 4];   // of the V head: sum of its rows, for tail mean of those seen; largest norm
   float weights[kSelectThreads];  // of the keys that a row computed densely takes at a time
   float sums[kSelectWarps][kMaxHeadDim];
   float reduce[kSelectWarps];
@@ -181,7 +181,8 @@ struct SelectedRow {
       own += w < warp() ? shared.listed[w] : 0;
       listed += shared.listed[w];
     }
-    int64_t* indices = sp.indices + out_row * sp.top_k;
+    int64_t* indices = sp.indices + out_row * sp.indices_per_row;
+    report = report && sp.indices != nullptr;
     for (int i = first; i < end; i += 32) {
       const uint64_t key = i + lane() < end ? candidates[i + lane()] : 0;
       const uint32_t all = ballot(key >= least), mine = ballot(is_listed(key));
@@ -228,7 +229,7 @@ struct SelectedRow {
     return sum == 0.0f || rest == 0.0f ? 0.0f : rest * (sp.tail == Tail::renorm ? 2.0f : 1.0f) * radius;
   }
 
-  DIFFQKV_DEVICE void load_stats() {
+  DIFFQKV_DEVICE void load_stats(const HeadRows<T>& rows) {
     const int64_t batch_v_head = entry.b * p.heads.n_v + v_head, first = entry.keys.lo / kSelectPartTokens;
     const int64_t end = (entry.keys.hi - 1) / kSelectPartTokens + 1;
     for (int c = thread(); c <= p.d_v; c += kThreads) {
@@ -237,13 +238,16 @@ struct SelectedRow {
         const float part = params.part(batch_v_head, i)[c];
         x = c == p.d_v ? max_norm(x, part) : x + part;
       }
+      // Without the rows behind the query, fewer than s_q.
+      for (int64_t t = keys.hi; sp.tail == Tail::mean && c < p.d_v && t < entry.keys.hi; ++t)
+        x -= E::get(rows[uint32_t(t)][c]);
       shared.stats[c] = x;
     }
     sync_block();
     radius = shared.stats[p.d_v];
     if (sp.tail == Tail::mean) {
       const float x = thread() < p.d_v ? shared.stats[thread()] : 0.0f;
-      radius += sqrt(block_sum(x * x)) / float(entry.keys.hi - entry.keys.lo);
+      radius += sqrt(block_sum(x * x)) / float(n);
     }
   }
 
@@ -321,20 +325,20 @@ struct SelectedRow {
   }
 
   DIFFQKV_DEVICE void run() {
-    int64_t* indices = sp.indices + out_row * sp.top_k;
-    for (int64_t i = top_k + thread(); i < sp.top_k; i += kThreads) indices[i] = -1;
+    int64_t* indices = sp.indices + out_row * sp.indices_per_row;
+    for (int64_t i = top_k + thread(); i < sp.indices_per_row; i += kThreads) indices[i] = -1;
     softmax();
+    const HeadRows<T> rows(p.v, p.paging, entry.b, v_head, p.heads.v_per_group());
     const bool needs_stats = sp.tail == Tail::mean || sp.want_bound || sp.max_error >= 0.0f;
-    if (needs_stats && !dense && !nan) load_stats();
+    if (needs_stats && !dense && !nan) load_stats(rows);
     copy_wait<0>();
     sync_block();
 
     const Lanes lanes(int(p.d_v));
-    const HeadRows<T> rows(p.v, p.paging, entry.b, v_head, p.heads.v_per_group());
     float o[Lanes::kColumns] = {};
     bool all = dense;  // reports what dense attention would
     if (nan) {
-      for (int i = thread(); i < top_k; i += kThreads) indices[i] = keys.lo + i;
+      for (int i = thread(); sp.indices != nullptr && i < top_k; i += kThreads) indices[i] = keys.lo + i;
       used = top_k, kept = sum;
     } else if (select()) {
       accumulate(lanes, rows, used, [&](int i) { return at(i); }, o);
@@ -358,7 +362,7 @@ struct SelectedRow {
     const float mass = all ? (n > 0 ? 1.0f : 0.0f) : kept_mass(), rest = all ? 0.0f : unread_mass();
     if (sum > 0.0f && used < n) {  // false for NaN
       if (sp.tail == Tail::renorm) norm = kept;
-      const float factor = mass < 1.0f ? (1.0f - mass) * sum / float(entry.keys.hi - entry.keys.lo) : 0.0f;
+      const float factor = mass < 1.0f ? (1.0f - mass) * sum / float(n) : 0.0f;
       if (sp.tail == Tail::mean && thread() < p.d_v) x = fma(factor, shared.stats[thread()], x);
     }
     const float length = sp.want_bound && sp.tail == Tail::renorm ? sqrt(block_sum(x * x)) : 0.0f;

@@ -98,13 +98,14 @@ struct AttentionBackwardParams {
 // selective_v_attention: decode_attention whose V rows are the top_k best of each query row.
 struct SelectiveVParams {
   AttentionParams attention;
-  int64_t top_k = 0, keep_first = 0, keep_last = 0;
+  int64_t top_k = 0, keep_first = 0, keep_last = 0;  // no more than the capacity
   Tail tail = Tail::drop;
   const float* v_stats = nullptr;  // [batch, n_v, d_v + 1] or null: sum of V rows, largest row norm
   bool want_bound = false;
   float max_error = -1.0f;       // L2, per result; below 0: no guarantee asked for
   float* kept_mass = nullptr;    // [batch, n_q, s_q]
-  int64_t* indices = nullptr;    // [batch, n_q, s_q, top_k], ascending, -1 behind the last
+  int64_t* indices = nullptr;    // [batch, n_q, s_q, indices_per_row] or null: ascending, -1 behind the last
+  int64_t indices_per_row = 0;   // top_k as it was given, which may exceed the capacity
   int32_t* rows_used = nullptr;  // [batch, n_q, s_q]
   float* error_bound = nullptr;  // [batch, n_q, s_q], L2; +inf where want_bound is false
 };

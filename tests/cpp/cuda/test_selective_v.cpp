@@ -56,7 +56,7 @@ struct Selection {
     sp.top_k = options.top_k, sp.keep_first = options.keep_first, sp.keep_last = options.keep_last;
     sp.tail = options.tail, sp.max_error = options.max_error, sp.want_bound = options.bound || options.max_error >= 0;
     sp.kept_mass = kept.data(), sp.error_bound = bound.data(), sp.rows_used = used.data();
-    sp.indices = indices.data();
+    sp.indices = indices.data(), sp.indices_per_row = options.top_k;
     if (options.v_stats) {
       for (int64_t b = 0; b < c.batch; ++b)
         for (int64_t head = 0; head < c.heads.n_v; ++head) {
@@ -132,7 +132,7 @@ struct Selection {
   Row row(int64_t b, int64_t h, int64_t query) const {
     const AttentionCase& c = problem.c;
     const double scale = sp.attention.softmax_scale;
-    const KeyRange seen = keys(b, query), all = entry_of(sp.attention, b).keys;
+    const KeyRange seen = keys(b, query);
     const int64_t n = seen.hi - seen.lo, k_head = c.heads.k_head(h), v_head = c.heads.v_head(h);
     Row r;
     for (int64_t t = seen.lo; t < seen.hi; ++t) {
@@ -158,12 +158,13 @@ struct Selection {
     r.best.assign(chosen.begin(), chosen.end());
     for (int64_t i = 0; i < n; ++i)
       if (i < options.keep_first || i >= n - options.keep_last) chosen.insert(i);
-    const std::vector<double> stats = v_stats(b, v_head);
-    const double count = double(all.hi - all.lo);
+    std::vector<double> mean(size_t(c.d_v), 0.0);  // of the V rows that the query sees
     double mean_norm = 0.0;
-    for (int64_t x = 0; x < c.d_v; ++x) mean_norm += stats[size_t(x)] * stats[size_t(x)];
-    mean_norm = count > 0 ? std::sqrt(mean_norm) / count : 0.0;
-    const double radius = stats.back() + (options.tail == Tail::mean ? mean_norm : 0.0);
+    for (int64_t x = 0; x < c.d_v; ++x) {
+      for (int64_t t = seen.lo; t < seen.hi; ++t) mean[size_t(x)] += v_at(b, v_head, t, x) / double(n);
+      mean_norm += mean[size_t(x)] * mean[size_t(x)];
+    }
+    const double radius = v_stats(b, v_head).back() + (options.tail == Tail::mean ? std::sqrt(mean_norm) : 0.0);
     const auto mass = [&] {
       double m = 0.0;
       for (const int64_t i : chosen) m += r.weights[size_t(i)];
@@ -194,7 +195,7 @@ struct Selection {
       for (int64_t x = 0; x < c.d_v; ++x) {
         double& o = r.out[size_t(x)];
         if (options.tail == Tail::renorm) o /= r.kept;
-        if (options.tail == Tail::mean) o += (1.0 - r.kept) * stats[size_t(x)] / count;
+        if (options.tail == Tail::mean) o += (1.0 - r.kept) * mean[size_t(x)];
         norm += o * o;
       }
       if (options.tail == Tail::renorm) r.bound = (1.0 - r.kept) * (radius + std::sqrt(norm));
@@ -541,6 +542,10 @@ TEST_CASE("emulated: without a bound asked for, none is computed and V is read b
   REQUIRE(selection.plan.parts == 0);
   problem.v.wide = wide;
   selection.check(true);
+  std::fill(selection.indices.begin(), selection.indices.end(), -7);
+  selection.sp.indices = nullptr;
+  selection.run();
+  REQUIRE(std::count(selection.indices.begin(), selection.indices.end(), -7) == 4 * 12);
 }
 
 TEST_CASE("emulated: selective V with offsets beyond 2^31 elements") {
