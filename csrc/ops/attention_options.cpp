@@ -12,12 +12,22 @@ Tensor as_dtype(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
 
+// Times log2(e) it is still a number of float32.
+constexpr double kMostScale = 1e38;
+
 }  // namespace
+
+double softmax_scale_of(std::optional<double> softmax_scale, int64_t d_k) {
+  if (!softmax_scale) return 1.0 / std::sqrt(double(d_k));
+  DIFFQKV_CHECK(std::abs(*softmax_scale) <= kMostScale, "softmax_scale: got ", *softmax_scale,
+                ", want a number from -1e38 to 1e38");
+  return *softmax_scale;
+}
 
 void AttentionOptions::apply(const Tensor& q, AttentionParams& p) {
   DIFFQKV_CHECK(window_left >= -1, "window_left: got ", window_left, ", want -1 (unlimited) or more");
   DIFFQKV_CHECK(window_right >= -1, "window_right: got ", window_right, ", want -1 (unlimited) or more");
-  DIFFQKV_CHECK(softcap >= 0 && std::isfinite(softcap), "softcap: got ", softcap, ", want 0 (none) or more");
+  DIFFQKV_CHECK(softcap >= 0 && softcap <= kMostScale, "softcap: got ", softcap, ", want 0 (none) to 1e38");
   DIFFQKV_CHECK(dropout_p >= 0 && dropout_p < 1, "dropout_p: got ", dropout_p, ", want a number in [0, 1)");
   DIFFQKV_CHECK(offset >= 0 && offset <= int64_t(UINT32_MAX), "offset: got ", offset, ", want 0 to 2**32 - 1");
   if (kv_start) check_per_entry("kv_start", *kv_start, p.batch, q);
@@ -29,7 +39,7 @@ void AttentionOptions::apply(const Tensor& q, AttentionParams& p) {
   }
   p.kv_start = kv_start ? static_cast<const int32_t*>(kv_start->data_ptr()) : nullptr;
   p.kv_end = kv_end ? static_cast<const int32_t*>(kv_end->data_ptr()) : nullptr;
-  p.softmax_scale = softmax_scale.value_or(1.0 / std::sqrt(double(p.d_k)));
+  p.softmax_scale = softmax_scale_of(softmax_scale, p.d_k);
   p.softcap = softcap;
   p.window_left = window_left;
   p.window_right = causal ? 0 : window_right;

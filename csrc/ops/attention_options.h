@@ -29,6 +29,9 @@ namespace diffqkv {
 // out, lse, kept_mass, indices, rows_used, error_bound
 using SelectiveResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// The scale of a call, d_k^-0.5 by default; checked.
+double softmax_scale_of(std::optional<double> softmax_scale, int64_t d_k);
+
 struct AttentionOptions {
   bool causal;
   std::optional<double> softmax_scale;

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cmath>
 
 #include "ops/arguments.h"
 #include "ops/ops.h"
@@ -39,7 +38,7 @@ CachedAttention cached_attention(const Tensor& q, const Tensor& k_cache, const T
   p.kv_end = static_cast<const int32_t*>(cache_seqlens.data_ptr());
   p.length = p.kv_end;
   p.paging = cache.paging;
-  p.softmax_scale = softmax_scale.value_or(1.0 / std::sqrt(double(p.d_k)));
+  p.softmax_scale = softmax_scale_of(softmax_scale, p.d_k);
   p.window_right = 0;
   return call;
 }

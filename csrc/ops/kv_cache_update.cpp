@@ -1,8 +1,66 @@
+#include <algorithm>
+#include <utility>
+
+#include "diffqkv/attention_plan.h"
 #include "ops/arguments.h"
 #include "ops/cache_slots.h"
 #include "ops/ops.h"
 
 namespace diffqkv {
+namespace {
+
+// The bytes from the first element of a tensor to its last.
+struct Extent {
+  const char* name;
+  uintptr_t begin, end;
+  bool apart;   // no two elements share memory, as far as sizes and strides tell
+  bool filled;  // by elements, without gaps
+  bool holds(uintptr_t at) const { return begin <= at && at < end; }
+};
+Extent extent_of(const char* name, const Tensor& t) {
+  constexpr int kMostDims = 6;
+  std::pair<int64_t, int64_t> steps[kMostDims];  // (stride, size), by stride
+  int n = 0;
+  for (int64_t i = 0; i < t.dim(); ++i)
+    if (t.size(i) > 1) steps[n++] = {t.stride(i), t.size(i)};
+  std::sort(steps, steps + n);
+  // Each dimension has to step over all that the smaller ones reach.
+  int64_t reach = 0;
+  bool apart = true;
+  for (int i = 0; i < n; ++i) {
+    apart &= steps[i].first > reach;
+    reach += (steps[i].second - 1) * steps[i].first;
+  }
+  const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr());
+  return {name, begin, begin + uintptr_t((reach + 1) * dtype_size(dtype_of(t))), apart, reach + 1 == t.numel()};
+}
+
+// That what is written has one place for each element, which nothing else of these tensors takes. Tensors that are
+// interleaved, in memory of which neither fills its part, are believed.
+void check_memory(const Tensor& k_cache, const Tensor& v_cache, const std::optional<Tensor>& v_stats, const Tensor& k,
+                  const Tensor& v) {
+  Extent all[5];
+  int n = 0, written = 0;
+  const auto add = [&](const char* name, const Tensor& t) {
+    if (t.numel() > 0) all[n++] = extent_of(name, t);
+  };
+  add("k_cache", k_cache), add("v_cache", v_cache);
+  if (v_stats) add("v_stats", *v_stats);
+  written = n;
+  add("k", k), add("v", v);
+  for (int i = 0; i < written; ++i) {
+    const Extent& x = all[i];
+    DIFFQKV_CHECK(x.apart, x.name, ": got elements that share memory, want one place for each: it is written");
+    for (int j = i + 1; j < n; ++j) {
+      const Extent& y = all[j];
+      const bool meet = x.begin == y.begin || (x.filled && (x.holds(y.begin) || x.holds(y.end - 1))) ||
+                        (y.filled && (y.holds(x.begin) || y.holds(x.end - 1)));
+      DIFFQKV_CHECK(!meet, y.name, ": got memory of ", x.name, ", want its own: ", x.name, " is written");
+    }
+  }
+}
+
+}  // namespace
 
 CacheUpdateParams cache_update_params(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
                                       const Tensor& positions, const std::optional<Tensor>& cos,
@@ -69,6 +127,8 @@ CacheUpdateParams cache_update_params(const Tensor& k_cache, const Tensor& v_cac
     check_v_stats(*v_stats, p.batch, p.heads.n_v, p.d_v, "k_cache", k_cache);
     p.v_stats = static_cast<float*>(v_stats->data_ptr());
   }
+
+  check_memory(k_cache, v_cache, v_stats, k, v);
 
   p.k_new = token_view(k);
   p.v_new = token_view(v);

@@ -7,7 +7,6 @@ is written. Values of tensors are looked at on the CPU only: elsewhere that woul
 from __future__ import annotations
 
 import os
-from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -60,11 +59,26 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def refused_kind(name: str, x: Tensor) -> Exception | None:
+    """The exception for a tensor whose elements do not lie in memory by strides."""
+    if x.is_nested:
+        kind = "nested"
+    elif x.is_quantized:
+        kind = "quantized"
+    elif x.layout != torch.strided:
+        kind = str(x.layout).removeprefix("torch.").lstrip("_")  # sparse_coo, sparse_csr, mkldnn
+    else:
+        return None
+    return wrong(name, f"a {kind} tensor", "a dense (strided) tensor", TypeError)
+
+
 def _tensor(
     name: str, x: Tensor, like: Tensor, dtypes: tuple[torch.dtype, ...], ranks: tuple[int, ...], want: str
 ) -> None:
     if not isinstance(x, Tensor):
         raise wrong(name, type(x).__name__, "a Tensor", TypeError)
+    if refused := refused_kind(name, x):
+        raise refused
     if x.dtype not in dtypes:
         raise wrong(name, f"dtype {_dtype_name(x.dtype)}", " or ".join(map(_dtype_name, dtypes)), TypeError)
     if x.device != like.device:
@@ -195,8 +209,10 @@ def _options(
     for name, value in (("window_left", window_left), ("window_right", window_right)):
         if value < -1:
             raise wrong(name, value, "a number of tokens, or -1 (unlimited)")
-    if not 0 <= softcap < inf:
-        raise wrong("softcap", softcap, "a finite number >= 0 (0: none)")
+    if softmax_scale is not None and not -MOST_SCALE <= softmax_scale <= MOST_SCALE:
+        raise wrong("softmax_scale", softmax_scale, "a number from -1e38 to 1e38")
+    if not 0 <= softcap <= MOST_SCALE:
+        raise wrong("softcap", softcap, "0 (none) to 1e38")
     if sinks is not None:
         _tensor("sinks", sinks, q, tuple(dict.fromkeys((torch.float32, q.dtype))), (1,), f"[n_q] = [{n_q}]")
         _shape("sinks", sinks, (n_q,), "[n_q]")
@@ -355,6 +371,38 @@ def selective_v_attention(
     return cache
 
 
+def _has_memory(x: Tensor) -> bool:
+    """Not fake, functional, mapped, ..."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta" and not wrapped
+
+
+def _check_memory(written: dict[str, Tensor | None], read: dict[str, Tensor]) -> None:
+    """Every element of what is written has a place of its own; interleaved tensors are believed."""
+    if torch.compiler.is_compiling():
+        return
+    tensors = [(name, x) for name, x in (written | read).items() if x is not None and x.numel() > 0]
+    if not all(_has_memory(x) for _, x in tensors):
+        return
+    extents = []
+    for name, x in tensors:
+        reach, apart = 0, True
+        for stride, size in sorted((x.stride(i), n) for i, n in enumerate(x.shape) if n > 1):
+            apart = apart and stride > reach
+            reach += (size - 1) * stride
+        if name in written and not apart:
+            raise wrong(name, "elements that share memory", "one place for each: it is written")
+        extents.append((range(x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size()), reach + 1 == x.numel()))
+    for i, ((name, _), (here, filled)) in enumerate(zip(tensors, extents, strict=True)):
+        if name not in written:
+            break
+        for (other, _), (there, also_filled) in zip(tensors[i + 1 :], extents[i + 1 :], strict=True):
+            meet = here[0] == there[0]
+            meet = meet or (filled and (there[0] in here or there[-1] in here))
+            if meet or (also_filled and (here[0] in there or here[-1] in there)):
+                raise wrong(other, f"memory of {name}", f"its own: {name} is written")
+
+
 def kv_cache_update(
     k_cache: Tensor,
     v_cache: Tensor,
@@ -394,6 +442,7 @@ def kv_cache_update(
         if sin.stride() != cos.stride():
             raise wrong("sin", f"strides {list(sin.stride())}", f"{list(cos.stride())}, those of cos")
     _v_stats(v_stats, k, batch, cache.n_v, cache.d_v)
+    _check_memory({"k_cache": k_cache, "v_cache": v_cache, "v_stats": v_stats}, {"k": k, "v": v})
     _values("positions", positions, -1, cache.capacity - 1, f"-1 (skip) or 0 to {cache.capacity - 1}")
     if block_table is not None and readable(block_table):
         needed = torch.zeros_like(block_table, dtype=torch.bool)

@@ -60,7 +60,9 @@ def _(
     q, k_cache, v_cache, cache_seqlens, *, cache_start=None, block_table=None, softmax_scale=None, k_layout=ROWS,
     **options,
 ):  # fmt: skip
-    cache = _checks.decode_attention(q, k_cache, v_cache, cache_seqlens, cache_start, block_table, k_layout, **options)
+    cache = _checks.decode_attention(
+        q, k_cache, v_cache, cache_seqlens, cache_start, block_table, k_layout, softmax_scale=softmax_scale, **options
+    )
     return _out_and_lse(q, cache.d_v)
 
 

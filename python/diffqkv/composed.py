@@ -128,8 +128,8 @@ def flash_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The op, differentiable by torch, save that need_lse=False leaves out the lse and the second pass over K."""
     _checks.flash_attention(
-        q, k, v, window_left=window_left, window_right=window_right, softcap=softcap, sinks=sinks, kv_start=kv_start,
-        kv_end=kv_end, dropout_p=dropout_p, seed=seed, offset=offset,
+        q, k, v, softmax_scale=softmax_scale, window_left=window_left, window_right=window_right, softcap=softcap,
+        sinks=sinks, kv_start=kv_start, kv_end=kv_end, dropout_p=dropout_p, seed=seed, offset=offset,
     )  # fmt: skip
     s_q, s_k = q.shape[2], k.shape[2]
     masked = kv_start is not None or kv_end is not None or window_left != -1 or window_right != -1
@@ -178,9 +178,9 @@ def flash_attention_varlen(
 ) -> tuple[Tensor, Tensor | None]:
     """The op, differentiable by torch: the entries are padded to max_seqlen_q and max_seqlen_k."""
     _checks.flash_attention_varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_left=window_left,
-        window_right=window_right, softcap=softcap, sinks=sinks, kv_start=kv_start, kv_end=kv_end, dropout_p=dropout_p,
-        seed=seed, offset=offset,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=softmax_scale,
+        window_left=window_left, window_right=window_right, softcap=softcap, sinks=sinks, kv_start=kv_start,
+        kv_end=kv_end, dropout_p=dropout_p, seed=seed, offset=offset,
     )  # fmt: skip
     total = q.shape[0]
     lengths_q, lengths_k = cu_seqlens_q.diff(), cu_seqlens_k.diff()
@@ -226,8 +226,8 @@ def decode_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The op, save that need_lse=False leaves out the lse."""
     _checks.decode_attention(
-        q, k_cache, v_cache, cache_seqlens, cache_start, block_table, k_layout, window_left=window_left,
-        window_right=window_right, softcap=softcap, sinks=sinks,
+        q, k_cache, v_cache, cache_seqlens, cache_start, block_table, k_layout, softmax_scale=softmax_scale,
+        window_left=window_left, window_right=window_right, softcap=softcap, sinks=sinks,
     )  # fmt: skip
     if block_table is None and _checks.readable(cache_seqlens):
         k_cache, v_cache = _crop(k_cache, v_cache, cache_seqlens, k_layout)

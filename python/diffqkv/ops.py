@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from . import _dispatch, _library, composed
-from ._checks import PANELS, ROWS, wrong
+from ._checks import PANELS, ROWS, refused_kind, wrong
 from .reference import SelectiveVStats
 
 _LAYOUTS = {"rows": ROWS, "panels": PANELS}
@@ -53,6 +53,9 @@ def _translated(op: Callable, error: RuntimeError, args: tuple, kwargs: dict[str
         for argument in op._schema.arguments:
             if str(argument.type) == "Tensor" and named[argument.name] is None:
                 return wrong(argument.name, "None", "a Tensor", TypeError)
+    for name, x in named.items():
+        if isinstance(x, Tensor) and (refused := refused_kind(name, x)):
+            return refused
     if ours := _OURS.search(text):
         return (TypeError if ours[2].startswith("dtype ") else ValueError)(ours[1])
     if dispatcher := _DISPATCHER.search(text):
@@ -188,7 +191,7 @@ def flash_attention(
         k: `[b, n_k, s_k, d_k]`.
         v: `[b, n_v, s_k, d_v]`.
         causal: query i sees the keys j <= i + s_k - s_q (aligned at the bottom right).
-        softmax_scale: factor of the scores; d_k ** -0.5 by default.
+        softmax_scale: factor of the scores, from -1e38 to 1e38; d_k ** -0.5 by default.
         window: (left, right): query i sees left keys before and right keys behind its own, j = i + s_k - s_q; -1: all.
         softcap: c > 0 replaces a scaled score x by c * tanh(x / c) (Gemma 2, arXiv 2408.00118).
         sinks: `[n_q]`, float32 or q's dtype, contiguous: logits of one more key per head, without a value. They count
@@ -368,7 +371,8 @@ def kv_cache_update(
     """Writes new K and V rows into a cache, in place, rotating K on the way (eq. 10, RoPE).
 
     Args:
-        k_cache, v_cache, block_table, k_layout: as in `decode_attention`; written.
+        k_cache, v_cache, block_table, k_layout: as in `decode_attention`; the caches are written, and share no memory
+            with each other, k or v.
         k: `[b, n_k, s_new, d_k]`.
         v: `[b, n_v, s_new, d_v]`.
         positions: int32 or int64 `[b, s_new]`: the slot of each token; -1 skips it. No two tokens of a call may have

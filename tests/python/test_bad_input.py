@@ -109,6 +109,7 @@ LOGITS = [
     ({"softcap": -1.0}, ValueError, "softcap"),
     ({"softcap": float("inf")}, ValueError, "softcap"),
     ({"softcap": float("nan")}, ValueError, "softcap"),
+    ({"softcap": 1e39}, ValueError, "softcap"),
     ({"softcap": "30"}, TypeError, "softcap"),
     ({"softcap": None}, TypeError, "softcap"),
     ({"sinks": torch.zeros(8).double()}, TypeError, "sinks"),
@@ -122,7 +123,15 @@ LOGITS = [
     ({"sinks": 0.5}, TypeError, "sinks"),
 ]
 
+SCALE = [
+    ({"softmax_scale": float("inf")}, ValueError, "softmax_scale"),
+    ({"softmax_scale": -float("inf")}, ValueError, "softmax_scale"),
+    ({"softmax_scale": float("nan")}, ValueError, "softmax_scale"),
+    ({"softmax_scale": 1e39}, ValueError, "softmax_scale"),  # infinite in float32
+]
+
 DROPOUT = [
+    ({"dropout_p": float("inf")}, ValueError, "dropout_p"),
     ({"dropout_p": -0.1}, ValueError, "dropout_p"),
     ({"dropout_p": 1.0}, ValueError, "dropout_p"),
     ({"dropout_p": float("nan")}, ValueError, "dropout_p"),
@@ -348,17 +357,17 @@ def numbered(cases):
     return pytest.mark.parametrize("changes, error, name", cases, ids=[f"{i}-{c[2]}" for i, c in enumerate(cases)])
 
 
-@numbered([*FLASH, *LOGITS, *DROPOUT])
+@numbered([*FLASH, *LOGITS, *SCALE, *DROPOUT])
 def test_flash(api, changes, error, name):
     check(api.flash_attention, flash_arguments(), changes, error, name)
 
 
-@numbered([*VARLEN, *LOGITS, *DROPOUT])
+@numbered([*VARLEN, *LOGITS, *SCALE, *DROPOUT])
 def test_varlen(api, changes, error, name):
     check(api.flash_attention_varlen, varlen_arguments(), changes, error, name)
 
 
-@numbered([*LOGITS, ({"sinks": torch.zeros(8, requires_grad=True)}, ValueError, "sinks")])
+@numbered([*LOGITS, *SCALE, ({"sinks": torch.zeros(8, requires_grad=True)}, ValueError, "sinks")])
 def test_decode_logits(api, changes, error, name):
     check(api.decode_attention, decode_arguments(), changes, error, name)
 
@@ -391,7 +400,7 @@ def test_decode_paged(api, changes, error, name):
     check(api.decode_attention, decode_arguments(paged=True), changes, error, name)
 
 
-@numbered(SELECTIVE)
+@numbered([*SELECTIVE, *SCALE])
 def test_selective(api, changes, error, name):
     check(api.selective_v_attention, selective_arguments(), changes, error, name)
 
@@ -400,6 +409,73 @@ def test_selective(api, changes, error, name):
 @numbered(UPDATE)
 def test_update(api, layout, changes, error, name):
     check(api.kv_cache_update, update_arguments(layout), changes, error, name)
+
+
+def overlapping(x):
+    """Of x's shape, every second entry begins where the one before has its second element."""
+    return x.new_zeros(2 * x.numel()).as_strided(x.shape, (1, *x.stride()[1:]))
+
+
+def expanded(x):
+    return x[:1].expand(x.shape)
+
+
+@pytest.mark.parametrize("layout", ["rows", "panels"])
+@pytest.mark.parametrize("name", ["k_cache", "v_cache"])
+@pytest.mark.parametrize("how", [expanded, overlapping])
+def test_written_elements_have_a_place_each(api, layout, name, how):
+    check(api.kv_cache_update, update_arguments(layout), {name: how}, ValueError, name)
+    arguments = decode_arguments(layout)
+    arguments[name] = how(arguments[name])
+    assert api.decode_attention(**arguments).isfinite().all()  # reading is another matter
+
+
+def test_caches_share_no_memory(api):
+    arguments = update_arguments()
+    equal_heads = {"v": torch.randn(2, 2, 3, 16), "v_stats": None, "v_cache": torch.zeros(2, 2, 64, 1, 16)}
+    same = arguments | equal_heads
+    check(api.kv_cache_update, same | {"v_cache": same["k_cache"]}, {}, ValueError, "v_cache")
+    shifted = torch.zeros(2 * 2 * 64 * 16 + 8)
+    parts = {"k_cache": shifted[8:].view(2, 2, 64, 1, 16), "v_cache": shifted[:-8].view(2, 2, 64, 1, 16)}
+    check(api.kv_cache_update, same | parts, {}, ValueError, "v_cache")
+    check(api.kv_cache_update, arguments | {"k": arguments["k_cache"][:, :, 5:8, 0]}, {}, ValueError, "k")
+    check(api.kv_cache_update, same | {"v": same["v_cache"][:, :, 5:8, 0]}, {}, ValueError, "v")
+    # K and V side by side in one tensor, by token or by page, and slices of a longer cache do not meet.
+    for cut in (
+        lambda x: (x[..., 0, :, :], x[..., 1, :, :]),
+        lambda x: (x.view(2, 2, 2, 64, 1, 16)[:, 0], x.view(2, 2, 2, 64, 1, 16)[:, 1]),
+    ):
+        k_cache, v_cache = cut(torch.zeros(2, 2, 64, 2, 1, 16))
+        api.kv_cache_update(**same | {"k_cache": k_cache, "v_cache": v_cache})
+        assert torch.equal(v_cache[0, :, :3, 0], same["v"][0]) and v_cache.count_nonzero() == 5 * 2 * 16
+
+
+KINDS = {
+    "nested": lambda x: torch.nested.as_nested_tensor([x, x]),
+    "jagged": lambda x: torch.nested.as_nested_tensor([x, x], layout=torch.jagged),
+    "sparse": lambda x: x.to_sparse(),
+    "quantized": lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:torch.quantize_per_tensor")
+def test_elements_lie_in_memory_by_strides(api, kind):
+    calls = {
+        "flash_attention": flash_arguments(),
+        "flash_attention_varlen": varlen_arguments(),
+        "decode_attention": decode_arguments(paged=True),
+        "selective_v_attention": selective_arguments(),
+        "kv_cache_update": update_arguments(paged=True),
+        "swiglu": {"gate": torch.randn(3, 4), "up": torch.randn(3, 4)},
+    }
+    for op, arguments in calls.items():
+        for name, x in arguments.items():
+            if not isinstance(x, torch.Tensor):
+                continue
+            bad = KINDS[kind](x)
+            with pytest.raises(TypeError, match=rf"^{name}: got a \w+ tensor, want a dense \(strided\) tensor$"):
+                getattr(api, op)(**arguments | {name: bad})
 
 
 @pytest.mark.parametrize("block", [-1, 6, 2**31 - 1])
@@ -440,6 +516,8 @@ DIRECT = [
             ({"softcap": -1.0}, "softcap"),
             ({"softcap": float("inf")}, "softcap"),
             ({"softcap": float("nan")}, "softcap"),
+            ({"softmax_scale": float("inf")}, "softmax_scale"),
+            ({"softmax_scale": float("nan")}, "softmax_scale"),
             ({"sinks": torch.zeros(7)}, "sinks"),
             ({"sinks": torch.zeros(16)[::2]}, "sinks"),
             ({"sinks": torch.zeros(8).double()}, "sinks"),
@@ -452,6 +530,7 @@ DIRECT = [
             ({"dropout_p": -0.1}, "dropout_p"),
             ({"dropout_p": 1.0}, "dropout_p"),
             ({"dropout_p": float("nan")}, "dropout_p"),
+            ({"dropout_p": float("inf")}, "dropout_p"),
             ({"offset": -1}, "offset"),
             ({"offset": 2**32}, "offset"),
         )
@@ -497,7 +576,11 @@ BACKWARD = [
     ({"sinks": lambda x: x[:3]}, "sinks"),
     ({"kv_end": lambda x: x[:1]}, "kv_end"),
     ({"window_left": -2}, "window_left"),
+    ({"softmax_scale": float("inf")}, "softmax_scale"),
+    ({"softmax_scale": float("nan")}, "softmax_scale"),
+    ({"softcap": float("inf")}, "softcap"),
     ({"dropout_p": 1.0}, "dropout_p"),
+    ({"dropout_p": float("nan")}, "dropout_p"),
 ]
 
 

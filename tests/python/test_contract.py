@@ -267,7 +267,7 @@ def test_no_leak(library, index, threads):
     q, k, v = qkv(1, (2, 1, 1), 1, 4, (8, 8))
     k_cache, v_cache, one = reference.group(k, 1), reference.group(v, 1), int32(4)
     stats, positions = torch.zeros(1, 1, 9), torch.tensor([[2]])
-    new, rope = (k[:, :, :1], v[:, :, :1]), torch.rand(1, 1, 8)
+    new, rope = (k[:, :, :1].clone(), v[:, :, :1].clone()), torch.rand(1, 1, 8)
     packed, entry = [x[0].transpose(0, 1) for x in (q, k, v)], (int32(0, 1), int32(0, 4), 1, 4)
     options = {"window_left": 2, "softcap": 2.0, "sinks": torch.zeros(2), "dropout_p": 0.5, "seed": 1}
     out, lse = library.flash_attention(q, k, v, **options)
