@@ -1,7 +1,7 @@
 """Argument checks of the plain-torch paths and the fake kernels; the compiled ops make the same ones in C++.
 
-A violation is a TypeError (not a tensor, wrong dtype) or a ValueError, `argument: got ..., want ...`, before anything
-is written. Values of tensors are looked at on the CPU only: elsewhere that would synchronise.
+A violation is a TypeError (not a tensor, wrong dtype) or an ArgumentError, `argument: got ..., want ...`, before
+anything is written. Values of tensors are looked at on the CPU only: elsewhere that would synchronise.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRAINING_DTYPES = (*DTYPES, torch.float64)
 ROWS, PANELS = 0, 1
 _DEBUG = os.environ.get("DIFFQKV_DEBUG") == "1"
+
+
+class ArgumentError(ValueError, RuntimeError):
+    """A wrong value or shape: Python's name for it is ValueError, torch and FlashAttention raise RuntimeError."""
 
 
 class CacheShape(NamedTuple):
@@ -41,7 +45,7 @@ def gcd(a: int, b: int) -> int:
     return a
 
 
-def wrong(name: str, got: object, want: str, error: type[Exception] = ValueError) -> Exception:
+def wrong(name: str, got: object, want: str, error: type[Exception] = ArgumentError) -> Exception:
     return error(f"{name}: got {got}, want {want}")
 
 
