@@ -1,6 +1,8 @@
 # make demo   trains a small Sigma on real text, generates from it, and compares its attention with torch's
 #             TEXT="a.txt b.txt" trains on those files; DEMO_ARGS=--restart forgets an earlier run
 # make test   all tests, C++ and Python; PYTEST_ARGS="-k cache" chooses
+# make test-flash-attn   FlashAttention's own tests against our functions of its names, a sample of them, on the CPU
+#             FLASH_ATTN=a checkout, a git repository or a URL; FLASH_ATTN_ARGS="--sample 0 --seed 1 -k kvcache"
 # make build  the library, in place
 # make lint   style
 # Each sets up what it needs: a virtual environment in VENV, the versions of constraints.txt, the library.
@@ -11,8 +13,9 @@ BIN := $(VENV)/bin
 # cmake and ninja may come from the environment.
 export PATH := $(abspath $(BIN)):$(PATH)
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
+FLASH_ATTN ?= https://github.com/Dao-AILab/flash-attention
 
-.PHONY: demo test build lint clean
+.PHONY: demo test test-flash-attn build lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -22,6 +25,9 @@ test: $(VENV)/.built
 	scripts/build_cpp_tests.sh $(DIFFQKV_BUILD_DIR)
 	ctest --test-dir $(DIFFQKV_BUILD_DIR) --output-on-failure
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-flash-attn: $(VENV)/.built
+	$(BIN)/python scripts/flash_attn_tests.py $(FLASH_ATTN) $(FLASH_ATTN_ARGS)
 
 build: $(VENV)/.built
 

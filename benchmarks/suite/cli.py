@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
         return EXIT_MISSING
     try:
         from tqdm import tqdm
-        from transformers import Cache  # noqa: F401 (diffqkv.Cache needs it)
+
+        from diffqkv import Cache  # noqa: F401
     except ImportError as error:
         print(f"bench: {error}: pip install 'diffqkv[bench]'", file=sys.stderr)
         return EXIT_MISSING

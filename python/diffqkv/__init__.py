@@ -1,14 +1,14 @@
 """DiffQKV attention (SIGMA, arXiv 2501.13629): ops, a cache and Hugging Face models with unequal Q, K and V heads.
 
 Without the compiled library everything runs in plain torch, more slowly; `diffqkv.show_config()` says what runs. The
-models and `diffqkv.Cache` need transformers; without it the ops are all there is.
+models and `diffqkv.Cache` need transformers; without one that imports the ops are all there is.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from . import _library, flash_attn_interface, reference
+from . import _library, _transformers, flash_attn_interface, reference
 
 if _library.loaded:
     from . import _autograd, _fake, _flops, _vmap  # noqa: F401 (they register themselves)
@@ -44,27 +44,24 @@ __all__ = [
     "swiglu",
 ]
 
-try:
-    from .cache import Cache
-    from .models.sigma import (
-        SigmaConfig,
-        SigmaForCausalLM,
-        SigmaForQuestionAnswering,
-        SigmaForSequenceClassification,
-        SigmaForTokenClassification,
-        SigmaModel,
-    )
-except ImportError as error:
-    if (error.name or "").partition(".")[0] != "transformers":
-        raise
-    _why_not = str(error)
-    globals().pop("Cache", None)  # a release may be too old for the models alone
+if _transformers.error is None:
+    try:
+        from .cache import Cache
+        from .models.sigma import (
+            SigmaConfig,
+            SigmaForCausalLM,
+            SigmaForQuestionAnswering,
+            SigmaForSequenceClassification,
+            SigmaForTokenClassification,
+            SigmaModel,
+        )
+    except Exception as error:
+        if not _transformers.is_untested:
+            raise
+        _transformers.error = error
+        globals().pop("Cache", None)
 
-    def __getattr__(name: str) -> object:
-        if name == "Cache" or name.startswith("Sigma"):
-            raise ImportError(f"diffqkv.{name} needs transformers {OLDEST_TRANSFORMERS} or newer: {_why_not}")
-        raise AttributeError(f"module 'diffqkv' has no attribute {name!r}")
-else:
+if _transformers.error is None:
     __all__ += [
         "Cache",
         "SigmaConfig",
@@ -74,3 +71,10 @@ else:
         "SigmaForTokenClassification",
         "SigmaModel",
     ]
+else:
+
+    def __getattr__(name: str) -> object:
+        if name == "Cache" or name.startswith("Sigma"):
+            why_not = f"needs transformers {OLDEST_TRANSFORMERS} or newer: {_transformers.why_not()}"
+            raise ImportError(f"diffqkv.{name} {why_not}") from _transformers.error
+        raise AttributeError(f"module 'diffqkv' has no attribute {name!r}")

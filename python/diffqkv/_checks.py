@@ -1,7 +1,7 @@
 """Argument checks of the plain-torch paths and the fake kernels; the compiled ops make the same ones in C++.
 
-A violation is a TypeError (not a tensor, wrong dtype) or a ValueError, `argument: got ..., want ...`, before anything
-is written. Values of tensors are looked at on the CPU only: elsewhere that would synchronise.
+A violation is a TypeError (not a tensor, wrong dtype) or an ArgumentError, `argument: got ..., want ...`, before
+anything is written. Values of tensors are looked at on the CPU only: elsewhere that would synchronise.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ MOST_INDICES = 2**27  # that selective_v_attention takes behind those that the c
 _DEBUG = os.environ.get("DIFFQKV_DEBUG") == "1"
 
 
+class ArgumentError(ValueError, RuntimeError):
+    """A wrong value or shape: Python's name for it is ValueError, torch and FlashAttention raise RuntimeError."""
+
+
 class CacheShape(NamedTuple):
     """Head counts, dims and size of a cache."""
 
@@ -42,7 +46,7 @@ def gcd(a: int, b: int) -> int:
     return a
 
 
-def wrong(name: str, got: object, want: str, error: type[Exception] = ValueError) -> Exception:
+def wrong(name: str, got: object, want: str, error: type[Exception] = ArgumentError) -> Exception:
     return error(f"{name}: got {got}, want {want}")
 
 

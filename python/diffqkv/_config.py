@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import _dispatch, _library
+from . import _dispatch, _library, _transformers
 from ._checks import wrong
 from ._dispatch import OPS
 from ._version import __version__
@@ -42,9 +42,9 @@ def config() -> dict[str, Any]:
     """The configuration as a dict.
 
     Keys: `version`; `library`: path of the compiled library or None, with `reason`; `cpu_isa`: instruction set of the
-    CPU kernels; `cuda_archs`: what the CUDA kernels were compiled for; `device`; `ops`: for each op the path that it
-    takes, by device type. `cpu_isa` is None without the library, and either is where `diffqkv._core`, which knows them,
-    is missing.
+    CPU kernels; `cuda_archs`: what the CUDA kernels were compiled for; `device`; `transformers`: the release that the
+    models use or None, with `models_reason`; `ops`: for each op the path that it takes, by device type. `cpu_isa` is
+    None without the library, and either is where `diffqkv._core`, which knows them, is missing.
     """
     return {
         "version": __version__,
@@ -53,6 +53,8 @@ def config() -> dict[str, Any]:
         "cpu_isa": _core.cpu_isa() if _library.loaded and _core is not None else None,
         "cuda_archs": _cuda_archs(),
         "device": _device(),
+        "transformers": _transformers.release if _transformers.error is None else None,
+        "models_reason": None if _transformers.error is None else _transformers.why_not(),
         "ops": {op: {"cpu": _KERNEL if _library.loaded else _COMPOSED, "cuda": _cuda_path(op)} for op in OPS},
     }
 
@@ -66,6 +68,8 @@ def show_config() -> None:
     print(f"  cpu_isa     {c['cpu_isa'] or unknown}")
     print(f"  cuda_archs  {unknown if c['cuda_archs'] is None else ', '.join(c['cuda_archs']) or 'none'}")
     print(f"  device      {c['device']}")
+    models = f"none: {c['models_reason']}" if c["models_reason"] else f"transformers {c['transformers']}"
+    print(f"  models      {models}")
     for op, paths in c["ops"].items():
         for device, path in paths.items():
             print(f"  {op if device == 'cpu' else '':<22} {device:<5} {path}")

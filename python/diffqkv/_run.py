@@ -6,6 +6,8 @@ import argparse
 import sys
 from importlib.metadata import entry_points
 
+from . import _transformers
+
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
@@ -24,13 +26,13 @@ def run(args: argparse.Namespace) -> int:
     if not scripts:
         print(f"run: got {args.command!r}, want the name of a command of an installed Python package", file=sys.stderr)
         return 2
-    try:
-        import transformers
-
-        from .models.sigma.modeling_sigma import AUTO_CLASSES
-    except ImportError as error:
-        print(f"run: {error}", file=sys.stderr)
+    if _transformers.error is not None:
+        print(f"run: {_transformers.why_not()}", file=sys.stderr)
         return 2
+    import transformers
+
+    from .models.sigma.modeling_sigma import AUTO_CLASSES
+
     # `transformers serve` looks a checkpoint's class up in transformers itself, and nowhere else.
     for model in AUTO_CLASSES.values():
         setattr(transformers, model.__name__, model)

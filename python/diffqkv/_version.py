@@ -1,2 +1,4 @@
 __version__ = "0.1.0"
-OLDEST_TRANSFORMERS = "5.13"  # that the models and the cache work with; as in pyproject.toml
+# The minor releases that the models and the cache are tested with; as in pyproject.toml.
+OLDEST_TRANSFORMERS = "5.13"
+NEWEST_TRANSFORMERS = "5.24"

@@ -15,12 +15,14 @@ Options that all functions share:
 What differs from FlashAttention:
     - n_k and n_v may differ (as in FlexHeadFA) and so may d_k and d_v, in every function that takes K and V apart.
     - float32 works besides bfloat16 and float16, and float64 except in `flash_attn_with_kvcache`; so does the CPU.
-    - Head dimensions are multiples of 8 from 8 to 256. Others, which FlashAttention pads, are a ValueError.
+    - Head dimensions are at most 256. As in FlashAttention those that are no multiple of 8 are padded, which copies
+      the tensors, in `flash_attn_with_kvcache` the whole cache.
     - A query that sees no key has a softmax_lse of -inf; there it is +inf. The output is 0 in both.
     - Results never depend on the run: deterministic and num_splits are taken and change nothing.
     - dropout_p goes together with softcap.
 
-A wrong argument is a ValueError, or a TypeError if its type or dtype is wrong: `argument: got ..., want ...`.
+Integers may be numpy's, or tensors without dimensions. A wrong argument is a ValueError that is a RuntimeError too, or
+a TypeError if its type or dtype is wrong: `argument: got ..., want ...`.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks, ops, reference
@@ -49,8 +52,27 @@ def _sizes(name: str, x: Tensor, layout: str, known: dict[str, int]) -> None:
     known.update(zip(sizes, x.shape, strict=True))
 
 
-def _unit_stride(x: Tensor) -> Tensor:
+def _head_dims(d_k: int, d_v: int, softmax_scale: float | None) -> float | None:
+    """Checks the head dimensions; returns softmax_scale, whose default padding of q must not change."""
+    for name, d in (("q", d_k), ("v", d_v)):
+        if d < 1 or d > 256:
+            raise wrong(name, f"head dimension {d}", "1 to 256")
+    return d_k**-0.5 if softmax_scale is None and d_k % 8 != 0 else softmax_scale
+
+
+def _padded(x: Tensor) -> Tensor:
+    """x with zeros behind each row up to a multiple of 8; x itself if there is nothing to add."""
+    return F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 != 0 else x
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as `ops` takes it: padded, the last dimension of stride 1."""
+    x = _padded(x)
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _unpadded(out: Tensor, d_v: int) -> Tensor:
+    return out if out.shape[-1] == d_v else out[..., :d_v]
 
 
 def _tokens_first(out: Tensor) -> Tensor:
@@ -64,10 +86,15 @@ def _scores(
     """The options of the scores, with the names that they have in `ops` and `reference`."""
     if alibi_slopes is not None:
         raise _not_built("alibi_slopes", type(alibi_slopes).__name__, "None")
-    if len(window_size) != 2:
-        raise wrong("window_size", window_size, "(left, right)")
-    left, right = (-1 if n < 0 else n for n in window_size)
-    return {"softmax_scale": softmax_scale, "window": (left, right), "softcap": softcap if softcap > 0 else 0.0}
+    try:
+        left, right = window_size
+    except TypeError:
+        raise wrong("window_size", type(window_size).__name__, "a tuple (left, right)", TypeError) from None
+    except ValueError:
+        raise wrong("window_size", window_size, "(left, right)") from None
+    left, right = (max(-1, ops._integer("window_size", n, -(2**63))) for n in (left, right))
+    softcap = 0.0 if ops._number("softcap", softcap) <= 0 else softcap
+    return {"softmax_scale": softmax_scale, "window": (left, right), "softcap": softcap}
 
 
 def _seed(dropout_p: float, wanted: bool) -> int | None:
@@ -119,19 +146,21 @@ def flash_attn_func(
     _sizes("q", q, "b s_q n_q d_k", sizes)
     _sizes("k", k, "b s_k n_k d_k", sizes)
     _sizes("v", v, "b s_k n_v d_v", sizes)
-    q, k, v = (_unit_stride(x).transpose(1, 2) for x in (q, k, v))
+    scores["softmax_scale"] = _head_dims(sizes["d_k"], sizes["d_v"], softmax_scale)
+    q, k, v = (_rows(x).transpose(1, 2) for x in (q, k, v))
     seed = _seed(dropout_p, return_attn_probs)
     result = ops.flash_attention(
         q, k, v, dropout_p=dropout_p, seed=seed, deterministic=deterministic, return_lse=return_attn_probs, **scores
     )
-    if not return_attn_probs:
-        return _tokens_first(result)
-    out, lse = result
+    out, lse = result if return_attn_probs else (result, None)
+    out = _tokens_first(_unpadded(out, sizes["d_v"]))
+    if lse is None:
+        return out
     s_dmask = q.new_empty(0)
     if seed is not None:
         kept = reference.dropout_mask(*lse.shape, k.shape[2], dropout_p, seed, device=q.device)
         s_dmask = _s_dmask(q, k, kept, **scores)
-    return _tokens_first(out), lse, s_dmask
+    return out, lse, s_dmask
 
 
 def flash_attn_kvpacked_func(
@@ -176,6 +205,30 @@ def flash_attn_qkvpacked_func(
 # ---- packed sequences ------------------------------------------------------------------------------------------------
 
 
+def _places(
+    block_table: Tensor, cu_seqlens_k: Tensor, max_seqlen_k: int, q: Tensor, blocks: int, slots: int
+) -> tuple[Tensor, Tensor]:
+    """Block and slot of each row that packed K and V would have, int64 `[total_k]`."""
+    _checks._tensor("cu_seqlens_k", cu_seqlens_k, q, (torch.int32,), (1,), "[b + 1]")
+    _checks._tensor("block_table", block_table, q, (torch.int32,), (2,), "[b, max_blocks]")
+    b, max_blocks = block_table.shape
+    if b + 1 != cu_seqlens_k.shape[0]:
+        raise wrong("block_table", f"{b} entries", f"{cu_seqlens_k.shape[0] - 1}, those of cu_seqlens_k")
+    lengths = cu_seqlens_k.diff()
+    if _checks.readable(cu_seqlens_k):
+        _checks._cu_seqlens("k", cu_seqlens_k, int(cu_seqlens_k[-1]), max_seqlen_k)
+        longest = int(lengths.max()) if b else 0
+        if longest > max_blocks * slots:
+            raise wrong("cu_seqlens_k", f"a sequence of {longest}", f"at most {max_blocks * slots}, as block_table has")
+        first = torch.arange(max_blocks, device=q.device) * slots
+        _checks._blocks(block_table, first < lengths[:, None], blocks)
+    entry = torch.arange(b, device=q.device).repeat_interleave(lengths)
+    token = torch.arange(len(entry), device=q.device) - cu_seqlens_k[entry]
+    # Where the table cannot be looked at, a block that is outside must not be an illegal memory access.
+    block = block_table[entry, (token // slots).clamp(max=max_blocks - 1)].clamp(0, blocks - 1)
+    return block.long(), token % slots
+
+
 def flash_attn_varlen_func(
     q,
     k,
@@ -201,10 +254,12 @@ def flash_attn_varlen_func(
         k: `[total_k, n_k, d_k]`.
         v: `[total_k, n_v, d_v]`.
         cu_seqlens_q, cu_seqlens_k: int32 `[b + 1]`: sequence i has the rows from cu_seqlens[i] to cu_seqlens[i + 1].
-        max_seqlen_q, max_seqlen_k: ints, at least the longest sequence.
+        max_seqlen_q, max_seqlen_k: integers, at least the longest sequence.
         dropout_p: the probability that a softmax weight is dropped; the seed comes from torch's generator.
         return_attn_probs: also return softmax_lse and S_dmask.
-        block_table: None; `flash_attn_with_kvcache` reads pages.
+        block_table: int32 `[b, max_blocks]`: k and v are `[blocks, block_size, n_k, d_k]` and
+            `[blocks, block_size, n_v, d_v]`, of any block size, and row t of sequence i lies in block
+            `block_table[i, t // block_size]`. The rows are copied behind each other first, which on CUDA synchronises.
         softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic: as above.
 
     Returns:
@@ -212,16 +267,21 @@ def flash_attn_varlen_func(
         `flash_attn_func`, `[b, n_q, max_seqlen_q, max_seqlen_k]`, zero behind the ends of a sequence.
 
     Raises:
-        NotImplementedError: alibi_slopes or block_table.
+        NotImplementedError: alibi_slopes.
     """
     scores = _scores(alibi_slopes, softmax_scale, window_size, softcap) | {"causal": causal}
-    if block_table is not None:
-        raise _not_built("block_table", type(block_table).__name__, "None")
+    max_seqlen_q = ops._integer("max_seqlen_q", max_seqlen_q, 0)
+    max_seqlen_k = ops._integer("max_seqlen_k", max_seqlen_k, 0)
+    rows = "total_k" if block_table is None else "blocks block_size"
     sizes: dict[str, int] = {}
     _sizes("q", q, "total_q n_q d_k", sizes)
-    _sizes("k", k, "total_k n_k d_k", sizes)
-    _sizes("v", v, "total_k n_v d_v", sizes)
-    q, k, v = (_unit_stride(x) for x in (q, k, v))
+    _sizes("k", k, f"{rows} n_k d_k", sizes)
+    _sizes("v", v, f"{rows} n_v d_v", sizes)
+    scores["softmax_scale"] = _head_dims(sizes["d_k"], sizes["d_v"], softmax_scale)
+    if block_table is not None:
+        places = _places(block_table, cu_seqlens_k, max_seqlen_k, q, sizes["blocks"], sizes["block_size"])
+        k, v = k[places], v[places]
+    q, k, v = (_rows(x) for x in (q, k, v))
     seed = _seed(dropout_p, return_attn_probs)
     result = ops.flash_attention_varlen(
         q,
@@ -237,8 +297,10 @@ def flash_attn_varlen_func(
         return_lse=return_attn_probs,
         **scores,
     )
-    if not return_attn_probs:
-        return result
+    out, lse = result if return_attn_probs else (result, None)
+    out = _unpadded(out, sizes["d_v"]).contiguous()
+    if lse is None:
+        return out
     s_dmask = q.new_empty(0)
     if seed is not None:
         b, n_q = len(cu_seqlens_q) - 1, q.shape[1]
@@ -249,7 +311,7 @@ def flash_attn_varlen_func(
             block = (slice(entry, entry + 1), slice(None), slice(len(q_part)), slice(len(k_part)))
             q_part, k_part = q_part.transpose(0, 1)[None], k_part.transpose(0, 1)[None]
             s_dmask[block] = _s_dmask(q_part, k_part, kept[block], **scores)
-    return *result, s_dmask
+    return out, lse, s_dmask
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -302,9 +364,9 @@ def flash_attn_varlen_qkvpacked_func(
 # ---- the cache -------------------------------------------------------------------------------------------------------
 
 
-def _int32(name: str, x: Tensor, like: Tensor, batch: int, most: int) -> None:
+def _int32(name: str, x: Tensor, like: Tensor, batch: int, most: int, why: str = "") -> None:
     _checks._per_entry(name, x, like, batch)
-    _checks._values(name, x, 0, most, f"0 to {most}")
+    _checks._values(name, x, 0, most, f"0 to {most}{why}")
 
 
 def _angles(name: str, table: Tensor, q: Tensor, slots: Tensor, capacity: int, sizes: dict[str, int]) -> Tensor:
@@ -470,15 +532,14 @@ def flash_attn_with_kvcache(
     _sizes("q", q, "b s_q n_q d_k", sizes)
     _sizes("k_cache", k_cache, "entries slots n_k d_k", sizes)
     _sizes("v_cache", v_cache, "entries slots n_v d_v", sizes)
-    q, b, s_q = _unit_stride(q), sizes["b"], sizes["s_q"]
-    _checks._float_tensor("q", q, k_cache, (4,), "")
+    b, s_q, d_k, d_v = (sizes[name] for name in ("b", "s_q", "d_k", "d_v"))
+    scores["softmax_scale"] = _head_dims(d_k, d_v, softmax_scale)
+    _checks._tensor("q", q, k_cache, (k_cache.dtype,), (4,), "")
     _checks._heads("k_cache", sizes["n_k"], sizes["n_q"])
     _checks._heads("v_cache", sizes["n_v"], sizes["n_q"])
+    _checks._options(q, sizes["n_q"], b, softmax_scale=scores["softmax_scale"], softcap=scores["softcap"])
+    full = "" if block_table is None else ", what block_table has room for"
     block_table, capacity = _blocks(block_table, cache_batch_idx, q, sizes)
-    groups = _checks.gcd(sizes["n_k"], sizes["n_v"])
-    k_cache, v_cache = (reference.group(x.transpose(1, 2), groups) for x in (k_cache, v_cache))
-    if block_table is None:
-        k_cache, v_cache = k_cache[:b], v_cache[:b]
 
     if (k is None) != (v is None):
         missing, given = ("k", "v") if k is None else ("v", "k")
@@ -489,10 +550,10 @@ def flash_attn_with_kvcache(
         if cache_seqlens is None:
             raise wrong("cache_seqlens", None, "the number of tokens before k")
     s_new = sizes.get("s_new", 0)
-    if cache_seqlens is None or isinstance(cache_seqlens, int):
-        length = capacity if cache_seqlens is None else cache_seqlens
+    if not isinstance(cache_seqlens, Tensor) or cache_seqlens.dim() == 0:
+        length = capacity if cache_seqlens is None else ops._integer("cache_seqlens", cache_seqlens, 0, 2**31 - 1)
         cache_seqlens = torch.full((b,), length, dtype=torch.int32, device=q.device)
-    _int32("cache_seqlens", cache_seqlens, q, b, capacity - s_new)
+    _int32("cache_seqlens", cache_seqlens, q, b, capacity - s_new, full)
     if cache_leftpad is not None:
         _int32("cache_leftpad", cache_leftpad, q, b, capacity)
 
@@ -505,11 +566,24 @@ def flash_attn_with_kvcache(
         sin = _angles("rotary_sin", rotary_sin, q, slots, capacity, sizes)
         q = _rotate(q, cos[:, :in_turn], sin[:, :in_turn], rotary_interleaved)
         k = _rotate(k, cos[:, :s_new], sin[:, :s_new], rotary_interleaved)
+
+    groups = _checks.gcd(sizes["n_k"], sizes["n_v"])
+    caches = k_cache, v_cache
+    copies = [_padded(x) for x in caches]
+    k_cache, v_cache = (reference.group(x.transpose(1, 2), groups) for x in copies)
+    if block_table is None:
+        k_cache, v_cache = k_cache[:b], v_cache[:b]
     if k is not None:
         slots = cache_seqlens[:, None] + torch.arange(s_new, device=q.device)
-        k, v = (_unit_stride(x).transpose(1, 2) for x in (k, v))
+        k, v = (_rows(x).transpose(1, 2) for x in (k, v))
         ops.kv_cache_update(k_cache, v_cache, k, v, slots, block_table=block_table)
-    return _attend(
-        q, k_cache, v_cache, cache_seqlens + s_new, cache_leftpad, block_table, causal, return_lse=return_softmax_lse,
-        **scores,
+        for cache, copy in zip(caches, copies, strict=True):
+            if copy is not cache:
+                cache.copy_(copy[..., : cache.shape[-1]])
+    result = _attend(
+        _rows(q), k_cache, v_cache, cache_seqlens + s_new, cache_leftpad, block_table, causal,
+        return_lse=return_softmax_lse, **scores,
     )  # fmt: skip
+    out, lse = result if return_softmax_lse else (result, None)
+    out = _unpadded(out, d_v).contiguous()
+    return out if lse is None else (out, lse)

@@ -6,22 +6,24 @@ so n_k and n_v divide n_q. Head dimensions are multiples of 8 from 8 to 256. Ten
 all of one call alike, with a last dimension of stride 1 and otherwise any strides; results are contiguous. The ops
 that train, `flash_attention` and `flash_attention_varlen`, also take float64, in which all of them is then computed.
 
-Every wrong argument is a ValueError, or a TypeError if its type or dtype is wrong, with the text
-`argument: got ..., want ...`, raised before anything is written.
+Every wrong argument is a ValueError that is a RuntimeError too, as callers of torch expect it, or a TypeError if its
+type or dtype is wrong, with the text `argument: got ..., want ...`, raised before anything is written. Integers may be
+anything that Python takes for an index but a bool: numpy's, or a tensor without dimensions, whose value is read.
 """
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from . import _dispatch, _library, composed
-from ._checks import PANELS, ROWS, refused_kind, wrong
+from ._checks import PANELS, ROWS, ArgumentError, refused_kind, wrong
 from .reference import SelectiveVStats
 
 _LAYOUTS = {"rows": ROWS, "panels": PANELS}
@@ -57,7 +59,7 @@ def _translated(op: Callable, error: RuntimeError, args: tuple, kwargs: dict[str
         if isinstance(x, Tensor) and (refused := refused_kind(name, x)):
             return refused
     if ours := _OURS.search(text):
-        return (TypeError if ours[2].startswith("dtype ") else ValueError)(ours[1])
+        return (TypeError if ours[2].startswith("dtype ") else ArgumentError)(ours[1])
     if dispatcher := _DISPATCHER.search(text):
         want, name, got = dispatcher.groups()
         return wrong(name, got, f"a {want}", TypeError)
@@ -113,9 +115,27 @@ def _refuse_gradients(op: str, **tensors: Tensor | None) -> None:
             raise wrong(name, "requires_grad=True in grad mode", f"torch.no_grad(): {op} is for inference only")
 
 
-def _integer(name: str, value: int, low: int, high: int = 2**63 - 1) -> int:
+def _index(name: str, value: SupportsIndex) -> int:
+    """value as an int, where it is none of Python's: a numpy integer, an integer tensor without dimensions."""
+    if torch.compiler.is_compiling():  # which has no value to read
+        raise wrong(name, f"{type(value).__name__} in compiled code", "an int: convert it outside", TypeError)
+    got = type(value).__name__
+    if isinstance(value, Tensor):
+        got = f"Tensor of {value.dtype}, shape {list(value.shape)}"
+        is_index = value.dim() == 0 and value.dtype != torch.bool
+    else:
+        is_index = not isinstance(value, bool)
+    try:
+        if is_index:
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise wrong(name, got, "an int", TypeError)
+
+
+def _integer(name: str, value: SupportsIndex, low: int, high: int = 2**63 - 1) -> int:
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-        raise wrong(name, type(value).__name__, "an int", TypeError)
+        value = _index(name, value)
     if value < low or value > high:
         raise wrong(name, value, f"an integer >= {low}" if high == 2**63 - 1 else f"an integer from {low} to {high}")
     return value
@@ -148,9 +168,9 @@ def _logits(window: tuple[int, int], softcap: float, sinks: Tensor | None) -> di
 
 def _dropout(dropout_p: float, seed: int | None, offset: int) -> dict[str, float | int]:
     """The dropout arguments of the ops; a seed that is not given comes from torch's default generator on the CPU."""
-    _integer("offset", offset, 0, 2**32 - 1)
+    offset = _integer("offset", offset, 0, 2**32 - 1)
     if seed is not None:
-        _integer("seed", seed, -(2**63))
+        seed = _integer("seed", seed, -(2**63))
     if _number("dropout_p", dropout_p) == 0:
         seed = 0
     elif seed is None:
@@ -278,8 +298,8 @@ def flash_attention_varlen(
         NotImplementedError: the gradient of a gradient, or torch.vmap.
     """
     run = _uses_kernel("flash_attention_varlen", "q", q, k, v, sinks)
-    for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        _integer(name, value, 0)
+    max_seqlen_q = _integer("max_seqlen_q", max_seqlen_q, 0)
+    max_seqlen_k = _integer("max_seqlen_k", max_seqlen_k, 0)
     args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = {
         "causal": causal,
@@ -451,9 +471,9 @@ def selective_v_attention(
         raise wrong("max_error", type(max_error).__name__, "a float or None", TypeError)
     layout = _choice("k_layout", k_layout, _LAYOUTS)
     tail_mode = _choice("tail", tail, _TAILS)
-    _integer("top_k", top_k, 1)
-    _integer("keep_first", keep_first, 0)
-    _integer("keep_last", keep_last, 0)
+    top_k = _integer("top_k", top_k, 1)
+    keep_first = _integer("keep_first", keep_first, 0)
+    keep_last = _integer("keep_last", keep_last, 0)
     run = _uses_kernel("selective_v_attention", "q", q, k_layout=layout)
     if torch.is_grad_enabled():
         _refuse_gradients("selective_v_attention", q=q, k_cache=k_cache, v_cache=v_cache, v_stats=v_stats)

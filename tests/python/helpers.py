@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from math import gcd
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffqkv import reference
+from diffqkv._checks import ArgumentError
 
 HEADS = [(32, 4, 16), (32, 16, 4), (12, 4, 6), (12, 6, 4), (8, 8, 8), (8, 1, 1), (8, 1, 8), (5, 1, 5)]
 DIMS = [(64, 64), (32, 64), (64, 128), (128, 64), (40, 56), (8, 256)]
@@ -143,3 +145,9 @@ def assert_lse(actual: Tensor, exact: Tensor, dtype: torch.dtype = torch.float32
     assert actual.dtype == dtype
     tolerance = 2e-5 if dtype == torch.float32 else 1e-12
     torch.testing.assert_close(actual.double(), exact.double(), atol=tolerance, rtol=tolerance)
+
+
+def assert_refusal(error: Exception, kind: type[Exception], name: str) -> None:
+    """error names the argument; a wrong value is a ValueError and, as torch has it, a RuntimeError."""
+    assert type(error) is (ArgumentError if kind is ValueError else kind)
+    assert re.fullmatch(rf"({name}): got .+, want .+", str(error)), str(error)

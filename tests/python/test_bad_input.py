@@ -1,14 +1,17 @@
 """Every wrong argument: an exception of the right type that names it, and nothing written."""
 
 import os
-import re
+import pickle
+import traceback
 
+import numpy as np
 import pytest
 import torch
-from helpers import int32
+from helpers import assert_refusal, int32
 
 import diffqkv
 from diffqkv import _library
+from diffqkv._checks import ArgumentError
 
 
 def flash_arguments():
@@ -85,8 +88,7 @@ def check(function, arguments, changes, error, name):
     before = {n: x.detach().clone() for n, x in tensors.items()}
     with pytest.raises(error) as caught:
         function(**arguments)
-    assert type(caught.value) is error
-    assert re.fullmatch(rf"({name}): got .+, want .+", str(caught.value)), str(caught.value)
+    assert_refusal(caught.value, error, name)
     for n, x in tensors.items():
         assert torch.equal(x.detach(), before[n]), f"{n} was written"
 
@@ -218,7 +220,7 @@ VARLEN = [
     ({"max_seqlen_k": -1}, ValueError, "max_seqlen_k"),
     ({"max_seqlen_q": 4.0}, TypeError, "max_seqlen_q"),
     ({"max_seqlen_k": None}, TypeError, "max_seqlen_k"),
-    ({"max_seqlen_q": torch.tensor(4)}, TypeError, "max_seqlen_q"),
+    ({"max_seqlen_q": torch.tensor(4.0)}, TypeError, "max_seqlen_q"),
     ({"kv_start": lambda x: x.long()}, TypeError, "kv_start"),
     ({"kv_end": lambda x: x[:1]}, ValueError, "kv_end"),
     ({"kv_end": int32(9, 0, 0)}, ValueError, "kv_end"),
@@ -490,6 +492,77 @@ def test_update_of_an_unmapped_block(api, block):
 @numbered(SWIGLU)
 def test_swiglu(api, changes, error, name):
     check(api.swiglu, {"gate": torch.randn(3, 4), "up": torch.randn(3, 4)}, changes, error, name)
+
+
+def test_a_wrong_value_is_both_errors_and_pickles():
+    with pytest.raises(RuntimeError, match="^k: got ") as caught:
+        diffqkv.flash_attention(torch.randn(1, 2, 3, 16), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8))
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert type(copy) is ArgumentError and isinstance(copy, ValueError) and str(copy) == str(caught.value)
+    assert traceback.format_exception_only(copy)[0].startswith("diffqkv._checks.ArgumentError: k: got ")
+
+
+# op, its right arguments, and integers of each kind of argument
+INTEGERS = [
+    ("flash_attention", flash_arguments, {"window": (2, 1)}),
+    ("flash_attention", flash_arguments, {"dropout_p": 0.5, "seed": -5, "offset": 3}),
+    ("flash_attention_varlen", varlen_arguments, {"max_seqlen_q": 5, "max_seqlen_k": 10, "window": (2, 1)}),
+    ("flash_attention_varlen", varlen_arguments, {"dropout_p": 0.5, "seed": 5, "offset": 3}),
+    ("decode_attention", decode_arguments, {"window": (3, -1)}),
+    ("selective_v_attention", selective_arguments, {"top_k": 1, "keep_first": 1, "keep_last": 2}),
+]
+
+
+def converted(options, make):
+    """options with each integer as make(it)."""
+    pairs = {n: tuple(map(make, x)) for n, x in options.items() if isinstance(x, tuple)}
+    return options | {n: make(x) for n, x in options.items() if isinstance(x, int)} | pairs
+
+
+@pytest.mark.parametrize("make", [np.int64, np.int16, torch.tensor, lambda x: torch.tensor(x, dtype=torch.int32)])
+@pytest.mark.parametrize("op, arguments, options", INTEGERS)
+def test_integers_of_numpy_and_torch(api, op, arguments, options, make):
+    function, arguments = getattr(api, op), arguments()
+    want = function(**arguments | options)
+    assert torch.equal(function(**arguments | converted(options, make)), want)
+    assert not torch.equal(function(**arguments | converted(options, lambda x: x + 1)), want)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        float,
+        bool,
+        str,
+        np.float32,
+        np.bool_,
+        lambda x: [x],
+        lambda x: torch.tensor([x]),
+        lambda x: torch.tensor(x > 0),
+        lambda x: torch.tensor(float(x)),
+    ],
+)
+@pytest.mark.parametrize("op, arguments, options", INTEGERS)
+def test_what_is_no_integer(api, op, arguments, options, make):
+    for name, value in options.items():
+        if isinstance(value, (int, tuple)):
+            check(getattr(api, op), arguments(), options | converted({name: value}, make), TypeError, name)
+
+
+def test_integers_in_compiled_code():
+    """A graph has no value of a tensor: outside fullgraph torch.compile leaves the call to Python."""
+    q = torch.randn(1, 2, 8, 16)
+
+    def attend(q, left):
+        return diffqkv.flash_attention(q, q, q, window=(left, 0))
+
+    compiled = torch.compile(attend, backend="aot_eager")
+    assert torch.equal(compiled(q, torch.tensor(2)), attend(q, 2))
+    torch.compiler.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, 2), attend(q, 2))
+    with pytest.raises(Exception, match="window: got Tensor in compiled code, want an int"):
+        compiled(q, torch.tensor(2))
 
 
 def test_inference_ops_run_on_parameters_without_grad_mode(api):

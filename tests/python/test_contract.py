@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+import transformers
 from helpers import DTYPES, LAYOUTS, assert_accurate, cache_of, int32, qkv
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -439,7 +440,10 @@ def test_show_config(disabled):
 
 def test_config_and_explain(library):
     config = diffqkv.config()
-    assert set(config) == {"version", "library", "reason", "cpu_isa", "cuda_archs", "device", "ops"}
+    assert set(config) == {
+        "version", "library", "reason", "cpu_isa", "cuda_archs", "device", "transformers", "models_reason", "ops"
+    }  # fmt: skip
+    assert (config["transformers"], config["models_reason"]) == (transformers.__version__, None)
     assert config["version"] == diffqkv.__version__ and config["library"] == _library.path
     from diffqkv import _core
 

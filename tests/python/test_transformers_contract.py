@@ -3,8 +3,10 @@
 Run with the oldest and the newest release that is supported.
 """
 
+import ast
 import importlib
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -32,16 +34,20 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import is_flash_attention_requested
 
 import diffqkv
-from diffqkv._version import OLDEST_TRANSFORMERS
+from diffqkv import _transformers
+from diffqkv._version import NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS
 from diffqkv.models.sigma import configuration_sigma, modeling_sigma
 
 source = inspect.getsource
 REPOSITORY = Path(__file__).parents[2]
 
 
-def run(script, *arguments):
+def run(script, *arguments, path=None):
     command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    environment = dict(os.environ)
+    if path is not None:
+        environment["PYTHONPATH"] = os.pathsep.join([str(path), *filter(None, [environment.get("PYTHONPATH")])])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -49,14 +55,14 @@ def run(script, *arguments):
 # ---------------------------------------------------------------- releases
 
 
-def test_the_oldest_release_is_the_same_everywhere():
-    stated = re.findall(r'"transformers>=([\d.]+)"', (REPOSITORY / "pyproject.toml").read_text())
-    numbers = tuple(int(x) for x in OLDEST_TRANSFORMERS.split("."))
-    assert stated == [OLDEST_TRANSFORMERS]
-    assert f"release < {numbers}" in source(configuration_sigma)
+def test_the_releases_are_the_same_everywhere():
+    stated = re.findall(r'"transformers>=([\d.]+),<([\d.]+)"', (REPOSITORY / "pyproject.toml").read_text())
+    numbers, (major, minor) = ([int(x) for x in x.split(".")] for x in (OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS))
+    assert stated == [(OLDEST_TRANSFORMERS, f"{major}.{minor + 1}")]
+    assert f"release < {tuple(numbers)}" in source(configuration_sigma)
     assert f"want {OLDEST_TRANSFORMERS} or newer" in source(configuration_sigma)
     newest = re.search(r"^transformers==(.*)$", (REPOSITORY / "constraints.txt").read_text(), re.M).group(1)
-    assert numbers <= tuple(int(x) for x in newest.split("."))
+    assert newest.startswith(f"{NEWEST_TRANSFORMERS}.")
 
 
 @pytest.mark.parametrize("release", ["5.12.1", "4.57.6"])
@@ -87,6 +93,127 @@ def test_older_releases_leave_the_ops_and_say_what_is_missing(release):
         assert line.startswith(f"diffqkv.{name} needs transformers {OLDEST_TRANSFORMERS} or newer: ")
     if release > "5":
         assert lines[0].endswith(f"transformers: got {release}, want {OLDEST_TRANSFORMERS} or newer")
+
+
+ASK = """
+import torch
+import diffqkv
+gate = torch.randn(3, 8)
+assert torch.allclose(diffqkv.swiglu(gate, gate), torch.nn.functional.silu(gate) * gate, atol=1e-6)
+assert diffqkv.flash_attention(*[torch.ones(1, 1, 1, 8)] * 3).sum() == 8
+assert "Cache" not in diffqkv.__all__
+for name in ("Cache", "SigmaForCausalLM"):
+    try:
+        getattr(diffqkv, name)
+    except ImportError as error:
+        print(f"{error} | {error.__cause__!r}")
+assert not hasattr(diffqkv, "unknown")
+diffqkv.show_config()
+"""
+
+
+@pytest.mark.parametrize(
+    "package, error",
+    [
+        ("torchvision", "RuntimeError"),
+        ("torchvision", "ImportError"),
+        ("transformers", "OSError"),
+        ("transformers.masking_utils", "AttributeError"),
+    ],
+)
+def test_a_broken_transformers_leaves_the_ops_and_says_why(tmp_path, package, error):
+    """A torchvision of another build, or transformers itself, fails to import: anywhere, with any exception."""
+    breakage = f"raise {error}('operator nms does not exist')"
+    if package == "torchvision":
+        (tmp_path / "torchvision").mkdir()
+        (tmp_path / "torchvision" / "__init__.py").write_text(breakage)
+        metadata = tmp_path / "torchvision-0.1.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.1\n")
+        script = ASK
+    else:
+        (tmp_path / "broken.py").write_text(breakage)
+        script = f"""
+import importlib.util, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {package!r}:
+            return importlib.util.spec_from_file_location(name, {str(tmp_path / "broken.py")!r})
+sys.meta_path.insert(0, Finder())
+{ASK}"""
+    out = run(script, path=tmp_path)
+    lines = out.splitlines()
+    for name, line in zip(("Cache", "SigmaForCausalLM"), lines, strict=False):
+        message, cause = line.split(" | ")
+        assert message.startswith(f"diffqkv.{name} needs transformers {OLDEST_TRANSFORMERS} or newer: "), line
+        assert cause.startswith((error, "ModuleNotFoundError")), line
+    assert "operator nms does not exist" in out
+    assert any(line.startswith("  models      none: ") for line in lines)
+
+
+def test_all_that_is_needed_of_transformers_is_tried_first():
+    """Else its failure would look like one of ours."""
+    package = Path(diffqkv.__file__).parent
+    files = [package / "cache.py", *package.glob("_*cache*.py"), *(package / "models").rglob("*.py")]
+    imported = {
+        node.module.partition(".")[2]
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers.")
+    }
+    assert imported <= set(_transformers.NEEDED)
+    assert "cache_utils" in imported and "masking_utils" in imported
+
+
+def test_a_mistake_of_our_own_is_not_taken_for_one_of_transformers():
+    script = """
+        import sys
+        import transformers
+        if len(sys.argv) > 1:
+            transformers.__version__ = sys.argv[1]
+        transformers.AttentionInterface.register = None  # as if models/attention.py called it wrongly
+        try:
+            import diffqkv
+        except TypeError as error:
+            print(error)
+        else:
+            print(diffqkv._transformers.why_not())
+            try:
+                diffqkv.Cache
+            except ImportError as error:
+                print(error)
+        """
+    assert run(script) == "'NoneType' object is not callable\n"
+    with_untested = run(script, "6.0.0").splitlines()
+    assert with_untested[0] == "TypeError: 'NoneType' object is not callable"
+    assert with_untested[1].startswith(f"diffqkv.Cache needs transformers {OLDEST_TRANSFORMERS} or newer: TypeError")
+
+
+@pytest.mark.parametrize("release", ["5.24.7", "5.25.0.dev0"])
+def test_only_an_untested_release_gives_one_warning_that_says_what_to_do(release):
+    out = run(
+        """
+        import sys
+        import warnings
+        import transformers
+        transformers.__version__ = sys.argv[1]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import diffqkv
+            from diffqkv.models import SigmaModel
+        for warning in caught:
+            if "diffqkv" in str(warning.message):
+                print(warning.category.__name__, warning.message)
+        assert diffqkv.Cache and diffqkv.SigmaForCausalLM
+        """,
+        release,
+    )
+    if release == "5.24.7":
+        assert out == ""
+    else:
+        (line,) = out.splitlines()
+        assert line.startswith(f"UserWarning transformers: got {release}, want 5.13 to 5.24, ")
+        assert "pip install 'transformers<5.25'" in line
 
 
 def test_remote_code_refuses_older_releases_itself():
