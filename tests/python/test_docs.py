@@ -8,7 +8,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
 import diffqkv
-from diffqkv._version import OLDEST_TRANSFORMERS
+from diffqkv._version import NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS
 from diffqkv.models.sigma.modeling_sigma import AUTO_CLASSES
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -35,7 +35,7 @@ def test_links_lead_somewhere(name):
 def test_names_and_numbers_of_the_models():
     table = dict(re.findall(r"^\| `(Sigma\w+)` \| `(AutoModel\w*)` \|$", MODELS, re.MULTILINE))
     assert table == {model.__name__: auto.__name__ for auto, model in AUTO_CLASSES.items()}
-    assert f"transformers {OLDEST_TRANSFORMERS} and newer" in MODELS
+    assert f"work with transformers {OLDEST_TRANSFORMERS} to {NEWEST_TRANSFORMERS}; " in MODELS
     fields = {name for name in diffqkv.SigmaConfig().to_dict() if name.startswith("selective_v_")}
     assert set(re.findall(r"`(selective_v_\w+)`", MODELS)) == fields
     config = diffqkv.SigmaConfig.from_preset("sigma-1.5b")
