@@ -576,6 +576,8 @@ def flash_attn_with_kvcache(
     if k is not None:
         slots = cache_seqlens[:, None] + torch.arange(s_new, device=q.device)
         k, v = (_rows(x).transpose(1, 2) for x in (k, v))
+        # Of the caches themselves: the op sees copies of those that are padded.
+        _checks._check_memory(dict(zip(("k_cache", "v_cache"), caches, strict=True)), {"k": k, "v": v})
         ops.kv_cache_update(k_cache, v_cache, k, v, slots, block_table=block_table)
         for cache, copy in zip(caches, copies, strict=True):
             if copy is not cache:

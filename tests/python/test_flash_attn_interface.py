@@ -833,6 +833,16 @@ WRONG = [
     ("flash_attn_with_kvcache", {"softcap": "2"}, TypeError, "softcap"),
     ("flash_attn_with_kvcache", {"window_size": (2.0, 0)}, TypeError, "window_size"),
     ("flash_attn_with_kvcache", {"q": lambda x: x[..., :9], "k_cache": lambda x: x[..., :9]}, ValueError, "k"),
+    *(
+        (
+            "flash_attn_with_kvcache",
+            {"q": rows, "k": rows, "k_cache": lambda x, d=d: x[:1, ..., :d].expand(2, -1, -1, -1), "rotary_cos": None}
+            | {"rotary_sin": None},
+            ValueError,
+            "k_cache",
+        )
+        for d, rows in ((16, lambda x: x[..., :16]), (9, lambda x: x[..., :9]))
+    ),
     ("flash_attn_with_kvcache", {"cache_leftpad": int32(0, -1)}, ValueError, "cache_leftpad"),
     ("flash_attn_with_kvcache", {"cache_leftpad": lambda x: x.long()}, TypeError, "cache_leftpad"),
     ("flash_attn_with_kvcache", {"cache_batch_idx": int32(0, 2)}, ValueError, "cache_batch_idx"),
