@@ -150,6 +150,7 @@ struct KeyBlock {
     j0 = block * plan.block_k;
     keys = min_of(plan.block_k, entry.s_k - j0);
     valid = {max_of(j0, entry.keys.lo), min_of(j0 + keys, entry.keys.hi)};
+    if (valid.lo >= valid.hi) valid = {j0, j0};
 
     Scratch scratch(memory);
     k_copy = scratch.take<word>(plan.block_k * W_k);

@@ -62,7 +62,7 @@ def gather_pages(pages: Tensor, block_table: Tensor, start: Tensor, end: Tensor)
     """
     block_size = pages.shape[2]
     first = torch.arange(block_table.shape[1], device=pages.device) * block_size
-    needed = (first < end[:, None]) & (first + block_size > start[:, None])
+    needed = (first < end[:, None]) & (first + block_size > start[:, None]) & (start < end)[:, None]
     table = torch.where(needed, block_table, 0)
     return pages.index_select(0, table.flatten()).unflatten(0, table.shape).transpose(1, 2).flatten(2, 3)
 

@@ -28,6 +28,7 @@ using Numbers = std::vector<float>;
 struct Problem {
   Case c;
   Numbers q, k, v, out, lse, sinks, dout, dlse, dq, dk, dv, dsinks;
+  const int32_t *start = nullptr, *end = nullptr;
 
   explicit Problem(const Case& shape) : c(shape) {
     std::mt19937 random(99);
@@ -55,6 +56,7 @@ struct Problem {
     p.k = dense_keys(k, c.heads.n_k, c.heads.k_per_group(), c.s_k, c.d_k);
     p.v = dense_keys(v, c.heads.n_v, c.heads.v_per_group(), c.s_k, c.d_v);
     p.lse = lse.data();
+    p.kv_start = start, p.kv_end = end;
     p.paging.page_size = c.s_k;
     p.softmax_scale = 0.3;
     p.softcap = c.softcap;
@@ -164,6 +166,18 @@ TEST_CASE("gradients equal their definition, on one thread and on three to the l
     REQUIRE(problem.dv == dv);
     REQUIRE(problem.dsinks == dsinks);
   }
+}
+
+TEST_CASE("entries without keys read nothing and have gradients of zero") {
+  Problem problem({{4, 2, 4}, 5, 40, 300, 16, 24, 9, 3});
+  const std::vector<int32_t> start{20, 400, 50, INT32_MAX, 100}, end{20, 300, 40, 300, -5};
+  problem.k.assign(problem.k.size(), std::numeric_limits<float>::quiet_NaN());
+  problem.v.assign(problem.v.size(), std::numeric_limits<float>::quiet_NaN());
+  problem.start = start.data(), problem.end = end.data();
+  problem.run(2);
+  for (const Numbers* x : {&problem.out, &problem.dq, &problem.dk, &problem.dv})
+    for (const float value : *x) REQUIRE(value == 0.0f);
+  for (const float lse : problem.lse) REQUIRE(lse == -std::numeric_limits<float>::infinity());
 }
 
 TEST_CASE("Philox4x32-10 gives its published numbers") {

@@ -174,6 +174,42 @@ def test_decode_lengths(ops, s_q, dtype, layout, block_size):
     check_decode(ops, q, cache_of(k, v, seqlens, layout=layout, block_size=block_size, start=start))
 
 
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("block_size", [None, 32])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("s_q", [1, 17, 40])
+def test_decode_of_padding_alone(ops, s_q, dtype, layout, block_size, with_sinks):
+    """Entries that begin at their end or behind it, some beyond the cache: none of their pages is looked up."""
+    q, k, v = qkv(6, (8, 2, 4), s_q, 64, (32, 40), dtype)
+    seqlens, start = int32(5, 64, 0, 40, 33, 50), int32(5, 64, 70, 41, 2**31 - 1, 49)
+    cache = cache_of(k, v, seqlens, layout=layout, block_size=block_size, start=start)
+    sinks = torch.randn(8) if with_sinks else None
+    check_decode(ops, q, cache, sinks=sinks)
+    out, lse = ops.decode_attention(q, cache.k_cache, cache.v_cache, cache.seqlens, sinks=sinks, **cache.options)
+    nothing = torch.full((8, 1), -torch.inf) if sinks is None else sinks[:, None]
+    assert (out[:5] == 0).all()
+    torch.testing.assert_close(lse[:5], nothing.expand(5, 8, s_q))
+    for tail in range(len(TAILS)):
+        out, lse, kept_mass, indices, rows_used, _ = ops.selective_v_attention(
+            q, cache.k_cache, cache.v_cache, cache.seqlens, 3, tail=tail, keep_first=2, keep_last=2, **cache.options
+        )
+        assert (out[:5] == 0).all() and (lse[:5] == -torch.inf).all()
+        assert (kept_mass[:5] == 0).all() and (indices[:5] == -1).all() and (rows_used[:5] == 0).all()
+
+
+@pytest.mark.parametrize("keep", [2**31, 2**63 - 1])
+def test_selective_keeps_more_than_there_is(ops, keep):
+    q, k, v = qkv(2, (8, 2, 4), 3, 90, (16, 24))
+    cache = cache_of(k, v, int32(90, 40), start=int32(7, 0))
+    args = (q, cache.k_cache, cache.v_cache, cache.seqlens)
+    expected = ops.decode_attention(*args, **cache.options)
+    for options in ({"keep_first": keep}, {"keep_last": keep}, {"keep_first": keep, "keep_last": keep}):
+        out, lse, kept_mass, _, rows_used, _ = ops.selective_v_attention(*args, 1, **options, **cache.options)
+        torch.testing.assert_close((out, lse), expected)
+        assert (kept_mass == 1).all() and (rows_used == torch.tensor([[81, 82, 83], [38, 39, 40]])[:, None]).all()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decode_long(ops, dtype, layout):

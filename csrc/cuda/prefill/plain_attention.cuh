@@ -64,7 +64,8 @@ struct PlainAttention {
     for (int x = lane(); x < p.d_k; x += 32) q[x] = factors.negative ? -source[x] : source[x];
 
     T o[kDims] = {}, most = T(-INFINITY), sum = 0;  // sum: of this lane's keys
-    for (int first_key = b.lo / kPlainKeys * kPlainKeys; first_key < b.hi; first_key += kPlainKeys) {
+    const int first_tile = static_cast<int>(KeyRange{b.lo, b.hi}.first_tile(kPlainKeys));
+    for (int first_key = first_tile; first_key < b.hi; first_key += kPlainKeys) {
       const int key = first_key + lane();
       load<false>(p, s, first_key);
       T score = dot(q, s.tile + lane() * s.stride, static_cast<int>(p.d_k));

@@ -209,7 +209,9 @@ struct AttentionProblem {
     for (int64_t b = 0; b < c.batch; ++b) {
       // The second entry is the longest, the third one empty where lengths differ.
       const int64_t end_of = c.padded ? (b % 3 == 1 ? c.s_k : b % 3 == 2 ? 0 : c.s_k * 2 / 3) : c.s_k;
-      start.push_back(int32_t(c.padded ? std::min<int64_t>(b * 3, end_of) : 0));
+      // Of entries without keys some begin where they end, some beyond all keys.
+      const int64_t start_of = b % 3 == 2 ? c.s_k + 5 : b % 4 == 3 ? end_of : std::min<int64_t>(b * 3, end_of);
+      start.push_back(int32_t(c.padded ? start_of : 0));
       end.push_back(int32_t(end_of));
     }
     cu_q = {0}, cu_k = {0};
@@ -247,7 +249,9 @@ struct AttentionProblem {
       const int64_t stride = pages_per_entry + 1;
       table.assign(static_cast<size_t>(c.batch * stride), 2147480000);  // of blocks that no token needs
       for (int64_t b = 0; b < c.batch; ++b)
-        for (int64_t block = 0; block * page_size < end[static_cast<size_t>(b)]; ++block)
+        for (int64_t block = 0; start[static_cast<size_t>(b)] < end[static_cast<size_t>(b)] &&
+                                block * page_size < end[static_cast<size_t>(b)];
+             ++block)
           table[static_cast<size_t>(b * stride + block)] = ids[static_cast<size_t>(b * pages_per_entry + block)];
       paging.block_table = table.data(), paging.stride = stride;
     }
