@@ -315,7 +315,7 @@ def selective_v_attention(
     is_best = torch.zeros(b, n_q, s_q, capacity + 1, dtype=torch.bool, device=q.device).scatter(-1, best, True)
     rows = torch.cat([best, ahead, behind], dim=-1)
     inside = (rows >= first) & (rows < end)
-    forced = torch.cat([ahead < end, (behind >= first + keep_first) & (behind >= first)], dim=-1)
+    forced = torch.cat([ahead < end, (behind - first >= keep_first) & (behind >= first)], dim=-1)
     forced = forced & ~is_best.gather(-1, rows[..., listed:].clamp(0, capacity))
     used = inside & torch.cat([torch.ones_like(best, dtype=torch.bool), forced], dim=-1)
     rows_used = used.sum(-1)

@@ -166,10 +166,11 @@ def visible_keys(
     visible = torch.ones(1, 1, s_q, s_k, dtype=torch.bool, device=device)
     if causal:
         visible = visible & (key <= query)
+    # Distances are compared with windows as they are: a position and a window may have no sum.
     if window[0] >= 0:
-        visible = visible & (key >= query - window[0])
+        visible = visible & (query - key <= window[0])
     if window[1] >= 0:
-        visible = visible & (key <= query + window[1])
+        visible = visible & (key - query <= window[1])
     if start is not None:
         visible = visible & (key >= per_entry(start))
     if end is not None:

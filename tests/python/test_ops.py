@@ -94,6 +94,55 @@ def test_flash_padding(ops, s_q, dtype, causal):
     check_flash(ops, q, k.nan_to_num(1.0), v.nan_to_num(1.0), causal=causal, kv_end=end)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, D])
+@pytest.mark.parametrize("s_q", [1, 40])
+def test_flash_without_keys(ops, s_q, dtype):
+    """Ranges that are empty wherever they lie, and windows that leave nothing of one: out 0, lse -inf, gradients 0."""
+    starts, ends = (20, 400, 50, 2**31 - 1, 100), (20, 300, 40, 300, -5)
+    q, k, v = (x.requires_grad_() for x in qkv(5, (8, 2, 4), s_q, 300, (64, 32), dtype))
+    for options in ({}, {"causal": True}, {"window_left": 7, "window_right": 2}):
+        out, lse = ops.flash_attention(q, k, v, kv_start=int32(*starts), kv_end=int32(*ends), **options)
+        assert (out == 0).all() and (lse == -torch.inf).all()
+        for gradient in torch.autograd.grad(out, (q, k, v), torch.ones_like(out)):
+            assert (gradient == 0).all()
+    sinks = torch.randn(8)
+    q, k, v = (x.detach()[:1] for x in (q, k, v))
+    end = 280 - s_q  # all windows begin behind it
+    k[:, :, end:], v[:, :, end:] = NAN, NAN
+    out, lse = ops.flash_attention(q, k, v, kv_end=int32(end), window_left=9, window_right=3, sinks=sinks)
+    assert (out == 0).all()
+    torch.testing.assert_close(lse, sinks[:, None].expand(1, 8, s_q).to(lse.dtype))
+
+
+WIDTHS = [2**31 - 1, 2**31, 2**62, 2**63 - 6, 2**63 - 1]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("s_q, s_k", [(5, 9), (40, 9), (1, 300)])
+def test_windows_that_hold_everything(ops, s_q, s_k, width):
+    """A window to the end of the integers is none, forward and backward."""
+
+    def run(left, right):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        out, lse = ops.flash_attention(*leaves, window_left=left, window_right=right)
+        return out, lse, *torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    tensors = qkv(1, (4, 2, 2), s_q, s_k, (8, 8))
+    for left, right in ((width, -1), (-1, width), (width, width), (2, width), (width, 1)):
+        expected = run(*(-1 if n == width else n for n in (left, right)))
+        for a, b in zip(run(left, right), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    q, k, v = tensors
+    cache = cache_of(k, v, int32(s_k))
+    args = (q, cache.k_cache, cache.v_cache, cache.seqlens)
+    for a, b in zip(ops.decode_attention(*args, window_left=width), ops.decode_attention(*args), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    packed = (*(x[0].transpose(0, 1) for x in tensors), int32(0, s_q), int32(0, s_k), s_q, s_k)
+    varlen = ops.flash_attention_varlen
+    for a, b in zip(varlen(*packed, window_left=width, window_right=width), varlen(*packed), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("how", ["gaps", "tokens first", "offset"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_flash_strides(ops, dtype, how):
