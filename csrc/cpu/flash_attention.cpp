@@ -128,7 +128,7 @@ void attention_block(const AttentionParams& p, const AttentionPlan& plan, int64_
   for (int64_t h = h0; h < h1; ++h)
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = (h - h0) * rows + r;
-      store_result(p, entry, h, i0 + r, o + row * stride_o, state[row], c);
+      store_result(p, entry, h, i0 + r, o + row * stride_o, state[row]);
     }
 }
 

@@ -188,13 +188,24 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _softmax(logits: Tensor, visible: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Weights `[b, n_q, s_q, s_k]` and lse `[b, n_q, s_q]`; a row that sees nothing has weights 0 and lse -inf."""
-    logits = logits.masked_fill(~visible, float("-inf"))
-    lse = logits.logsumexp(-1)
+    """Weights `[b, n_q, s_q, s_k]` and lse `[b, n_q, s_q]`; a row that sees nothing has weights 0 and lse -inf.
+
+    Differences are those from the maximum: the lse of large logits is rounded by more than exponents can bear.
+    """
+    nothing = logits.new_full((), float("-inf"))
+    logits = torch.where(visible, logits, nothing)
+    most = logits.detach().amax(-1) if logits.shape[-1] else nothing.expand(logits.shape[:-1])
     if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-    finite = lse.masked_fill(lse == float("-inf"), 0)  # -inf - -inf would make the gradients NaN
-    return torch.where(visible, (logits - finite[..., None]).exp(), 0), lse
+        sinks = sinks.to(logits.dtype)[:, None]
+        most = torch.maximum(most, sinks.detach())
+    most = torch.where(most == nothing, 0, most)  # -inf - -inf would be NaN
+    powers = torch.where(visible, (logits - most[..., None]).exp(), 0)
+    total = powers.sum(-1)
+    if sinks is not None:
+        total = total + (sinks - most).exp()
+    empty = total == 0
+    total = torch.where(empty, 1, total)
+    return powers / total[..., None], torch.where(empty, nothing, most + total.log())
 
 
 def attention(

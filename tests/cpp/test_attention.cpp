@@ -243,6 +243,37 @@ TEST_CASE("entries without keys read nothing, wherever they end, and get zeros")
       }
 }
 
+TEST_CASE("of huge scores two that are equal share the weight, tiles and splits apart") {
+  // Scores are size for keys 5 and 1000, and half of it for the others.
+  for (const float size : {1e3f, 1e5f, 1e8f, 1e10f, 1e30f})
+    for (const int64_t s_q : {1, 20, 130})
+      for (const double softcap : {0.0, 1e7}) {
+        const Case c{{2, 1, 2}, 1, s_q, 1200, 8, 8, false};
+        Problem problem(c);
+        for (size_t i = 0; i < problem.q.size(); ++i) problem.q[i] = 1.0f + float(i / 8 % 7) / 3.0f;
+        for (size_t i = 0; i < problem.k.size(); ++i)
+          problem.k[i] = (i / 8 == 5 || i / 8 == 1000 ? 1.0f : 0.5f) * (1.0f + float(i % 8) / 7.0f) * size;
+        AttentionParams p = problem.params();
+        p.softcap = softcap;
+        run(p, 2);
+        for (int64_t row = 0; row < 2 * s_q; ++row) {
+          double score = 0.0;
+          for (int64_t x = 0; x < 8; ++x) score += double(problem.q[row * 8 + x]) * problem.k[5 * 8 + x];
+          score *= p.softmax_scale;
+          // Where the cap makes all alike there is nothing to tell here.
+          if (softcap > 0) score = softcap * std::tanh(score / softcap);
+          if (softcap > 0 && size > 1e6f) break;
+          CAPTURE(size, s_q, softcap, row);
+          const double want = score + std::log(2.0);
+          REQUIRE(std::abs(problem.lse[row] - want) < 4e-7 * want);
+          for (int64_t x = 0; x < 8; ++x) {
+            const float* v = &problem.v[row / s_q * 1200 * 8];
+            REQUIRE(problem.out[row * 8 + x] == Approx((v[5 * 8 + x] + v[1000 * 8 + x]) / 2).margin(1e-6));
+          }
+        }
+      }
+}
+
 TEST_CASE("top_k below the length keeps the best rows; ties go to the lower index") {
   // One head, scores 3, 1, 3, 2, 3: the two best are keys 0 and 2.
   std::vector<float> q(8, 0.0f), k(5 * 8, 0.0f), v(5 * 8, 0.0f), out(8), lse(1), kept(1), bound(1);

@@ -180,6 +180,28 @@ TEST_CASE("entries without keys read nothing and have gradients of zero") {
   for (const float lse : problem.lse) REQUIRE(lse == -std::numeric_limits<float>::infinity());
 }
 
+TEST_CASE("a row whose scores are huge and far apart has one probability, of 1") {
+  for (const float size : {1e3f, 1e5f, 1e8f, 1e10f, 1e30f})
+    for (const bool capped : {false, true}) {
+      Problem problem({{4, 2, 2}, 1, 40, 300, 16, 8, -1, -1, capped ? double(size) : 0.0});
+      for (size_t i = 0; i < problem.q.size(); ++i) problem.q[i] = 1.0f + float(i / 16 % 7) / 13.0f;
+      for (size_t i = 0; i < problem.k.size(); ++i)
+        problem.k[i] = (i / 16 % 300 == 37 ? 0.1f : 0.05f) * (1.0f + float(i % 5) / 7.0f) * size;
+      problem.run(2);
+      CAPTURE(size, capped);
+      for (int64_t head = 0; head < 2; ++head)
+        for (int64_t x = 0; x < 8; ++x) {
+          double sum = 0.0;
+          for (int64_t row = head * 80; row < (head + 1) * 80; ++row) {
+            sum += problem.dout[row * 8 + x];
+            REQUIRE(problem.out[row * 8 + x] == problem.v[(head * 300 + 37) * 8 + x]);
+          }
+          for (int64_t j = 0; j < 300; ++j)
+            REQUIRE(std::abs(problem.dv[(head * 300 + j) * 8 + x] - (j == 37 ? sum : 0.0)) < 1e-5);
+        }
+    }
+}
+
 TEST_CASE("Philox4x32-10 gives its published numbers") {
   // The known answer of a counter and key of zeros (Random123's kat_vectors).
   uint16_t bits[kDraws * kKeysPerDraw];

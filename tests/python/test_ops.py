@@ -167,6 +167,22 @@ def test_flash_large_scores(ops):
     check_flash(ops, q.abs(), k, v)
 
 
+@pytest.mark.parametrize("size", [1e5, 1e8, 1e10, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("s_q", [1, 40])
+def test_huge_scores(ops, s_q, dtype, size):
+    """Each key is there twice, tiles and splits apart: the best two share the weight in every kernel and layout."""
+    q, _, v = qkv(1, (8, 2, 4), s_q, 1200, (64, 32), dtype)
+    k = (torch.rand(1, 2, 600, 64) * size).to(dtype).repeat(1, 1, 2, 1)
+    sinks = torch.tensor([0.0, 1.0, -size, size, 100 * size, -100 * size, -torch.inf, 1e-3])
+    for options in ({}, {"sinks": sinks}, {"softcap": size}, {"softmax_scale": -0.3, "sinks": sinks}):
+        check_flash(ops, q, k, v, **options)
+        for layout in LAYOUTS:
+            check_decode(ops, q, cache_of(k, v, int32(1200), layout=layout), **options)
+    for layout in LAYOUTS:
+        check_selective(ops, q, cache_of(k, v, int32(1200), layout=layout), 8, "renorm")
+
+
 def test_flash_nan_and_inf_propagate(library):
     """The compiled op only: torch SDPA returns 0 for a row of NaN scores."""
     q, k, v = qkv(1, (4, 2, 2), 5, 9, (8, 8))

@@ -76,7 +76,8 @@ struct PlainAttention {
         const T other = shuffle_xor(top, step);
         top = other > top ? other : top;
       }
-      const T base = top == T(-INFINITY) ? T(0) : top * factors.exponent;
+      T base;
+      if (factors.base_of(top, base)) score -= top, most -= top;
       const T scale = exp2(most * factors.exponent - base);
       T probability = exp2(score * factors.exponent - base);
       most = top;
@@ -98,7 +99,7 @@ struct PlainAttention {
     }
     for (int step = 16; step > 0; step /= 2) sum += shuffle_xor(sum, step);
     T lse;
-    const T scale = factors.finish(p, b.head, most == T(-INFINITY) ? most : most * factors.exponent, sum, lse);
+    const T scale = factors.finish(p, b.head, most, sum, lse);
     if (warp() >= b.queries) return;
     if (lane() == 0) static_cast<T*>(p.lse)[lse_of(p, entry, b.head, query)] = lse;
     T* out = static_cast<T*>(p.out.data) + row_of(p.out, entry, b.head, query);

@@ -110,6 +110,33 @@ struct AttentionProblem {
     }
   }
 
+  // Replaces q and K: the dot products are multiples of `size`, exact in every precision, and no two of a query are
+  // alike, so that it has one weight if `size` is large. Up to 251 keys.
+  void spread(float size) {
+    REQUIRE(c.s_k <= 251);
+    const auto make = [&](Array& x) {
+      for (size_t i = 0; i < x.e.size(); ++i)
+        if (!std::isnan(x.wide[i])) x.set(int64_t(i), 0.0f);
+    };
+    make(q), make(k);
+    const HeadGroups& h = c.heads;
+    for (int64_t b = 0; b < c.batch; ++b) {
+      const size_t e = static_cast<size_t>(b);
+      for (int64_t head = 0; head < h.n_q; ++head)
+        for (int64_t i = 0; i < queries(b); ++i)
+          q.set((c.packed ? 0 : b) * q_view.stride_batch + head * q_view.stride_head +
+                    ((c.packed ? cu_q[e] : 0) + i) * q_view.stride_token,
+                i % 2 == 0 ? 1.0f : -3.0f);
+      const int64_t length = c.packed ? cu_k[e + 1] - cu_k[e] : c.s_k;
+      for (int64_t token = 0; token < length; ++token)
+        for (int64_t head = 0; head < h.n_k; ++head) {
+          if (!c.packed && (token < start[e] || token >= end[e])) continue;
+          const int64_t row = kv_row(k_view, head / h.k_per_group(), head % h.k_per_group(), kv_page(paging, b, token));
+          k.set(row, size * float((token * 37 + 11) % 251 - 125));
+        }
+    }
+  }
+
   AttentionParams params() {
     AttentionParams p = common();
     p.q = with(q_view, q.e.data(), E::kDType), p.out = with(out_view, out.e.data(), E::kDType);
