@@ -16,6 +16,9 @@ DIFFQKV_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * 
 
 struct KeyRange {
   int64_t lo, hi;
+
+  // Where a walk over tiles of `size` begins: an empty range has none, wherever it lies.
+  DIFFQKV_INLINE int64_t first_tile(int64_t size) const { return lo < hi ? lo / size * size : hi; }
 };
 
 // A batch entry: one sequence of queries over one of keys.
@@ -24,17 +27,17 @@ struct Entry {
   int64_t s_q, s_k;
   int64_t first_query, first_key;  // where they begin among packed ones
   int64_t position;                // of query 0 among the keys
-  KeyRange keys;                   // that exist
+  KeyRange keys;                   // that exist: 0 <= lo <= hi <= s_k, whatever kv_start and kv_end are
 };
 DIFFQKV_INLINE Entry entry_of(const AttentionParams& p, int64_t b) {
   const int32_t *cu_q = p.cu_seqlens_q, *cu_k = p.cu_seqlens_k;
   const int64_t s_q = cu_q ? cu_q[b + 1] - cu_q[b] : p.s_q, s_k = cu_k ? cu_k[b + 1] - cu_k[b] : p.s_k;
-  const int64_t lo = p.kv_start ? max_of(0, p.kv_start[b]) : 0;
-  const int64_t hi = p.kv_end ? min_of(s_k, p.kv_end[b]) : s_k;
+  const int64_t hi = p.kv_end ? max_of(0, min_of(s_k, p.kv_end[b])) : s_k;
+  const int64_t lo = p.kv_start ? min_of(hi, max_of(0, p.kv_start[b])) : 0;
   const int64_t position = (p.length ? p.length[b] : s_k) - s_q;
-  return {b, s_q, s_k, cu_q ? cu_q[b] : 0, cu_k ? cu_k[b] : 0, position, {lo, max_of(lo, hi)}};
+  return {b, s_q, s_k, cu_q ? cu_q[b] : 0, cu_k ? cu_k[b] : 0, position, {lo, hi}};
 }
-// Neither end moves backwards from a query to the next.
+// lo <= hi. Neither end moves backwards from a query to the next.
 DIFFQKV_INLINE KeyRange keys_of_query(const AttentionParams& p, const Entry& entry, int64_t query) {
   const int64_t position = entry.position + query;
   KeyRange keys = entry.keys;

@@ -290,6 +290,19 @@ DIFFQKV_INLINE float masked_maximum(float* s, KeyRange own, int64_t first, int64
   return vgt_bits(m0, vset(least)) == 0 ? least : vmaximum(m0);  // most tiles of a long row hold no new maximum
 }
 
+// The shift of a row's exponents of 2, score * c + shift. If the maximum is large, its scores in the columns
+// [first, last), whole vectors, become differences from it.
+[[gnu::noinline, gnu::cold]] inline void subtract(float* s, int64_t first, int64_t last, float x) {
+  for (int64_t j = first; j < last; j += VL) vstore(s + j, vsub(vload(s + j), vset(x)));
+}
+DIFFQKV_INLINE float shift_of(float* s, int64_t first, int64_t last, float maximum, float c) {
+  const float shift = -maximum * c;
+  if (!(__builtin_fabsf(shift) > kLargeExponent)) return shift;
+  // Without a finite score so far there is no maximum to subtract.
+  if (maximum > -kInf) subtract(s, first, last, maximum);
+  return 0.0f;
+}
+
 // s[j] = 2^(s[j] * c + shift) for j in [first, last), or with kDot into p, rounded to bf16; their sum, by lanes, and
 // with kDot that of the rounded ones.
 template <bool kDot>
@@ -341,9 +354,8 @@ inline void softmax_rows(int64_t rows, float* s, uint16_t* p, const Own& own, Ke
     const float old = state[r].max;
     const float now = masked_maximum(s + r * kTile, columns, vectors[r].lo, vectors[r].hi, old);
     state[r].max = now;
-    // Without a finite score so far there is no maximum to subtract, and nothing accumulated to scale.
-    change[r] = old > -kInf ? (old - now) * c : 0.0f;
-    shift[r] = now > -kInf ? -now * c : 0.0f;
+    change[r] = old > -kInf ? (old - now) * c : 0.0f;  // without a finite score so far there is nothing to scale
+    shift[r] = shift_of(s + r * kTile, vectors[r].lo, vectors[r].hi, now, c);
   }
   for (int64_t r = 0; r < rows; r += VL) vstore(factor + r, vexp2(vload(change + r)));
   vf sum[kPvRows], norm[kPvRows];
@@ -547,32 +559,39 @@ inline void store_row(const TokenView& view, int64_t at, int64_t d, const float*
     store_scaled<F16>(row, d, scale, (uint16_t*)view.data + at);
 }
 
+// Scores times this are natural logarithms of weights. The softmax runs on |softmax_scale|; a negative scale is folded
+// into q, so that the maximum is the right end. Capped scores are scaled already.
+DIFFQKV_INLINE float score_scale(const AttentionParams& p) {
+  return p.softcap > 0 ? 1.0f : float(__builtin_fabs(p.softmax_scale));
+}
+// And times this exponents of 2. 0 becomes a number that makes nothing of any score, but not a NaN of the -inf in
+// masked columns.
+DIFFQKV_INLINE float exp2_scale(const AttentionParams& p) {
+  const float c = score_scale(p) * kLog2e;
+  return c < 1e-37f ? 1e-37f : c;
+}
+
+// lse is made of the maximum as the gradients make it of scores: a row of one weight has probabilities of 1, however
+// large its scores are.
 inline void store_result(const AttentionParams& p, const Entry& entry, int64_t q_head, int64_t query, const float* o,
-                         RowState state, float c) {
-  float lse2 = state.sum == 0.0f ? -kInf : state.max * c + __builtin_log2f(state.sum);
+                         RowState state) {
+  const float top = state.max * score_scale(p);
+  float lse = state.sum == 0.0f ? -kInf : top + __builtin_log2f(state.sum) * kLn2;
   if (p.sinks != nullptr) {
-    const float sink = ((const float*)p.sinks)[q_head] * kLog2e;
+    const float sink = ((const float*)p.sinks)[q_head];
     if (state.sum == 0.0f) {
-      lse2 = sink;
+      lse = sink;
     } else if (sink > -kInf) {
-      const float above = sink - state.max * c;
+      const float above = (sink - top) * kLog2e;
       const bool all = above > 126.0f;  // what the row has found itself, at least 1, is nothing beside that
       const float weight = exp2_of(all ? 126.0f : above);
-      lse2 = all ? sink : state.max * c + __builtin_log2f(state.sum + weight);
+      lse = all ? sink : top + __builtin_log2f(state.sum + weight) * kLn2;
       state.norm += weight;
     }
   }
   const float keep_scale = float(p.dropout.keep_scale());
   store_row(p.out, row_of(p.out, entry, q_head, query), p.d_v, o, state.norm == 0.0f ? 0.0f : keep_scale / state.norm);
-  ((float*)p.lse)[lse_of(p, entry, q_head, query)] = lse2 * kLn2;
-}
-
-// Scores times this are exponents of 2. The softmax runs on |softmax_scale|; a negative scale is folded into q, so that
-// the maximum is the right end. Capped scores are scaled already. 0 becomes a number that makes nothing of any score,
-// but not a NaN of the -inf in masked columns.
-DIFFQKV_INLINE float exp2_scale(const AttentionParams& p) {
-  const float c = p.softcap > 0 ? kLog2e : float(__builtin_fabs(p.softmax_scale)) * kLog2e;
-  return c < 1e-37f ? 1e-37f : c;
+  ((float*)p.lse)[lse_of(p, entry, q_head, query)] = lse;
 }
 
 }  // namespace

@@ -82,7 +82,7 @@ void attention_split(const AttentionParams& p, const AttentionPlan& plan, int64_
   for (int64_t r = 0; r < rows; ++r) {
     V::finish(o + r * stride_o, p.d_v);
     if (partials == nullptr) {
-      store_result(p, part.entry, part.q_head(r), part.query(r), o + r * stride_o, part.state[r], c);
+      store_result(p, part.entry, part.q_head(r), part.query(r), o + r * stride_o, part.state[r]);
       continue;
     }
     float* partial = partials + (item * rows + r) * (p.d_v + kPartialHeader);
@@ -129,7 +129,7 @@ void attention_merge(const AttentionParams& p, const AttentionPlan& plan, int64_
     for (int64_t x = 0; x < p.d_v; ++x) o[x] = o[x] * old + partial[kPartialHeader + x] * now;
   }
   const int64_t h0 = batch_group % plan.groups * p.heads.q_per_group();
-  store_result(p, entry, h0 + row / entry.s_q, row % entry.s_q, o, state, c);
+  store_result(p, entry, h0 + row / entry.s_q, row % entry.s_q, o, state);
 }
 
 }  // namespace DIFFQKV_ISA

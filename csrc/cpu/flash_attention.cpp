@@ -54,7 +54,7 @@ void attention_block(const AttentionParams& p, const AttentionPlan& plan, int64_
   const KeyRange block = {keys_of_query(p, entry, i0).lo, keys_of_query(p, entry, i0 + rows - 1).hi};
   const bool v_direct = p.v.dtype == DType::f32 && p.v.stride_token == p.d_v && p.d_v % VL == 0;
 
-  for (int64_t t0 = block.lo / kKeyTile * kKeyTile; t0 < block.hi; t0 += kKeyTile) {
+  for (int64_t t0 = block.first_tile(kKeyTile); t0 < block.hi; t0 += kKeyTile) {
     const KeyRange tile = {max_of(block.lo, t0), min_of(block.hi, t0 + kKeyTile)};
     const int64_t first_panel = (tile.lo - t0) / kPanelTokens, end_panel = round_up(tile.hi - t0, 32) / kPanelTokens;
     const word* panels[kKeyTile / kPanelTokens];
@@ -128,7 +128,7 @@ void attention_block(const AttentionParams& p, const AttentionPlan& plan, int64_
   for (int64_t h = h0; h < h1; ++h)
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = (h - h0) * rows + r;
-      store_result(p, entry, h, i0 + r, o + row * stride_o, state[row], c);
+      store_result(p, entry, h, i0 + r, o + row * stride_o, state[row]);
     }
 }
 

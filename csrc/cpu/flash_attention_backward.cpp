@@ -16,7 +16,7 @@ using Columns = Walk<1, kStride>;  // a column of P or dS, step by step down the
 
 struct RowFacts {
   KeyRange own;  // columns that the row sees
-  float lse2, delta;
+  float lse, delta;
 };
 
 // Rows of q or dout of one head: as words for scores, [rows, stride], and as what sums over rows multiply with: the
@@ -54,29 +54,44 @@ QueryTile query_tile(const TokenView& view, const Entry& entry, int64_t head, in
 // ---- P and dS of a row ----------------------------------------------------------------------------------------------
 
 struct ScoreFactors {
-  float scale, exponent;  // dot product -> score; score, or capped score, -> exponent of 2
-  float inner, keep_scale;
+  float scale, exponent;  // of a dot product to a score, to an exponent of 2
+  float inner, cap;       // of a dot product to its share of the softcap, of a tanh to a score
+  float keep_scale;
   explicit ScoreFactors(const AttentionParams& p)
       : scale(float(p.softmax_scale)),
-        exponent(p.softcap > 0 ? float(p.softcap) * kLog2e : scale * kLog2e),
+        exponent(scale * kLog2e),
         inner(p.softcap > 0 ? float(p.softmax_scale / p.softcap) : 0.0f),
+        cap(float(p.softcap)),
         keep_scale(float(p.dropout.keep_scale())) {}
 };
+
+// s[j] = s[j] * scale - lse in the columns [first, last), whole vectors, the product rounded as in the forward pass.
+[[gnu::noinline, gnu::cold]] void subtract_lse(float* s, int64_t first, int64_t last, float scale, float lse) {
+  for (int64_t j = first; j < last; j += VL) vstore(s + j, vsub(vrounded(vmul(vload(s + j), vset(scale))), vset(lse)));
+}
 
 // Dot products s and dP -> P, with its dropout, and dS in the columns that the row sees; 0 in the others of `all`.
 // keep: by column, what dropout makes of a probability.
 template <bool kDot, bool kCapped, bool kDropout>
 DIFFQKV_INLINE void row_gradients(const ScoreFactors& f, const RowFacts& row, KeyRange all, const float* keep, float* s,
                                   float* dp) {
-  const vf exponent = vset(f.exponent), shift = vset(-row.lse2), delta = vset(row.delta), scale = vset(f.scale);
+  float factor = f.exponent, base = -row.lse * kLog2e;
+  if (!kCapped && row.own.lo < row.own.hi && __builtin_fabsf(base) > kLargeExponent) {
+    subtract_lse(s, row.own.lo / VL * VL, row.own.hi, f.scale, row.lse);
+    factor = kLog2e, base = 0.0f;
+  }
+  const vf exponent = vset(factor), shift = vset(base), delta = vset(row.delta), scale = vset(f.scale);
   if (row.own.lo < row.own.hi)
     for (int64_t j = row.own.lo / VL * VL; j < row.own.hi; j += VL) {
       vf x = vload(s + j), slope = scale;
       if (kCapped) {
         x = vtanh(vmul(x, vset(f.inner)));
         slope = vfma(vmul(x, x), vsub(vset(0.0f), scale), scale);
+        x = vmul(vsub(vrounded(vmul(x, vset(f.cap))), vset(row.lse)), vset(kLog2e));
+      } else {
+        x = vfma(x, exponent, shift);
       }
-      const vf p = vexp2<kDot>(vfma(x, exponent, shift));
+      const vf p = vexp2<kDot>(x);
       vf g = vload(dp + j), kept = p;
       if (kDropout) {
         kept = vmul(p, vload(keep + j));
@@ -150,6 +165,7 @@ struct KeyBlock {
     j0 = block * plan.block_k;
     keys = min_of(plan.block_k, entry.s_k - j0);
     valid = {max_of(j0, entry.keys.lo), min_of(j0 + keys, entry.keys.hi)};
+    if (valid.lo >= valid.hi) valid = {j0, j0};
 
     Scratch scratch(memory);
     k_copy = scratch.take<word>(plan.block_k * W_k);
@@ -263,7 +279,7 @@ struct KeyBlock {
     const int64_t hi = max_of(valid.lo, min_of(valid.hi, seen.hi)), at = lse_of(p, entry, h, i);
     const float lse = ((const float*)p.lse)[at];
     // Without a finite score all probabilities are 0.
-    return {{min_of(hi, max_of(valid.lo, seen.lo)) - j0, hi - j0}, lse == -kInf ? kInf : lse * kLog2e, work.delta[at]};
+    return {{min_of(hi, max_of(valid.lo, seen.lo)) - j0, hi - j0}, lse == -kInf ? kInf : lse, work.delta[at]};
   }
 
   // P and dS of the rows [r0, r0 + count), of which some see keys of `tile`.

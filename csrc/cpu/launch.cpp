@@ -5,6 +5,7 @@
 #include <thread>
 
 #include "core/cpu_isa.h"
+#include "core/key_range.h"
 #include "cpu/attention_f64.h"
 #include "cpu/kernels.h"
 #include "diffqkv/cpu.h"
@@ -80,10 +81,8 @@ bool in_order(const CacheUpdateParams& p) {
 }
 
 bool dense(const SelectiveVParams& p, int64_t b) {
-  const AttentionParams& a = p.attention;
-  const int64_t lo = a.kv_start ? std::max(0, a.kv_start[b]) : 0;
-  const int64_t hi = a.kv_end ? std::min<int64_t>(a.s_k, a.kv_end[b]) : a.s_k;
-  return p.top_k >= hi - lo;
+  const KeyRange keys = entry_of(p.attention, b).keys;
+  return p.top_k >= keys.hi - keys.lo;
 }
 
 }  // namespace

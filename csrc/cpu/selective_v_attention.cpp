@@ -12,11 +12,11 @@ namespace {
 
 // ---- scores and candidates ------------------------------------------------------------------------------------------
 
-// Maximum and sum of exponentials of the columns `own` of a row of scores.
+// Maximum and sum of exponentials of the columns `own` of a row of scores, which it may change.
 inline RowState mass_of(float* s, KeyRange own, float c) {
   const int64_t first = own.lo / VL * VL, last = round_up(own.hi, VL);
   const float maximum = masked_maximum(s, own, first, last, -kInf);
-  const vf vc = vset(c), shift = vset(maximum > -kInf ? -maximum * c : 0.0f);
+  const vf vc = vset(c), shift = vset(shift_of(s, first, last, maximum, c));
   vf sum0 = vset(0.0f), sum1 = sum0;
   int64_t j = first;
   for (; j + 2 * VL <= last; j += 2 * VL) {
@@ -185,7 +185,7 @@ struct SelectedRow {
       if (sp.tail == Tail::mean)
         for (int64_t i = 0; i < p.d_v; ++i) o[i] += factor * seen_sum[i];
     }
-    store_result(p, entry, h, query, o, state, exp2_scale(p));
+    store_result(p, entry, h, query, o, state);
     sp.kept_mass[row] = mass;
     sp.rows_used[row] = int32_t(best.count);
     if (!sp.want_bound) {
@@ -265,8 +265,9 @@ struct SelectedRow {
     best.count = m + first + last;
   }
   void weigh() {
-    const vf c = vset(exp2_scale(p)), shift = vset(state.max > -kInf ? -state.max * exp2_scale(p) : 0.0f);
-    for (int64_t i = best.count; i < round_up(best.count, VL); ++i) best.score[i] = -kInf;
+    const int64_t end = round_up(best.count, VL);
+    for (int64_t i = best.count; i < end; ++i) best.score[i] = -kInf;
+    const vf c = vset(exp2_scale(p)), shift = vset(shift_of(best.score, 0, end, state.max, exp2_scale(p)));
     vf sum = vset(0.0f);
     for (int64_t i = 0; i < best.count; i += VL) {
       const vf w = vexp2(vfma(vload(best.score + i), c, shift));

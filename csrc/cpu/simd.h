@@ -277,6 +277,12 @@ DIFFQKV_INLINE vf vtanh(vf x) {
   return vselect_less(size, vset(0.55f), small, large);
 }
 
+// x, rounded here: compilers make one rounding of a product and a sum.
+DIFFQKV_INLINE vf vrounded(vf x) {
+  asm("" : "+x"(x));
+  return x;
+}
+
 // sums[i] = the lanes of v[i] added up.
 DIFFQKV_INLINE void vsums(const vf* v, int64_t n, float* sums) {
   int64_t i = 0;

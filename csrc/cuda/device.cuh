@@ -100,6 +100,7 @@ DIFFQKV_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 // Each rounded by itself, never contracted to a multiply-add.
 DIFFQKV_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 DIFFQKV_DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
+DIFFQKV_DEVICE double mul(double a, double b) { return __dmul_rn(a, b); }
 // a b + c, rounded once.
 DIFFQKV_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DIFFQKV_DEVICE int count_ones(uint32_t x) { return __popc(x); }

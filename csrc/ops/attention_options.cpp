@@ -8,6 +8,9 @@
 namespace diffqkv {
 namespace {
 
+// No two tokens are farther apart. Windows end here, so that positions and windows add up without an overflow.
+constexpr int64_t kFarthest = int64_t{1} << 40;
+
 Tensor as_dtype(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
@@ -41,8 +44,8 @@ void AttentionOptions::apply(const Tensor& q, AttentionParams& p) {
   p.kv_end = kv_end ? static_cast<const int32_t*>(kv_end->data_ptr()) : nullptr;
   p.softmax_scale = softmax_scale_of(softmax_scale, p.d_k);
   p.softcap = softcap;
-  p.window_left = window_left;
-  p.window_right = causal ? 0 : window_right;
+  p.window_left = std::min(window_left, kFarthest);
+  p.window_right = causal ? 0 : std::min(window_right, kFarthest);
   p.dropout.threshold = uint32_t(std::min(65535.0, std::floor(dropout_p * 65536.0 + 0.5)));
   p.dropout.seed = uint64_t(seed);
   p.dropout.offset = uint32_t(offset);

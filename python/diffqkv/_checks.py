@@ -336,7 +336,7 @@ def decode_attention(
         first = torch.arange(block_table.shape[1], device=q.device) * cache.page_size
         needed = first < cache_seqlens[:, None]
         if cache_start is not None:
-            needed = needed & (first + cache.page_size > cache_start[:, None])
+            needed = needed & (first + cache.page_size > cache_start[:, None]) & (cache_start < cache_seqlens)[:, None]
         _blocks(block_table, needed, cache.pages)
     _options(q, n_q, batch, **options)
     return cache

@@ -320,7 +320,7 @@ def selective_v_attention(
 
     scale = d_k**-0.5 if softmax_scale is None else softmax_scale
     scores = _scores(q, k)
-    lse = (scores * scale).masked_fill(~visible, float("-inf")).logsumexp(-1)
+    weights, lse = reference._softmax(scores * scale, visible)
 
     listed = min(top_k, capacity)
     best = _ranks(-scores if scale < 0 else scores, visible).topk(listed, dim=-1, sorted=False).indices
@@ -331,13 +331,12 @@ def selective_v_attention(
     is_best = torch.zeros(b, n_q, s_q, capacity + 1, dtype=torch.bool, device=q.device).scatter(-1, best, True)
     rows = torch.cat([best, ahead, behind], dim=-1)
     inside = (rows >= first) & (rows < end)
-    forced = torch.cat([ahead < end, (behind >= first + keep_first) & (behind >= first)], dim=-1)
+    forced = torch.cat([ahead < end, (behind - first >= keep_first) & (behind >= first)], dim=-1)
     forced = forced & ~is_best.gather(-1, rows[..., listed:].clamp(0, capacity))
     used = inside & torch.cat([torch.ones_like(best, dtype=torch.bool), forced], dim=-1)
     rows_used = used.sum(-1)
 
-    weights = (scores.gather(-1, rows.clamp(0, max(0, capacity - 1))) * scale - lse[..., None]).exp()
-    weights = torch.where(used, weights, 0)
+    weights = torch.where(used, weights.gather(-1, rows.clamp(0, max(0, capacity - 1))), 0)
     kept_mass = weights.sum(-1)
     count = count[..., 0].expand_as(rows_used)
     kept_mass = torch.where((rows_used == count) & ~kept_mass.isnan(), (count > 0).float(), kept_mass)

@@ -394,14 +394,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 def _ranges(s_q: int, start: Tensor | None, lengths: Tensor, window: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """The slots [first, end) that each query sees, int32 `[b * s_q]`; query i stands at lengths - s_q + i."""
-    query = lengths[:, None] - s_q + torch.arange(s_q, dtype=torch.int32, device=lengths.device)
+    query = lengths[:, None] - s_q + torch.arange(s_q, device=lengths.device)  # int64
     first = (torch.zeros_like(lengths) if start is None else start)[:, None].expand_as(query)
     end = lengths[:, None].expand_as(query)
-    if window[0] >= 0:
-        first = torch.maximum(first, query - window[0])
-    if window[1] >= 0:
-        end = torch.minimum(end, query + window[1] + 1).clamp_min(0)
-    return first.flatten(), end.flatten()
+    left, right = (min(n, 2**32) for n in window)  # no slot is farther
+    if left >= 0:
+        first = torch.maximum(first, query - left)
+    if right >= 0:
+        end = torch.minimum(end, query + right + 1).clamp_min(0)
+    return first.int().contiguous().flatten(), end.int().contiguous().flatten()
 
 
 def _blocks(

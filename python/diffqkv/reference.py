@@ -62,7 +62,7 @@ def gather_pages(pages: Tensor, block_table: Tensor, start: Tensor, end: Tensor)
     """
     block_size = pages.shape[2]
     first = torch.arange(block_table.shape[1], device=pages.device) * block_size
-    needed = (first < end[:, None]) & (first + block_size > start[:, None])
+    needed = (first < end[:, None]) & (first + block_size > start[:, None]) & (start < end)[:, None]
     table = torch.where(needed, block_table, 0)
     return pages.index_select(0, table.flatten()).unflatten(0, table.shape).transpose(1, 2).flatten(2, 3)
 
@@ -166,10 +166,11 @@ def visible_keys(
     visible = torch.ones(1, 1, s_q, s_k, dtype=torch.bool, device=device)
     if causal:
         visible = visible & (key <= query)
+    # Distances are compared with windows as they are: a position and a window may have no sum.
     if window[0] >= 0:
-        visible = visible & (key >= query - window[0])
+        visible = visible & (query - key <= window[0])
     if window[1] >= 0:
-        visible = visible & (key <= query + window[1])
+        visible = visible & (key - query <= window[1])
     if start is not None:
         visible = visible & (key >= per_entry(start))
     if end is not None:
@@ -187,13 +188,24 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _softmax(logits: Tensor, visible: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Weights `[b, n_q, s_q, s_k]` and lse `[b, n_q, s_q]`; a row that sees nothing has weights 0 and lse -inf."""
-    logits = logits.masked_fill(~visible, float("-inf"))
-    lse = logits.logsumexp(-1)
+    """Weights `[b, n_q, s_q, s_k]` and lse `[b, n_q, s_q]`; a row that sees nothing has weights 0 and lse -inf.
+
+    Differences are those from the maximum: the lse of large logits is rounded by more than exponents can bear.
+    """
+    nothing = logits.new_full((), float("-inf"))
+    logits = torch.where(visible, logits, nothing)
+    most = logits.detach().amax(-1) if logits.shape[-1] else nothing.expand(logits.shape[:-1])
     if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-    finite = lse.masked_fill(lse == float("-inf"), 0)  # -inf - -inf would make the gradients NaN
-    return torch.where(visible, (logits - finite[..., None]).exp(), 0), lse
+        sinks = sinks.to(logits.dtype)[:, None]
+        most = torch.maximum(most, sinks.detach())
+    most = torch.where(most == nothing, 0, most)  # -inf - -inf would be NaN
+    powers = torch.where(visible, (logits - most[..., None]).exp(), 0)
+    total = powers.sum(-1)
+    if sinks is not None:
+        total = total + (sinks - most).exp()
+    empty = total == 0
+    total = torch.where(empty, 1, total)
+    return powers / total[..., None], torch.where(empty, nothing, most + total.log())
 
 
 def attention(

@@ -1,10 +1,12 @@
 // The CPU attention kernels against a textbook computation in double, without torch.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <random>
 #include <vector>
 
 #include "catch.h"
+#include "core/key_range.h"
 #include "dense_views.h"
 #include "diffqkv/cpu.h"
 #include "diffqkv/layout.h"
@@ -170,6 +172,106 @@ TEST_CASE("pages of panels, shuffled, with poison in unused slots give the same 
     run(p, 2);
     problem.check();
   }
+}
+
+TEST_CASE("ranges of keys lie within the keys and never run backwards") {
+  AttentionParams p;
+  p.s_q = 4, p.s_k = 9;
+  for (const int32_t start : {INT32_MIN, -1, 0, 5, 9, 10, INT32_MAX})
+    for (const int32_t end : {INT32_MIN, -1, 0, 5, 9, 10, INT32_MAX})
+      for (const int64_t window : {-1, 0, 2, 1000}) {
+        p.kv_start = &start, p.kv_end = &end;
+        p.window_left = window, p.window_right = (window + 1) / 2;
+        const Entry entry = entry_of(p, 0);
+        CAPTURE(start, end, window);
+        REQUIRE((0 <= entry.keys.lo && entry.keys.lo <= entry.keys.hi && entry.keys.hi <= p.s_k));
+        REQUIRE(entry.keys.hi - entry.keys.lo == std::max<int64_t>(0, std::min<int64_t>(end, 9) - std::max(start, 0)));
+        KeyRange last = {0, 0};
+        for (int64_t i = 0; i < p.s_q; ++i) {
+          const KeyRange keys = keys_of_query(p, entry, i);
+          REQUIRE((entry.keys.lo <= keys.lo && keys.lo <= keys.hi && keys.hi <= entry.keys.hi));
+          REQUIRE((last.lo <= keys.lo && last.hi <= keys.hi));
+          last = keys;
+        }
+      }
+  REQUIRE(KeyRange{37, 40}.first_tile(32) == 32);
+  REQUIRE(KeyRange{37, 37}.first_tile(32) == 37);
+}
+
+TEST_CASE("entries without keys read nothing, wherever they end, and get zeros") {
+  // Neither K nor V nor a table of blocks is there to be read.
+  for (const int64_t s_q : {1, 17, 130})
+    for (const bool panels : {false, true})
+      for (const bool sinks : {false, true}) {
+        const HeadGroups heads{4, 1, 2};
+        const std::vector<int32_t> start{5, 64, 0, 41, INT32_MAX}, length{5, 64, 0, 40, 33};
+        const int64_t batch = int64_t(start.size()), rows = batch * heads.n_q * s_q;
+        std::vector<float> q(rows * 8, 1.0f), out(rows * 8, kNan), lse(rows, kNan), sink(heads.n_q, 2.0f);
+        std::vector<float> kept(rows), bound(rows);
+        std::vector<int64_t> indices(rows * 3);
+        std::vector<int32_t> used(rows), table(batch * 2, INT32_MAX);
+        SelectiveVParams sp;
+        AttentionParams& p = sp.attention;
+        p.heads = heads;
+        p.batch = batch, p.s_q = s_q, p.s_k = 64, p.d_k = 8, p.d_v = 8;
+        p.q = dense_rows(q, heads.n_q, s_q, 8), p.out = dense_rows(out, heads.n_q, s_q, 8);
+        if (panels) p.k.layout = KLayout::panels;
+        p.k.stride_page = p.v.stride_page = 1 << 20;
+        p.lse = lse.data();
+        p.kv_start = start.data(), p.kv_end = p.length = length.data();
+        p.paging = {table.data(), 2, 32};
+        p.window_right = 0;
+        p.sinks = sinks ? sink.data() : nullptr;
+        const auto check = [&](float nothing) {
+          CAPTURE(s_q, panels, sinks);
+          for (const float x : out) REQUIRE(x == 0.0f);
+          for (const float x : lse) REQUIRE(x == nothing);
+        };
+        run(p, 2);
+        check(sinks ? 2.0f : -std::numeric_limits<float>::infinity());
+        if (sinks) continue;  // of which selective V has none
+        out.assign(out.size(), kNan), lse.assign(lse.size(), kNan);
+        sp.top_k = 3, sp.keep_first = sp.keep_last = 2, sp.tail = Tail::mean, sp.want_bound = true;
+        sp.kept_mass = kept.data(), sp.indices = indices.data();
+        sp.rows_used = used.data(), sp.error_bound = bound.data();
+        const SelectivePlan plan = plan_selective(sp, p.s_k, 2);
+        std::vector<char> workspace(cpu::selective_v_workspace(sp, plan));
+        cpu::selective_v_attention(sp, plan, workspace.data(), on_threads);
+        check(-std::numeric_limits<float>::infinity());
+        for (const int64_t index : indices) REQUIRE(index == -1);
+        for (int64_t row = 0; row < rows; ++row) REQUIRE((kept[row] == 0.0f && used[row] == 0));
+      }
+}
+
+TEST_CASE("of huge scores two that are equal share the weight, tiles and splits apart") {
+  // Scores are size for keys 5 and 1000, and half of it for the others.
+  for (const float size : {1e3f, 1e5f, 1e8f, 1e10f, 1e30f})
+    for (const int64_t s_q : {1, 20, 130})
+      for (const double softcap : {0.0, 1e7}) {
+        const Case c{{2, 1, 2}, 1, s_q, 1200, 8, 8, false};
+        Problem problem(c);
+        for (size_t i = 0; i < problem.q.size(); ++i) problem.q[i] = 1.0f + float(i / 8 % 7) / 3.0f;
+        for (size_t i = 0; i < problem.k.size(); ++i)
+          problem.k[i] = (i / 8 == 5 || i / 8 == 1000 ? 1.0f : 0.5f) * (1.0f + float(i % 8) / 7.0f) * size;
+        AttentionParams p = problem.params();
+        p.softcap = softcap;
+        run(p, 2);
+        for (int64_t row = 0; row < 2 * s_q; ++row) {
+          double score = 0.0;
+          for (int64_t x = 0; x < 8; ++x) score += double(problem.q[row * 8 + x]) * problem.k[5 * 8 + x];
+          score *= p.softmax_scale;
+          // Where the cap makes all alike there is nothing to tell here.
+          if (softcap > 0) score = softcap * std::tanh(score / softcap);
+          if (softcap > 0 && size > 1e6f) break;
+          CAPTURE(size, s_q, softcap, row);
+          const double want = score + std::log(2.0);
+          REQUIRE(std::abs(problem.lse[row] - want) < 4e-7 * want);
+          for (int64_t x = 0; x < 8; ++x) {
+            const float* v = &problem.v[row / s_q * 1200 * 8];
+            REQUIRE(problem.out[row * 8 + x] == Approx((v[5 * 8 + x] + v[1000 * 8 + x]) / 2).margin(1e-6));
+          }
+        }
+      }
 }
 
 TEST_CASE("top_k below the length keeps the best rows; ties go to the lower index") {

@@ -28,6 +28,7 @@ using Numbers = std::vector<float>;
 struct Problem {
   Case c;
   Numbers q, k, v, out, lse, sinks, dout, dlse, dq, dk, dv, dsinks;
+  const int32_t *start = nullptr, *end = nullptr;
 
   explicit Problem(const Case& shape) : c(shape) {
     std::mt19937 random(99);
@@ -55,6 +56,7 @@ struct Problem {
     p.k = dense_keys(k, c.heads.n_k, c.heads.k_per_group(), c.s_k, c.d_k);
     p.v = dense_keys(v, c.heads.n_v, c.heads.v_per_group(), c.s_k, c.d_v);
     p.lse = lse.data();
+    p.kv_start = start, p.kv_end = end;
     p.paging.page_size = c.s_k;
     p.softmax_scale = 0.3;
     p.softcap = c.softcap;
@@ -164,6 +166,40 @@ TEST_CASE("gradients equal their definition, on one thread and on three to the l
     REQUIRE(problem.dv == dv);
     REQUIRE(problem.dsinks == dsinks);
   }
+}
+
+TEST_CASE("entries without keys read nothing and have gradients of zero") {
+  Problem problem({{4, 2, 4}, 5, 40, 300, 16, 24, 9, 3});
+  const std::vector<int32_t> start{20, 400, 50, INT32_MAX, 100}, end{20, 300, 40, 300, -5};
+  problem.k.assign(problem.k.size(), std::numeric_limits<float>::quiet_NaN());
+  problem.v.assign(problem.v.size(), std::numeric_limits<float>::quiet_NaN());
+  problem.start = start.data(), problem.end = end.data();
+  problem.run(2);
+  for (const Numbers* x : {&problem.out, &problem.dq, &problem.dk, &problem.dv})
+    for (const float value : *x) REQUIRE(value == 0.0f);
+  for (const float lse : problem.lse) REQUIRE(lse == -std::numeric_limits<float>::infinity());
+}
+
+TEST_CASE("a row whose scores are huge and far apart has one probability, of 1") {
+  for (const float size : {1e3f, 1e5f, 1e8f, 1e10f, 1e30f})
+    for (const bool capped : {false, true}) {
+      Problem problem({{4, 2, 2}, 1, 40, 300, 16, 8, -1, -1, capped ? double(size) : 0.0});
+      for (size_t i = 0; i < problem.q.size(); ++i) problem.q[i] = 1.0f + float(i / 16 % 7) / 13.0f;
+      for (size_t i = 0; i < problem.k.size(); ++i)
+        problem.k[i] = (i / 16 % 300 == 37 ? 0.1f : 0.05f) * (1.0f + float(i % 5) / 7.0f) * size;
+      problem.run(2);
+      CAPTURE(size, capped);
+      for (int64_t head = 0; head < 2; ++head)
+        for (int64_t x = 0; x < 8; ++x) {
+          double sum = 0.0;
+          for (int64_t row = head * 80; row < (head + 1) * 80; ++row) {
+            sum += problem.dout[row * 8 + x];
+            REQUIRE(problem.out[row * 8 + x] == problem.v[(head * 300 + 37) * 8 + x]);
+          }
+          for (int64_t j = 0; j < 300; ++j)
+            REQUIRE(std::abs(problem.dv[(head * 300 + j) * 8 + x] - (j == 37 ? sum : 0.0)) < 1e-5);
+        }
+    }
 }
 
 TEST_CASE("Philox4x32-10 gives its published numbers") {

@@ -104,7 +104,7 @@ def cache_of(k, v, seqlens, *, layout="rows", start=None, block_size=None) -> Ca
 
         k_pages, v_pages = pages(k), pages(v)
         begin = torch.arange(blocks) * block_size
-        unused = (begin >= seqlens[:, None]) | (begin + block_size <= first[:, None])
+        unused = (begin >= seqlens[:, None]) | (begin + block_size <= first[:, None]) | (first >= seqlens)[:, None]
         block_table = torch.where(unused, POISON_BLOCK, table).int()
     if layout == "rows":
         k_cache = reference.group(k_pages, groups)

@@ -572,6 +572,24 @@ def test_with_kvcache(kind, s_q, options):
 
 
 @pytest.mark.parametrize("options", MASKS, ids=str)
+@pytest.mark.parametrize("kind", [{}, {"leftpad": int32(7)}, {"block_size": 16}], ids=["plain", "leftpad", "paged"])
+def test_with_kvcache_of_one_entry(kind, options):
+    check_with_cache(new_tokens(1, 5, 0)[0], Cache(int32(41), **kind), **options)
+
+
+@pytest.mark.parametrize("wide", [2**31 - 42, 2**31 - 1, 2**31, 2**63 - 1])
+def test_with_kvcache_windows_that_hold_everything(wide):
+    q, cache = new_tokens(2, 5, 0)[0], Cache(int32(41, 3))
+    for window in ((wide, wide), (-1, wide), (wide, -1), (2, wide), (wide, 1)):
+        limits = tuple(-1 if n == wide else n for n in window)
+        results = (
+            fa.flash_attn_with_kvcache(q, *cache.stored, **cache.options(), window_size=w, return_softmax_lse=True)
+            for w in (window, limits)
+        )
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("options", MASKS, ids=str)
 @pytest.mark.parametrize("s_q, s_new", [(1, 1), (5, 5), (5, 2)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_kvcache_append(kind, s_q, s_new, options):

@@ -94,6 +94,55 @@ def test_flash_padding(ops, s_q, dtype, causal):
     check_flash(ops, q, k.nan_to_num(1.0), v.nan_to_num(1.0), causal=causal, kv_end=end)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, D])
+@pytest.mark.parametrize("s_q", [1, 40])
+def test_flash_without_keys(ops, s_q, dtype):
+    """Ranges that are empty wherever they lie, and windows that leave nothing of one: out 0, lse -inf, gradients 0."""
+    starts, ends = (20, 400, 50, 2**31 - 1, 100), (20, 300, 40, 300, -5)
+    q, k, v = (x.requires_grad_() for x in qkv(5, (8, 2, 4), s_q, 300, (64, 32), dtype))
+    for options in ({}, {"causal": True}, {"window_left": 7, "window_right": 2}):
+        out, lse = ops.flash_attention(q, k, v, kv_start=int32(*starts), kv_end=int32(*ends), **options)
+        assert (out == 0).all() and (lse == -torch.inf).all()
+        for gradient in torch.autograd.grad(out, (q, k, v), torch.ones_like(out)):
+            assert (gradient == 0).all()
+    sinks = torch.randn(8)
+    q, k, v = (x.detach()[:1] for x in (q, k, v))
+    end = 280 - s_q  # all windows begin behind it
+    k[:, :, end:], v[:, :, end:] = NAN, NAN
+    out, lse = ops.flash_attention(q, k, v, kv_end=int32(end), window_left=9, window_right=3, sinks=sinks)
+    assert (out == 0).all()
+    torch.testing.assert_close(lse, sinks[:, None].expand(1, 8, s_q).to(lse.dtype))
+
+
+WIDTHS = [2**31 - 1, 2**31, 2**62, 2**63 - 6, 2**63 - 1]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("s_q, s_k", [(5, 9), (40, 9), (1, 300)])
+def test_windows_that_hold_everything(ops, s_q, s_k, width):
+    """A window to the end of the integers is none, forward and backward."""
+
+    def run(left, right):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        out, lse = ops.flash_attention(*leaves, window_left=left, window_right=right)
+        return out, lse, *torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    tensors = qkv(1, (4, 2, 2), s_q, s_k, (8, 8))
+    for left, right in ((width, -1), (-1, width), (width, width), (2, width), (width, 1)):
+        expected = run(*(-1 if n == width else n for n in (left, right)))
+        for a, b in zip(run(left, right), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    q, k, v = tensors
+    cache = cache_of(k, v, int32(s_k))
+    args = (q, cache.k_cache, cache.v_cache, cache.seqlens)
+    for a, b in zip(ops.decode_attention(*args, window_left=width), ops.decode_attention(*args), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    packed = (*(x[0].transpose(0, 1) for x in tensors), int32(0, s_q), int32(0, s_k), s_q, s_k)
+    varlen = ops.flash_attention_varlen
+    for a, b in zip(varlen(*packed, window_left=width, window_right=width), varlen(*packed), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("how", ["gaps", "tokens first", "offset"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_flash_strides(ops, dtype, how):
@@ -116,6 +165,22 @@ def test_flash_large_scores(ops):
     q, k, v = qkv(1, (4, 2, 2), 17, 600, (16, 16))
     k = k.abs() * torch.arange(600)[:, None]
     check_flash(ops, q.abs(), k, v)
+
+
+@pytest.mark.parametrize("size", [1e5, 1e8, 1e10, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("s_q", [1, 40])
+def test_huge_scores(ops, s_q, dtype, size):
+    """Each key is there twice, tiles and splits apart: the best two share the weight in every kernel and layout."""
+    q, _, v = qkv(1, (8, 2, 4), s_q, 1200, (64, 32), dtype)
+    k = (torch.rand(1, 2, 600, 64) * size).to(dtype).repeat(1, 1, 2, 1)
+    sinks = torch.tensor([0.0, 1.0, -size, size, 100 * size, -100 * size, -torch.inf, 1e-3])
+    for options in ({}, {"sinks": sinks}, {"softcap": size}, {"softmax_scale": -0.3, "sinks": sinks}):
+        check_flash(ops, q, k, v, **options)
+        for layout in LAYOUTS:
+            check_decode(ops, q, cache_of(k, v, int32(1200), layout=layout), **options)
+    for layout in LAYOUTS:
+        check_selective(ops, q, cache_of(k, v, int32(1200), layout=layout), 8, "renorm")
 
 
 def test_flash_nan_and_inf_propagate(library):
@@ -174,6 +239,42 @@ def test_decode_lengths(ops, s_q, dtype, layout, block_size):
     seqlens, start = int32(0, 1, 2, 513, 1100, 1024), int32(0, 0, 1, 512, 77, 1024)
     check_decode(ops, q, cache_of(k, v, seqlens, layout=layout, block_size=block_size))
     check_decode(ops, q, cache_of(k, v, seqlens, layout=layout, block_size=block_size, start=start))
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("block_size", [None, 32])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("s_q", [1, 17, 40])
+def test_decode_of_padding_alone(ops, s_q, dtype, layout, block_size, with_sinks):
+    """Entries that begin at their end or behind it, some beyond the cache: none of their pages is looked up."""
+    q, k, v = qkv(6, (8, 2, 4), s_q, 64, (32, 40), dtype)
+    seqlens, start = int32(5, 64, 0, 40, 33, 50), int32(5, 64, 70, 41, 2**31 - 1, 49)
+    cache = cache_of(k, v, seqlens, layout=layout, block_size=block_size, start=start)
+    sinks = torch.randn(8) if with_sinks else None
+    check_decode(ops, q, cache, sinks=sinks)
+    out, lse = ops.decode_attention(q, cache.k_cache, cache.v_cache, cache.seqlens, sinks=sinks, **cache.options)
+    nothing = torch.full((8, 1), -torch.inf) if sinks is None else sinks[:, None]
+    assert (out[:5] == 0).all()
+    torch.testing.assert_close(lse[:5], nothing.expand(5, 8, s_q))
+    for tail in range(len(TAILS)):
+        out, lse, kept_mass, indices, rows_used, _ = ops.selective_v_attention(
+            q, cache.k_cache, cache.v_cache, cache.seqlens, 3, tail=tail, keep_first=2, keep_last=2, **cache.options
+        )
+        assert (out[:5] == 0).all() and (lse[:5] == -torch.inf).all()
+        assert (kept_mass[:5] == 0).all() and (indices[:5] == -1).all() and (rows_used[:5] == 0).all()
+
+
+@pytest.mark.parametrize("keep", [2**31, 2**63 - 1])
+def test_selective_keeps_more_than_there_is(ops, keep):
+    q, k, v = qkv(2, (8, 2, 4), 3, 90, (16, 24))
+    cache = cache_of(k, v, int32(90, 40), start=int32(7, 0))
+    args = (q, cache.k_cache, cache.v_cache, cache.seqlens)
+    expected = ops.decode_attention(*args, **cache.options)
+    for options in ({"keep_first": keep}, {"keep_last": keep}, {"keep_first": keep, "keep_last": keep}):
+        out, lse, kept_mass, _, rows_used, _ = ops.selective_v_attention(*args, 1, **options, **cache.options)
+        torch.testing.assert_close((out, lse), expected)
+        assert (kept_mass == 1).all() and (rows_used == torch.tensor([[81, 82, 83], [38, 39, 40]])[:, None]).all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -54,6 +54,17 @@ def test_masks(s_q, s_k, window, causal):
                 assert bool(visible[b, 0, i, j]) == bool(want)
 
 
+def test_windows_end_where_integers_do():
+    """Against Python's integers, which have no end; s_q > s_k puts queries at negative positions."""
+    for s_q, s_k in ((3, 5), (6, 2)):
+        for window in ((2**63 - 1, -1), (-1, 2**63 - 1), (1, 2**63 - 2), (2**62, 0)):
+            left, right = (2**70 if n < 0 else n for n in window)
+            visible = reference.visible_keys(s_q, s_k, s_k, window=window)[0, 0].tolist()
+            assert visible == [
+                [i + s_k - s_q - left <= j <= i + s_k - s_q + right for j in range(s_k)] for i in range(s_q)
+            ]
+
+
 def test_lse_and_rows_that_see_nothing():
     q, k, v = qkv(1, (4, 2, 1), 5, 3, (8, 8), D)
     out, lse = reference.attention(q, k, v, causal=True, return_lse=True)

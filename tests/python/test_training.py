@@ -211,6 +211,58 @@ def test_large_scores(ops):
     check(ops, (q.abs().round(), k.abs().round() * torch.arange(300)[:, None], v), softmax_scale=0.25)
 
 
+HUGE = [1e6, 1e8, 1e10, 1e30]
+
+
+@pytest.mark.parametrize(
+    "softmax_scale, size", [*itertools.product([None], [1e5, *HUGE]), *itertools.product([-0.3], HUGE)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("varlen", [False, True])
+def test_huge_scores(ops, varlen, dtype, softmax_scale, size):
+    """Where scores and their differences are beyond all exponents: finite, and errors at most twice those of SDPA.
+
+    SDPA's own gradients are finite for scales that are powers of two.
+    """
+    if softmax_scale is not None and ops.name == "composed":
+        pytest.skip("this is SDPA")
+    b, n_q, s_q, s_k, d = 2, 4, 40, 300, 64
+    q = (torch.rand(b, n_q, s_q, d) + 0.5).to(dtype)
+    k = ((torch.rand(b, 2, s_k, d) + 0.5) * (size / 8)).to(dtype)
+    v, dout = torch.randn(b, 4, s_k, d).to(dtype), torch.randn(b, n_q, s_q, d).to(dtype)
+
+    def flash(q, k, v):
+        if not varlen:
+            return ops.flash_attention(q, k, v, softmax_scale=softmax_scale)
+        cu = (torch.arange(b + 1, dtype=torch.int32) * n for n in (s_q, s_k))
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        out, lse = ops.flash_attention_varlen(q, k, v, *cu, s_q, s_k, softmax_scale=softmax_scale)
+        return out.unflatten(0, (b, s_q)).transpose(1, 2), lse.unflatten(1, (b, s_q)).transpose(0, 1)
+
+    def sdpa(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k.repeat_interleave(2, dim=1), v)
+
+    def run(function, to):
+        leaves = [x.detach().to(to).requires_grad_() for x in (q, k, v)]
+        out = function(*leaves)
+        out, lse = out if isinstance(out, tuple) else (out, None)
+        return lse, out.detach(), *torch.autograd.grad(out, leaves, dout.to(to))
+
+    def mathematics(q, k, v):
+        return reference.attention(q, k, v, softmax_scale=softmax_scale, return_lse=True)
+
+    (lse, *actual), (exact_lse, *exact) = run(flash, dtype), run(mathematics, D)
+    _, *low = run(sdpa if softmax_scale is None else mathematics, dtype)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=0)
+    # Gradients of q and k are sums of what rounding leaves of 0, times K and q.
+    sizes = (1.0, k.abs().max().double(), 1.0, 1.0)
+    for x, lo, e, largest in zip(actual, low, exact, sizes, strict=True):
+        x, lo, e = x.double(), lo.double(), e.double()
+        assert x.isfinite().all()
+        error, allowed = (x - e).abs().max(), 2 * (lo - e).abs().max() + 64 * torch.finfo(dtype).eps * largest
+        assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
 # ---- gradcheck -------------------------------------------------------------------------------------------------------
 
 SMALL_HEADS = [(4, 2, 4), (6, 3, 2), (6, 2, 3), (4, 1, 4), (2, 2, 2), (3, 1, 1)]

@@ -25,39 +25,54 @@ constexpr BackwardVariant backward_variant() {
   return {};
 }
 
-// What the gradients need of a query and head besides their rows, in the order of lse: lse * log2(e), +inf instead of
-// -inf, so that a row without a finite score has no probabilities; rowsum(dO * O) - dlse.
+// What the gradients need of a query and head besides their rows, in the order of lse: lse, +inf instead of -inf, so
+// that a row without a finite score has no probabilities; rowsum(dO * O) - dlse. The 16-bit kernels have lse * log2(e)
+// instead, unless scores are capped.
 template <class T>
 struct alignas(2 * sizeof(T)) RowFacts {
-  T lse2, delta;
+  T lse, delta;
+};
+
+// The exponent of 2 of a probability, x * factor - base.
+struct Exponent {
+  float factor, base;
 };
 
 struct ScoreFactors {
-  float exponent;  // dot product, or tanh of its share of the softcap -> exponent of 2
+  float exponent;  // dot product -> exponent of 2
+  float score;     // dot product, or tanh of its share of the softcap -> score
   float inner;     // dot product -> its share of the softcap
   float scale, keep_scale;
   float hidden;  // instead of the dot product with a key that the query does not see
   bool capped;
 
   explicit ScoreFactors(const AttentionParams& p)
-      : exponent(not_zero((p.softcap > 0 ? p.softcap : p.softmax_scale) * kLog2e)),
+      : exponent(not_zero(p.softmax_scale * kLog2e)),
+        score(not_zero(p.softcap > 0 ? p.softcap : p.softmax_scale)),
         inner(p.softcap > 0 ? not_zero(p.softmax_scale / p.softcap) : 0.0f),
         scale(float(p.softmax_scale)),
         keep_scale(float(p.dropout.keep_scale())),
-        hidden(exponent > 0 ? -kInfinity : kInfinity),
+        hidden(score > 0 ? -kInfinity : kInfinity),
         capped(p.softcap > 0) {}
 
+  // Whether lse, as RowFacts has it, is too large for products of dot products that are subtracted from it.
+  template <bool kFeatures>
+  DIFFQKV_DEVICE bool large(float lse) const {
+    return !(kFeatures && capped) && !(lse >= -kLargeExponent && lse <= kLargeExponent);
+  }
   // slope: what a change of the scaled dot product does to the score.
   template <bool kFeatures>
-  DIFFQKV_DEVICE float probability(float x, float lse2, float& slope) const {
+  DIFFQKV_DEVICE float probability(float x, const Exponent& of_row, float& slope) const {
     slope = 1.0f;
     if (kFeatures && capped) {
       const float t = tanh(x * inner);
       slope -= t * t;
-      x = x == hidden ? x : t;
+      return exp2((mul(x == hidden ? x : t, score) - of_row.base) * float(kLog2e));
     }
-    return exp2(x * exponent - lse2);
+    return exp2(x * of_row.factor - of_row.base);
   }
+  // What the dot products of a row with a large lse, here itself, become first; their Exponent is {log2(e), 0} then.
+  DIFFQKV_DEVICE float difference(float x, float lse) const { return mul(x, score) - lse; }
 
  private:
   // Times infinity it must not be NaN.
@@ -75,6 +90,13 @@ struct BackwardCall {
     return reinterpret_cast<RowFacts<T>*>(workspace);
   }
 };
+
+// As RowFacts has it.
+template <class T>
+DIFFQKV_DEVICE T lse_or_infinity(const AttentionParams& p, int64_t row) {
+  const T lse = static_cast<const T*>(p.lse)[row];
+  return lse == T(-kInfinity) ? T(kInfinity) : lse;
+}
 
 // A row of a head of K or V.
 template <class T = uint16_t>

@@ -135,10 +135,17 @@ struct KeyGradients {
       if (of_last.lo > j || of_first.hi < j + kWarpKeys) hide(s, i, j);
       const bool dropout = kFeatures && p.dropout.threshold > 0;
       if (dropout) draw(kept, head, i);
+      bool large = false;
+      for (int x = lane(); x < kQueries; x += 32) large |= call.factors.template large<kFeatures>(queries.rows[x].lse);
+      large = ballot(large) != 0;
       // s becomes P times the slope of the softcap, a becomes P as dropout leaves it.
       DIFFQKV_UNROLL
       for (int n = 0; n < kN; ++n) {
-        const float lse2[2] = {queries.rows[product_column(n, 0)].lse2, queries.rows[product_column(n, 1)].lse2};
+        Exponent exponents[2];
+        DIFFQKV_UNROLL
+        for (int odd = 0; odd < 2; ++odd)
+          exponents[odd] = {call.factors.exponent, queries.rows[product_column(n, odd)].lse};
+        if (large) take_differences(s, n, head, i, exponents);
         DIFFQKV_UNROLL
         for (int m = 0; m < kM; ++m) {
           DIFFQKV_UNROLL
@@ -147,7 +154,7 @@ struct KeyGradients {
             DIFFQKV_UNROLL
             for (int odd = 0; odd < 2; ++odd) {
               float &x = s[m][n][2 * half + odd], slope;
-              x = left[odd] = call.factors.template probability<kFeatures>(x, lse2[odd], slope);
+              x = left[odd] = call.factors.template probability<kFeatures>(x, exponents[odd], slope);
               if (dropout) left[odd] = kept[m] >> (4 * n + 2 * half + odd) & 1 ? x * call.factors.keep_scale : 0.0f;
               x *= slope;
             }
@@ -175,6 +182,22 @@ struct KeyGradients {
         }
         to_operand<E>(a, dp);
         multiply_columns<E, kM, kN / 2, kDk>(dk, a, queries.q);
+      }
+    }
+
+    // In the two columns of tile n, those with a large lse.
+    DIFFQKV_DEVICE void take_differences(float (&s)[kM][kN][4], int n, int64_t head, int64_t i,
+                                         Exponent (&exponents)[2]) const {
+      DIFFQKV_UNROLL
+      for (int odd = 0; odd < 2; ++odd) {
+        if (!call.factors.template large<kFeatures>(exponents[odd].base)) continue;
+        const float lse = lse_or_infinity<float>(p, lse_of(p, block.entry, head, i + product_column(n, odd)));
+        DIFFQKV_UNROLL
+        for (int m = 0; m < kM; ++m) {
+          DIFFQKV_UNROLL
+          for (int e = odd; e < 4; e += 2) s[m][n][e] = call.factors.difference(s[m][n][e], lse);
+        }
+        exponents[odd] = {float(kLog2e), 0.0f};
       }
     }
 

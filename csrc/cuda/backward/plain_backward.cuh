@@ -52,13 +52,14 @@ struct PlainWarp {
   }
 
   // slope: what a change of the dot product does to the score.
-  DIFFQKV_DEVICE T probability(T x, T lse2, T& slope) const {
-    x *= T(p.softmax_scale), slope = T(p.softmax_scale);
+  DIFFQKV_DEVICE T probability(T x, T lse, T& slope) const {
+    slope = T(p.softmax_scale);
+    T score = mul(x, slope);
     if (p.softcap > 0) {
-      const T t = tanh(x / T(p.softcap));
-      x = T(p.softcap) * t, slope *= 1 - t * t;
+      const T t = tanh(x * T(p.softmax_scale / p.softcap));
+      score = mul(t, T(p.softcap)), slope *= 1 - t * t;
     }
-    return exp2(x * T(kLog2e) - lse2);
+    return exp2((score - lse) * T(kLog2e));
   }
   // 0 for what dropout takes, else what makes up for it.
   DIFFQKV_DEVICE T kept(const Entry& entry, int64_t head, int64_t i, int64_t j) const {
@@ -91,7 +92,7 @@ struct PlainQueryGradients {
       const auto k = w.key(p.k, entry, h.k_head(head), h.k_per_group(), j, p.d_k);
       const auto v = w.key(p.v, entry, h.v_head(head), h.v_per_group(), j, p.d_v);
       T slope;
-      const T probability = w.probability(w.dot(q, k), row.lse2, slope);
+      const T probability = w.probability(w.dot(q, k), row.lse, slope);
       w.add(dq, probability * (w.dot(dout, v) * w.kept(entry, head, i, j) - row.delta) * slope, k);
     }
     w.store(static_cast<T*>(call.p.dq.data) + row_of(call.p.dq, entry, head, i), p.d_k, dq);
@@ -123,7 +124,7 @@ struct PlainKeyGradients {
         const auto q = w.query(p.q, entry, q_head, i, p.d_k), dout = w.query(call.p.dout, entry, q_head, i, p.d_v);
         const RowFacts<T> row = w.facts(entry, q_head, i);
         T slope;
-        const T probability = w.probability(w.dot(q, k), row.lse2, slope), kept = w.kept(entry, q_head, i, j);
+        const T probability = w.probability(w.dot(q, k), row.lse, slope), kept = w.kept(entry, q_head, i, j);
         if (kOfV)
           w.add(sum, probability * kept, dout);
         else

@@ -121,11 +121,17 @@ struct QueryGradients {
     for (int m = 0; m < kM; ++m) {
       DIFFQKV_UNROLL
       for (int e = 0; e < 4; ++e) {
-        const float lse2 = shared.rows[row + product_row(m, e)].lse2;
+        Exponent exponent{call.factors.exponent, shared.rows[row + product_row(m, e)].lse};
+        if (call.factors.template large<kFeatures>(exponent.base)) {
+          const float lse = lse_or_infinity<float>(p, lse_of(p, block.entry, block.head, i + product_row(m, e)));
+          DIFFQKV_UNROLL
+          for (int n = 0; n < kN; ++n) s[m][n][e] = call.factors.difference(s[m][n][e], lse);
+          exponent = {float(kLog2e), 0.0f};
+        }
         DIFFQKV_UNROLL
         for (int n = 0; n < kN; ++n) {
           float slope;
-          s[m][n][e] = call.factors.template probability<kFeatures>(s[m][n][e], lse2, slope);
+          s[m][n][e] = call.factors.template probability<kFeatures>(s[m][n][e], exponent, slope);
           s[m][n][e] *= slope;
         }
       }

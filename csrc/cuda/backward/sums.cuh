@@ -51,9 +51,9 @@ struct RowSums {
     }
     for (int mask = lanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
     if (thread() % lanes != 0 || index >= rows) return;
-    const Sum lse = static_cast<const Sum*>(p.lse)[index], infinity = kInfinity;
+    const Sum lse = lse_or_infinity<Sum>(p, index);
     if (call.p.dlse != nullptr) sum -= static_cast<const Sum*>(call.p.dlse)[index];
-    call.rows<Sum>()[index] = {lse == -infinity ? infinity : lse * Sum(kLog2e), sum};
+    call.rows<Sum>()[index] = {sizeof(T) > 2 || call.factors.capped ? lse : lse * Sum(kLog2e), sum};
   }
 };
 
@@ -68,12 +68,12 @@ struct SinkGradients {
   static DIFFQKV_DEVICE void run(const Params& call, char* shared) {
     const AttentionParams& p = call.p.forward;
     const int64_t head = block_x(), queries = p.cu_seqlens_q ? p.packed_queries : p.s_q;
-    const Sum sink = static_cast<const Sum*>(p.sinks)[head] * Sum(kLog2e);
+    const Sum sink = static_cast<const Sum*>(p.sinks)[head];
     double sum = 0.0;
     if (sink > -kInfinity) {
       for (int64_t i = thread(); i < p.total_queries(); i += kThreads) {
-        const RowFacts<Sum> row = call.rows<Sum>()[(i / queries * p.heads.n_q + head) * queries + i % queries];
-        sum -= exp2(sink - row.lse2) * row.delta;
+        const int64_t row = (i / queries * p.heads.n_q + head) * queries + i % queries;
+        sum -= exp2((sink - static_cast<const Sum*>(p.lse)[row]) * Sum(kLog2e)) * call.rows<Sum>()[row].delta;
       }
     }
     double* sums = reinterpret_cast<double*>(shared);

@@ -23,7 +23,7 @@ struct DecodeAttention {
   static constexpr int kThreads = kDecodeThreads, kMinBlocks = 2;
   static constexpr int kTiles = kSize.tiles, kJobs = kSize.jobs;
   static constexpr int kRows = 16, kStep = 16;  // tokens of a matrix product, dimensions of a step
-  static constexpr float kLog2e = 1.44269504088896341f;
+  static constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
   // ---- a block's share ---------------------------------------------------------------------------------------------
 
@@ -216,8 +216,10 @@ struct DecodeAttention {
 
   // ---- one tile ----------------------------------------------------------------------------------------------------
 
-  // scores[t]: of this warp's 16 tokens and the 8 columns of tile t, in powers of two; -inf where a column does not see
-  // a token.
+  // e^x of a difference x of scores.
+  static DIFFQKV_DEVICE float exp(float x) { return exp2(x * kLog2e); }
+
+  // scores[t]: of this warp's 16 tokens and the 8 columns of tile t; -inf where a column does not see a token.
   static DIFFQKV_DEVICE void score(const Block& b, const Shared& s, int64_t first, int stage,
                                    float (&scores)[kTiles][4]) {
     const AttentionParams& p = b.p;
@@ -247,9 +249,8 @@ struct DecodeAttention {
       const float scale = static_cast<float>(p.softmax_scale), cap = static_cast<float>(p.softcap);
       DIFFQKV_UNROLL
       for (int i = 0; i < 4; ++i) {
-        float x = scores[t][i] * scale;
-        if (cap != 0.0f) x = cap * tanh(x / cap);
-        scores[t][i] = x * kLog2e;
+        const float x = mul(scores[t][i], scale);
+        scores[t][i] = cap != 0.0f ? mul(cap, tanh(x / cap)) : x;
       }
       DIFFQKV_UNROLL
       for (int i = 0; i < 4; ++i) {
@@ -295,7 +296,7 @@ struct DecodeAttention {
         float most = state.most[t][i];
         for (int w = 0; w < warps; ++w) most = fmaxf(most, s.most[w * columns + column]);
         shift[i] = most == -INFINITY ? 0.0f : most;
-        const float alpha = exp2(state.most[t][i] - shift[i]);
+        const float alpha = exp(state.most[t][i] - shift[i]);
         if (warp() == 0 && lane() < 4) s.alpha[column] = alpha;
         state.most[t][i] = most;
         state.sum[t][i] *= alpha;
@@ -303,7 +304,7 @@ struct DecodeAttention {
       if (!scoring) continue;
       DIFFQKV_UNROLL
       for (int i = 0; i < 4; ++i) {
-        scores[t][i] = exp2(scores[t][i] - shift[i % 2]);
+        scores[t][i] = exp(scores[t][i] - shift[i % 2]);
         state.sum[t][i % 2] += scores[t][i];
       }
       DIFFQKV_UNROLL
@@ -365,17 +366,17 @@ struct DecodeAttention {
 
   // ---- results -----------------------------------------------------------------------------------------------------
 
-  // Applies a sink, and writes lse; returns what a result is multiplied by. most and sum: of a column, powers of two.
+  // Applies a sink, and writes lse; returns what a result is multiplied by. most: score of a column; sum: of its
+  // powers, divided by that of most.
   static DIFFQKV_DEVICE float finish(const Block& b, int column, float most, float sum, float& shift) {
     const AttentionParams& p = b.p;
     const int head = b.head_of(column);
-    float sink = -INFINITY;
-    if (p.sinks != nullptr) sink = static_cast<const float*>(p.sinks)[head] * kLog2e;
+    const float sink = p.sinks != nullptr ? static_cast<const float*>(p.sinks)[head] : -INFINITY;
     const float top = fmaxf(most, sink), base = top == -INFINITY ? 0.0f : top;
-    const float total = sum * exp2(most - base) + exp2(sink - base);
+    const float total = sum * exp(most - base) + exp(sink - base);
     shift = base;
     static_cast<float*>(p.lse)[lse_of(p, b.entry, head, b.query_of(column))] =
-        total == 0.0f ? -INFINITY : (base + log2(total)) / kLog2e;
+        total == 0.0f ? -INFINITY : base + log2(total) * kLn2;
     return total == 0.0f ? 0.0f : 1.0f / total;
   }
   static DIFFQKV_DEVICE T* out_row(const Block& b, int column) {
@@ -396,7 +397,7 @@ struct DecodeAttention {
       for (int mask = 1; mask < 32; mask *= 2) most = fmaxf(most, shuffle_xor(most, mask));
       const float base = most == -INFINITY ? 0.0f : most;
       for (int i = lane(); i < live; i += 32)
-        sum += load_shared_by_blocks(head + i * step + 1) * exp2(load_shared_by_blocks(head + i * step) - base);
+        sum += load_shared_by_blocks(head + i * step + 1) * exp(load_shared_by_blocks(head + i * step) - base);
       DIFFQKV_UNROLL
       for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
       if (lane() == 0) {
@@ -423,7 +424,7 @@ struct DecodeAttention {
         DIFFQKV_UNROLL
         for (int j = 0; j < kAtOnce; ++j) {
           if (first + j >= live) break;
-          const float weight = exp2(most[j] - shift);
+          const float weight = exp(most[j] - shift);
           DIFFQKV_UNROLL
           for (int k = 0; k < 4; ++k) sum.x[k] += weight * values[j].x[k];
         }
@@ -540,7 +541,7 @@ struct DecodeAttention {
       for (int column = thread(); column < b.columns; column += kThreads) {
         float shift;
         const float factor = finish(b, column, s.most[column], s.alpha[column], shift);
-        s.alpha[column] = factor * (s.most[column] == -INFINITY ? 0.0f : exp2(s.most[column] - shift));
+        s.alpha[column] = factor * (s.most[column] == -INFINITY ? 0.0f : exp(s.most[column] - shift));
       }
       sync_block();
       for_results(b, jobs,

@@ -211,8 +211,13 @@ struct FlashAttention {
         for (int n = 0; n < kKeyTiles; ++n) top = fmaxf(top, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
         top = fmaxf(top, shuffle_xor(top, 1));
         top = fmaxf(top, shuffle_xor(top, 2));
-        const float base = shift_of(top, factors), scale = exp2(state.most[m][half] * factors.exponent - base);
-        float added = 0.0f;
+        float most = state.most[m][half], base, added = 0.0f;
+        if (factors.base_of(top, base)) {
+          most -= top;
+          DIFFQKV_UNROLL
+          for (int n = 0; n < kKeyTiles; ++n) s[m][n][2 * half] -= top, s[m][n][2 * half + 1] -= top;
+        }
+        const float scale = exp2(most * factors.exponent - base);
         DIFFQKV_UNROLL
         for (int n = 0; n < kKeyTiles; ++n) {
           DIFFQKV_UNROLL
@@ -230,10 +235,6 @@ struct FlashAttention {
         }
       }
     }
-  }
-  // Exponent that a row's powers are divided by; of a row that has seen no key, 0.
-  static DIFFQKV_DEVICE float shift_of(float most, const SoftmaxFactors<float>& factors) {
-    return most == -INFINITY ? 0.0f : most * factors.exponent;
   }
 
   static DIFFQKV_DEVICE void cap(const SoftmaxFactors<float>& factors, Scores& s) {
@@ -282,8 +283,7 @@ struct FlashAttention {
         float total = state.sum[m][half], lse;
         total += shuffle_xor(total, 1);
         total += shuffle_xor(total, 2);
-        const float shift = state.most[m][half] == -INFINITY ? -INFINITY : state.most[m][half] * factors.exponent;
-        const float scale = factors.finish(p, b.head, shift, total, lse);
+        const float scale = factors.finish(p, b.head, state.most[m][half], total, lse);
         const int64_t query = b.first_query + row;
         if (row < b.queries && lane() % 4 == 0) static_cast<float*>(p.lse)[lse_of(p, entry, b.head, query)] = lse;
         auto* out = static_cast<uint16_t*>(p.out.data) + row_of(p.out, entry, b.head, query);

@@ -64,7 +64,8 @@ struct PlainAttention {
     for (int x = lane(); x < p.d_k; x += 32) q[x] = factors.negative ? -source[x] : source[x];
 
     T o[kDims] = {}, most = T(-INFINITY), sum = 0;  // sum: of this lane's keys
-    for (int first_key = b.lo / kPlainKeys * kPlainKeys; first_key < b.hi; first_key += kPlainKeys) {
+    const int first_tile = static_cast<int>(KeyRange{b.lo, b.hi}.first_tile(kPlainKeys));
+    for (int first_key = first_tile; first_key < b.hi; first_key += kPlainKeys) {
       const int key = first_key + lane();
       load<false>(p, s, first_key);
       T score = dot(q, s.tile + lane() * s.stride, static_cast<int>(p.d_k));
@@ -75,7 +76,8 @@ struct PlainAttention {
         const T other = shuffle_xor(top, step);
         top = other > top ? other : top;
       }
-      const T base = top == T(-INFINITY) ? T(0) : top * factors.exponent;
+      T base;
+      if (factors.base_of(top, base)) score -= top, most -= top;
       const T scale = exp2(most * factors.exponent - base);
       T probability = exp2(score * factors.exponent - base);
       most = top;
@@ -97,7 +99,7 @@ struct PlainAttention {
     }
     for (int step = 16; step > 0; step /= 2) sum += shuffle_xor(sum, step);
     T lse;
-    const T scale = factors.finish(p, b.head, most == T(-INFINITY) ? most : most * factors.exponent, sum, lse);
+    const T scale = factors.finish(p, b.head, most, sum, lse);
     if (warp() >= b.queries) return;
     if (lane() == 0) static_cast<T*>(p.lse)[lse_of(p, entry, b.head, query)] = lse;
     T* out = static_cast<T*>(p.out.data) + row_of(p.out, entry, b.head, query);

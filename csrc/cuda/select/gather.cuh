@@ -38,7 +38,7 @@ struct SelectedRow {
   bool dense;      // all keys of the entry are wanted
   bool nan;        // a score is NaN, and so is the row; there is no order to select by
   float max, sum;  // of the softmax over all keys
-  float shift;     // of its exponents
+  float base;      // max, 0 where that is -inf
   float radius;    // largest distance of a V row that is not read from what stands for it, before the fetch
 
   const uint64_t* candidates;  // of all chunks, by ascending token, with zeros between
@@ -120,13 +120,13 @@ struct SelectedRow {
     }
     nan = any_in_block(unordered);
     max = block_max(most);
-    shift = max > -__builtin_inff() ? -max * plan.exp2_scale : 0.0f;
+    base = max > -__builtin_inff() ? max : 0.0f;
     for (int64_t i = first + thread(); i < end; i += kThreads)
       if (mass[2 * i + 1] != 0.0f) total = fma(mass[2 * i + 1], exp2((mass[2 * i] - max) * plan.exp2_scale), total);
     sum = block_sum(total);
     if (nan) max = sum = __builtin_nanf("");
   }
-  DIFFQKV_DEVICE float weight_of(float score) const { return exp2(fma(score, plan.exp2_scale, shift)); }
+  DIFFQKV_DEVICE float weight_of(float score) const { return exp2((score - base) * plan.exp2_scale); }
 
   // The k-th largest candidate, by its digits of 8 bits from the top; or a lower one with as many above it.
   DIFFQKV_DEVICE uint64_t kth(int k) const {
@@ -371,7 +371,8 @@ struct SelectedRow {
           E::put(norm == 0.0f ? 0.0f : x * (1.0f / norm));
     if (thread() != 0) return;
     constexpr float kLn2 = 0.693147180559945309f;
-    static_cast<float*>(p.lse)[out_row] = sum == 0.0f ? -__builtin_inff() : fma(max, plan.exp2_scale, log2(sum)) * kLn2;
+    const float top = mul(max, std::abs(static_cast<float>(p.softmax_scale)));
+    static_cast<float*>(p.lse)[out_row] = sum == 0.0f ? -__builtin_inff() : top + log2(sum) * kLn2;
     sp.kept_mass[out_row] = mass;
     sp.rows_used[out_row] = used;
     float bound = __builtin_inff();

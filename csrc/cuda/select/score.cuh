@@ -154,11 +154,11 @@ struct Score {
       }
       maximum = warp_max(maximum);
       most = maximum > most ? maximum : most;
-      const float shift = maximum > -__builtin_inff() ? -maximum * scale : 0.0f;
+      const float base = maximum > -__builtin_inff() ? maximum : 0.0f;
       DIFFQKV_UNROLL
       for (int i = 0; i < kPer; ++i) {
         const uint32_t x = u[first / 32 + i];
-        sum += x != 0 ? exp2(fma(float_of_ordered(x), scale, shift)) : 0.0f;
+        sum += x != 0 ? exp2((float_of_ordered(x) - base) * scale) : 0.0f;
       }
       sum = warp_sum(sum);
       unordered = ballot(unordered) != 0;

@@ -20,6 +20,10 @@ enum class KLayout : int32_t {
 inline constexpr int64_t kPanelTokens = 32;
 inline constexpr int64_t kMaxHeadDim = 256;
 
+// Up to this exponent of 2 a product of a score and a factor rounds by no more than 2^-17. Where a row's maximum, or
+// its lse, has a larger one, its exponents are products of differences of scores, not differences of products.
+inline constexpr float kLargeExponent = 256.0f;
+
 enum class Tail : int32_t { drop = 0, renorm = 1, mean = 2 };
 
 // Queries or results: [batch, heads, tokens, dim].

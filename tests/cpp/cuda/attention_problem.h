@@ -110,6 +110,33 @@ struct AttentionProblem {
     }
   }
 
+  // Replaces q and K: the dot products are multiples of `size`, exact in every precision, and no two of a query are
+  // alike, so that it has one weight if `size` is large. Up to 251 keys.
+  void spread(float size) {
+    REQUIRE(c.s_k <= 251);
+    const auto make = [&](Array& x) {
+      for (size_t i = 0; i < x.e.size(); ++i)
+        if (!std::isnan(x.wide[i])) x.set(int64_t(i), 0.0f);
+    };
+    make(q), make(k);
+    const HeadGroups& h = c.heads;
+    for (int64_t b = 0; b < c.batch; ++b) {
+      const size_t e = static_cast<size_t>(b);
+      for (int64_t head = 0; head < h.n_q; ++head)
+        for (int64_t i = 0; i < queries(b); ++i)
+          q.set((c.packed ? 0 : b) * q_view.stride_batch + head * q_view.stride_head +
+                    ((c.packed ? cu_q[e] : 0) + i) * q_view.stride_token,
+                i % 2 == 0 ? 1.0f : -3.0f);
+      const int64_t length = c.packed ? cu_k[e + 1] - cu_k[e] : c.s_k;
+      for (int64_t token = 0; token < length; ++token)
+        for (int64_t head = 0; head < h.n_k; ++head) {
+          if (!c.packed && (token < start[e] || token >= end[e])) continue;
+          const int64_t row = kv_row(k_view, head / h.k_per_group(), head % h.k_per_group(), kv_page(paging, b, token));
+          k.set(row, size * float((token * 37 + 11) % 251 - 125));
+        }
+    }
+  }
+
   AttentionParams params() {
     AttentionParams p = common();
     p.q = with(q_view, q.e.data(), E::kDType), p.out = with(out_view, out.e.data(), E::kDType);
@@ -209,7 +236,9 @@ struct AttentionProblem {
     for (int64_t b = 0; b < c.batch; ++b) {
       // The second entry is the longest, the third one empty where lengths differ.
       const int64_t end_of = c.padded ? (b % 3 == 1 ? c.s_k : b % 3 == 2 ? 0 : c.s_k * 2 / 3) : c.s_k;
-      start.push_back(int32_t(c.padded ? std::min<int64_t>(b * 3, end_of) : 0));
+      // Of entries without keys some begin where they end, some beyond all keys.
+      const int64_t start_of = b % 3 == 2 ? c.s_k + 5 : b % 4 == 3 ? end_of : std::min<int64_t>(b * 3, end_of);
+      start.push_back(int32_t(c.padded ? start_of : 0));
       end.push_back(int32_t(end_of));
     }
     cu_q = {0}, cu_k = {0};
@@ -247,7 +276,9 @@ struct AttentionProblem {
       const int64_t stride = pages_per_entry + 1;
       table.assign(static_cast<size_t>(c.batch * stride), 2147480000);  // of blocks that no token needs
       for (int64_t b = 0; b < c.batch; ++b)
-        for (int64_t block = 0; block * page_size < end[static_cast<size_t>(b)]; ++block)
+        for (int64_t block = 0; start[static_cast<size_t>(b)] < end[static_cast<size_t>(b)] &&
+                                block * page_size < end[static_cast<size_t>(b)];
+             ++block)
           table[static_cast<size_t>(b * stride + block)] = ids[static_cast<size_t>(b * pages_per_entry + block)];
       paging.block_table = table.data(), paging.stride = stride;
     }

@@ -170,6 +170,7 @@ inline float float_of(uint32_t bits) {
 }
 inline float add(float a, float b) { return a + b; }
 inline float mul(float a, float b) { return a * b; }
+inline double mul(double a, double b) { return a * b; }
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 inline int count_ones(uint32_t x) { return __builtin_popcount(x); }
 

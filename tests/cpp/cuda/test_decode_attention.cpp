@@ -29,15 +29,17 @@ emulator::Counts run(const AttentionParams& p, const DeviceFacts& facts, emulato
 
 // Against the reference, and the same bits however warps and blocks take turns and copies come.
 template <class E>
-void check(const AttentionCase& c, DeviceFacts facts = DeviceFacts::h200()) {
+void check(const AttentionCase& c, DeviceFacts facts = DeviceFacts::h200(), float size = 0.0f) {
   std::string text;
   capture_text(c, text);
-  CAPTURE(text);
+  CAPTURE(text, size);
   AttentionProblem<E> problem(c);
+  if (size > 0) problem.spread(size);
   problem.reference();
   std::vector<uint16_t> first;
   for (const emulator::Schedule schedule : emulator::kSchedules) {
     AttentionProblem<E> again(c);
+    if (size > 0) again.spread(size);
     facts.capability = schedule == emulator::Schedule::shuffled ? 80 : facts.capability;
     run<E>(again.params(), facts, schedule);
     if (first.empty()) {
@@ -96,6 +98,16 @@ TEST_CASE("emulated decode: pages, windows, softcap, sinks, unaligned rows") {
   check<BF16>(c);
   c.gap = 8, c.page_size = 0;
   check<F16>(c);
+}
+
+TEST_CASE("emulated decode: huge scores") {
+  AttentionCase c{.heads = {16, 2, 8}, .batch = 2, .s_q = 2, .s_k = 250, .causal = true, .cached = true};
+  for (const float size : {0x1p10f, 0x1p20f, 0x1p40f, 0x1p90f}) {
+    c.softcap = 0.0, c.sinks = false;
+    check<BF16>(c, DeviceFacts::h200(), size);
+    c.softcap = 64.0 * double(size), c.sinks = true;
+    check<BF16>(c, DeviceFacts::h200(), size);
+  }
 }
 
 TEST_CASE("emulated decode: little shared memory, and the bits of an entry do not depend on the batch") {

@@ -277,6 +277,34 @@ TEST_CASE("emulated plain attention, fp32 and fp64") {
   }
 }
 
+TEST_CASE("emulated prefill: huge scores") {
+  AttentionCase base{.heads = kSmall, .batch = 2, .s_q = 70, .s_k = 250};
+  std::vector<AttentionCase> cases(4, base);
+  cases[1].causal = cases[1].sinks = cases[1].padded = true;
+  cases[2].softcap = 64.0, cases[2].window_left = 40;
+  cases[3].packed = true;
+  for (AttentionCase c : cases)
+    for (const float size : {0x1p10f, 0x1p20f, 0x1p40f, 0x1p90f}) {
+      c.softcap = c.softcap > 0 ? 64.0 * double(size) : 0.0;
+      std::string text;
+      capture_text(c, text);
+      CAPTURE(text, size);
+      AttentionProblem<BF16> problem(c);
+      problem.spread(size);
+      problem.reference();
+      const AttentionParams p = problem.params();
+      run<BF16>(p, plan_cuda_prefill(p, DeviceFacts::h100()));
+      problem.check_forward();
+      AttentionProblem<F32> plain(c);
+      plain.spread(size);
+      plain.reference();
+      const AttentionParams q = plain.params();
+      const CudaPrefillPlan plan = plan_cuda_prefill(q, DeviceFacts::h100());
+      emulate<PlainAttention<float>>({q, plan}, {plan.blocks}, plan.shared_bytes, Schedule::forward);
+      plain.check_forward();
+    }
+}
+
 TEST_CASE("emulated prefill: offsets beyond 2^31 elements") {
   const auto check_far = []<class E>(E, const AttentionCase& c, auto run_kernel) {
     for (const Apart apart : {Apart::rows, Apart::blocks}) {

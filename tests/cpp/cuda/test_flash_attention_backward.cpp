@@ -238,6 +238,34 @@ TEST_CASE("emulated gradients: fp32 and fp64") {
   check<F64>({.heads = {1, 1, 1}, .s_q = 5, .s_k = 3, .d_k = 8, .d_v = 256, .causal = true});
 }
 
+TEST_CASE("emulated gradients: huge scores") {
+  // The one weight of a row is 1, so that dV is the sum of rows of dO; dQ and dK are the rounding of dP - delta times
+  // huge numbers.
+  const auto check_dv = []<class E>(E, const AttentionCase& c, float size) {
+    std::string text;
+    capture_text(c, text);
+    CAPTURE(text, size);
+    AttentionProblem<E> problem(c);
+    problem.spread(size);
+    problem.reference_backward();
+    run<E>(problem.backward_params(), DeviceFacts::h200(), Schedule::forward);
+    problem.check(problem.dv, kTolerance<E>, "dv");
+  };
+  AttentionCase base{.heads = {4, 1, 2}, .batch = 2, .s_q = 41, .s_k = 140};
+  std::vector<AttentionCase> cases(3, base);
+  cases[1].causal = cases[1].sinks = cases[1].padded = true;
+  cases[2].packed = true, cases[2].window_left = 33, cases[2].dropout_p = 0.2;
+  for (const AttentionCase& c : cases)
+    for (const float size : {0x1p10f, 0x1p20f, 0x1p40f, 0x1p90f}) {
+      check_dv(BF16{}, c, size);
+      check_dv(F32{}, c, size);
+    }
+  // All scores reach the cap, beside which the logarithm of their number is nothing: by this lse each has all weight.
+  base.softcap = 0x1p60;
+  check_dv(BF16{}, base, 0x1p70f);
+  check_dv(F32{}, base, 0x1p70f);
+}
+
 TEST_CASE("emulated gradients: offsets beyond 2^31 elements") {
   const auto check_far = []<class E>(E, const AttentionCase& c) {
     for (const Apart apart : {Apart::rows, Apart::blocks}) {

@@ -376,6 +376,8 @@ TEST_CASE("emulated: selective V of sorted, equal and huge scores") {
   }
   check([](int64_t t) { return t % 700 == 5 ? 3e38f : t % 2 == 0 ? -3e38f : float(t) * 1e-30f; }, 1e-36);
   check([](int64_t t) { return t % 900 == 0 ? 1.0f : 1.0f + float(t % 7) * 0x1p-23f; }, 1.0);
+  for (const float size : {0x1p10f, 0x1p40f, 0x1p90f})
+    for (const double scale : {0.7, -0.7}) check([=](int64_t t) { return float((t * 37) % 251) * size; }, scale);
 }
 
 TEST_CASE("emulated: selective V with scores of -inf, and with nothing else") {
