@@ -3,6 +3,7 @@
 # make test   all tests, C++ and Python; PYTEST_ARGS="-k cache" chooses
 # make test-flash-attn   FlashAttention's own tests against our functions of its names, a sample of them, on the CPU
 #             FLASH_ATTN=a checkout, a git repository or a URL; FLASH_ATTN_ARGS="--sample 0 --seed 1 -k kvcache"
+# make fuzz   random calls against an oracle of their own for MINUTES=30; OP=decode_attention and SEED=1 choose
 # make build  the library, in place
 # make lint   style
 # Each sets up what it needs: a virtual environment in VENV, the versions of constraints.txt, the library.
@@ -15,7 +16,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 FLASH_ATTN ?= https://github.com/Dao-AILab/flash-attention
 
-.PHONY: demo test test-flash-attn build lint clean
+.PHONY: demo test test-flash-attn fuzz build lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -28,6 +29,9 @@ test: $(VENV)/.built
 
 test-flash-attn: $(VENV)/.built
 	$(BIN)/python scripts/flash_attn_tests.py $(FLASH_ATTN) $(FLASH_ATTN_ARGS)
+
+fuzz: $(VENV)/.built
+	PYTHONPATH=tests/python $(BIN)/python -m fuzz --minutes $(or $(MINUTES),30) $(addprefix --op ,$(OP)) $(addprefix --seed ,$(SEED))
 
 build: $(VENV)/.built
 
