@@ -36,10 +36,11 @@ def close(name: str, actual: Tensor, exact: np.ndarray, allowed: np.ndarray) -> 
     got, largest = numbers(actual), PRECISION[actual.dtype].largest
     with np.errstate(invalid="ignore", over="ignore"):
         may_overflow = np.abs(exact) + allowed >= largest  # an infinity or a number, as it comes
-        right = (np.abs(got - exact) <= allowed) | (got == exact) | (np.isnan(got) & np.isnan(exact))
+        errors = np.abs(got - exact)
+        right = (errors <= allowed) | (got == exact) | (np.isnan(got) & np.isnan(exact))
     wrong = ~(right | (may_overflow & ~np.isnan(exact) & ~np.isnan(got)) | np.isposinf(allowed))
     if wrong.any():
-        excess = np.where(wrong, np.nan_to_num(np.abs(got - exact) / np.maximum(allowed, 1e-300), nan=np.inf), -1)
+        excess = np.where(wrong, np.nan_to_num(errors / np.maximum(allowed, 1e-300), nan=np.inf), -1)
         at = np.unravel_index(excess.argmax(), exact.shape)
         place = [int(n) for n in at]
         raise Mismatch(
@@ -776,23 +777,18 @@ def swiglu(d: Draw) -> None:
             s = oracle.sigmoid(x)
             silu, rest = x * s, oracle.sigmoid(-x)
             slope = s + silu * rest
-            # float32 has no sigmoid below 2^-126, which limits what is left of it times a huge number.
-            least, lost = 1e-35, abs(silu) < 1e-30 or x == -math.inf
-            for name, exact, size, anything in (
-                ("out", silu * u, abs(silu * u) + least * abs(u), lost and math.isinf(u)),
-                ("dup", silu * g, abs(silu * g) + least * abs(g), lost and math.isinf(g)),
-                (
-                    "dgate",
-                    g * u * slope,
-                    abs(g * u) * (s + abs(silu) * rest + least),
-                    abs(g * u) > 1e37 or math.isinf(x),
-                ),
+            # float32 has no sigmoid below 2^-126: what is lost there, before the other factors, is below `least`.
+            least, lost = 1e-36, abs(silu) < 1e-30 or x == -math.inf
+            relative = p.sums * (16 + 2 * min(abs(x), 100)) + p.results
+            grown = abs(g * u) * (s + abs(silu) * rest)
+            for name, exact, size, floor, anything in (
+                ("out", silu * u, abs(silu * u), abs(u), lost and math.isinf(u)),
+                ("dup", silu * g, abs(silu * g), abs(g), lost and math.isinf(g)),
+                ("dgate", g * u * slope, grown, abs(g * u) + abs(g) + abs(u), abs(g * u) > 1e37 or math.isinf(x)),
             ):
-                wanted.values[name][at] = exact
                 unknown = anything and not any(map(math.isnan, (x, u, g)))
-                wanted.allowed[name][at] = (
-                    math.inf if unknown else (p.sums * (16 + 2 * min(abs(x), 100)) + p.results) * size + p.least
-                )
+                wanted.values[name][at] = exact
+                wanted.allowed[name][at] = math.inf if unknown else relative * size + least * floor + p.least
     for name, x in results.items():
         close(name, x, wanted.values[name], wanted.allowed[name])
     here.check_threads(call, results)

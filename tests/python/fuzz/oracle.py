@@ -177,15 +177,17 @@ def softmax(q: Array, k: Array, sink: float | None, o: Options) -> Row:
     if p.weights == 2**-8:
         shift = shift + 4e-6  # exponentials for bfloat16
     top = x.max()
-    lse = -np.inf if top == -np.inf else top + math.log(math.fsum(np.exp(x - top)))
-    if lse == -np.inf:
-        return Row(np.zeros(n), np.zeros(n), slopes, slope_errors, 0.0, 0.0, lse, 0.0)
-    weights = np.exp(x - lse)
+    if top == -np.inf:
+        return Row(np.zeros(n), np.zeros(n), slopes, slope_errors, 0.0, 0.0, -np.inf, 0.0)
+    x = x - top  # what follows is about differences, that must not drown in what all scores share
+    log_sum = math.log(math.fsum(np.exp(x)))
+    lse = top + log_sum
+    weights = np.exp(x - log_sum)
     others_high, others_low = _log_sums_of_others(x + shift), _log_sums_of_others(x - shift)
     errors = np.maximum(_shares(x + shift, others_low) - weights, weights - _shares(x - shift, others_high))
     errors = np.maximum(errors, 0) + weights * p.lse * abs(lse) + 1e-37
-    high = np.logaddexp.reduce(x + shift) - lse
-    low = lse - np.logaddexp.reduce(x - shift)
+    high = np.logaddexp.reduce(x + shift) - log_sum
+    low = log_sum - np.logaddexp.reduce(x - shift)
     lse_error = max(high, low) + 4 * p.sums * max(abs(lse), 1)
     if o.exact_scores:
         lse_error += 2 * p.sums * abs(top)
