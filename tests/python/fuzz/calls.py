@@ -18,7 +18,6 @@ from . import bad, oracle
 from .draw import DTYPES, NAN, UNMAPPED, Draw, int32, numbers
 from .oracle import PRECISION, Entry, Options, Result, seen
 
-EMPTY_SPANS = MEAN_OF_SEVERAL = HUGE_GATES = False
 MAX_ADDED = 4  # selective_v_attention with max_error adds rows up to that many times top_k
 
 
@@ -405,8 +404,6 @@ class Filled:
         self.start: Tensor | None = None
         if d.chance(0.4):
             starts = [d.integer(0, n + 3) if d.chance(0.5) else d.integer(0, max(0, n - 1)) for n in self.lengths]
-            if not EMPTY_SPANS:
-                starts = [max(0, min(start, n - 1)) for start, n in zip(starts, self.lengths, strict=True)]
             self.start = int32(starts)
         self.store = s = Store(d, self.lengths, starts, heads, (self.d_k, self.d_v), self.dtype)
         most = max(self.lengths, default=0)
@@ -472,8 +469,7 @@ def selective_v_attention(d: Draw) -> None:
     here, f = Circumstances(d), Filled(d, exact=d.chance(0.6), window=False)
     longest = max(f.lengths, default=0)
     top_k = d.choice(1, 2, d.integer(1, 40), d.integer(1, 2 * longest + 1), longest + d.integer(1, 50))
-    tails = ["drop", "renorm", "mean"] if f.s_q == 1 or MEAN_OF_SEVERAL else ["drop", "renorm"]
-    options: dict[str, Any] = {"top_k": top_k, "tail": d.random.choice(tails), "softmax_scale": d.scale()}
+    options: dict[str, Any] = {"top_k": top_k, "tail": d.choice("drop", "renorm", "mean"), "softmax_scale": d.scale()}
     if d.chance(0.4):
         options["max_error"] = d.choice(0.0, 1e30, 10 ** d.random.uniform(-5, 2))
     for name in ("keep_first", "keep_last"):
@@ -501,7 +497,10 @@ def selective_v_attention(d: Draw) -> None:
                 row = {name: x[e, head, query] for name, x in results.items()}
                 text = f"entry {e}, head {head}, query {query}: "
                 _check_selective_row(text, row, entry, f.starts[e], head, query, keys, options, o, here.kernels)
+    if top_k > longest and d.chance(0.5):
+        options["top_k"] = d.choice(10**7, 2**31, 2**40, 2**62)  # the same rows, and nothing to list them in
     same_bits("out without return_stats", here.call(lambda: call(stats=False))["out"], results["out"])
+    options["top_k"] = top_k
     here.check_threads(call, results)
     _check_alone(d, here, call, results, len(f.lengths))
 
@@ -743,15 +742,13 @@ def swiglu(d: Draw) -> None:
     while math.prod(shape) > 5000:
         shape[shape.index(max(shape))] //= 2
     largest = math.log10(PRECISION[dtype].largest)
-    if not HUGE_GATES:
-        largest = min(largest, 1.9)
 
     def values(most: float) -> Tensor:
         """Of all magnitudes up to 10^most, or about 1, some of them special."""
         x = d.tensor(*shape).double()
         if d.chance(0.5):
             x = x.sign() * 10 ** (torch.special.ndtr(d.tensor(*shape).double()) * (most + 3) - 3)
-        specials = [0.0, -0.0, 1e-40, math.inf, NAN] + ([-math.inf] if HUGE_GATES else [])
+        specials = (0.0, -0.0, 1e-40, math.inf, -math.inf, NAN)
         special = d.tensor(*shape) > d.choice(2.5, 10)
         x = torch.where(special, torch.tensor(d.choice(*specials), dtype=x.dtype), x)
         x = x.clamp(-PRECISION[dtype].largest, PRECISION[dtype].largest).to(dtype) if most > 30 else x.to(dtype)

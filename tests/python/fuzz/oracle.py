@@ -135,6 +135,8 @@ class Row:
     sink_error: float
     lse: float
     lse_error: float
+    again: Array  # [n]: relative errors of the weights that the backward pass computes from lse
+    sink_again: float
 
 
 def _log_sums_of_others(x: Array) -> Array:
@@ -167,7 +169,8 @@ def softmax(q: Array, k: Array, sink: float | None, o: Options) -> Row:
         x = c * tanh
         shift = c * np.maximum(high - tanh, tanh - low) + 8 * p.sums * np.abs(x)
     elif o.exact_scores and n:
-        shift = 4 * p.sums * np.abs(x - x.max())
+        # Differences of large scores are exact, too; small ones may be multiplied first.
+        shift = 4 * p.sums * (np.abs(x - x.max()) + np.minimum(np.abs(x), 200))
     else:
         shift = rounding + 4 * p.sums * np.abs(x)
     if sink is not None:
@@ -178,8 +181,8 @@ def softmax(q: Array, k: Array, sink: float | None, o: Options) -> Row:
         shift = shift + 4e-6  # exponentials for bfloat16
     top = x.max()
     if top == -np.inf:
-        return Row(np.zeros(n), np.zeros(n), slopes, slope_errors, 0.0, 0.0, -np.inf, 0.0)
-    x = x - top  # what follows is about differences, that must not drown in what all scores share
+        return Row(np.zeros(n), np.zeros(n), slopes, slope_errors, 0.0, 0.0, -np.inf, 0.0, np.zeros(n), 0.0)
+    size, x = np.abs(x), x - top  # what follows is about differences, that must not drown in what all scores share
     log_sum = math.log(math.fsum(np.exp(x)))
     lse = top + log_sum
     weights = np.exp(x - log_sum)
@@ -192,7 +195,16 @@ def softmax(q: Array, k: Array, sink: float | None, o: Options) -> Row:
     if o.exact_scores:
         lse_error += 2 * p.sums * abs(top)
     sink_weight, sink_error = (weights[n], errors[n]) if sink is not None else (0.0, 0.0)
-    return Row(weights[:n], errors[:n], slopes, slope_errors, sink_weight, sink_error, lse, lse_error)
+    # lse is the maximum plus log_sum, rounded; a score is rounded the same each time, and exact if the scale does not
+    # change its digits.
+    again = np.full(len(x), min(2 * p.sums * abs(lse), log_sum)) + 4 * p.sums * np.minimum(size, 200)
+    if not o.exact_scores or o.softcap or abs(math.frexp(o.scale)[0]) != 0.5:
+        again += np.where(x == 0, 0, 2 * p.sums * size)
+    again = np.expm1(np.minimum(again, 100))
+    sink_again = again[n] if sink is not None else 0.0
+    return Row(
+        weights[:n], errors[:n], slopes, slope_errors, sink_weight, sink_error, lse, lse_error, again[:n], sink_again
+    )
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -261,8 +273,7 @@ def _attend_row(r: Result, entry: Entry, o: Options, query: int, head: int, keys
     dot_error = abs_dout @ (out_error + p.results * np.abs(out) + p.least) + wide * (abs_dout @ np.abs(out))
     inner = dp - dot + dlse
     inner_error = dp_error + dot_error + 2 * p.sums * (np.abs(dp) + abs(dot) + abs(dlse))
-    # The weights are computed again from lse, which is rounded.
-    errors = row.errors + row.weights * p.sums * 2 * min(abs(row.lse), 1e3)
+    errors = row.errors + row.weights * row.again
     ds = row.weights * inner
     ds_error = errors * (np.abs(inner) + inner_error) + row.weights * inner_error + p.weights * np.abs(ds)
     dx = ds * row.slopes
@@ -275,7 +286,7 @@ def _attend_row(r: Result, entry: Entry, o: Options, query: int, head: int, keys
     r.add("dv", (v_head, keys), np.outer(used, dout), np.outer(dv_error, abs_dout))
     if sink is not None:
         value = row.sink * (dlse - dot)
-        error = row.sink_error + row.sink * p.sums * (8 + 2 * min(abs(row.lse), 1e3))
+        error = row.sink_error + row.sink * (8 * p.sums + row.sink_again)
         dsinks.add("dsinks", head, value, error * (abs(dlse - dot) + dot_error) + row.sink * dot_error)
 
 
