@@ -600,7 +600,7 @@ def _check_selective_row(text, got, entry, start, head, query, keys, options, o,
     mass, mass_error = discarded(used)
     inside = np.array([key in used for key in keys])
     kept = np.array(1.0 - mass)
-    close(f"{text}kept_mass", got["kept_mass"], kept, np.array(mass_error + (p.sums * 4 if mass else 0)))
+    close(f"{text}kept_mass", got["kept_mass"], kept, np.array(mass_error + (p.sums * 4 if len(used) < n else 0)))
     if options["tail"] == "renorm":
         alone = oracle.softmax(q, k[inside], None, o)
         out = alone.weights @ v[inside]
@@ -617,7 +617,7 @@ def _check_selective_row(text, got, entry, start, head, query, keys, options, o,
     bound = float(got["error_bound"])
     if options["tail"] == "renorm":
         radius = [r + np.linalg.norm(out) for r in radius]
-    high = (mass + mass_error + (2**-18 if kernels and mass else 0)) * (
+    high = (mass + mass_error + (2**-18 if kernels and len(used) < n else 0)) * (
         radius[1] + np.linalg.norm(out_error) + np.linalg.norm(mean_error)
     )
     check(bound <= high * 1.001 + 1e-35, f"{text}error_bound: got {bound:.6g}, want at most {high:.6g}")
