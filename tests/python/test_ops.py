@@ -209,6 +209,15 @@ def test_empty_batch(ops):
     assert ops.swiglu(torch.empty(0, 3), torch.empty(0, 3)).shape == (0, 3)
 
 
+def test_strides_of_tensors_without_elements_mean_nothing(ops):
+    """Those of numpy's empty arrays are 0."""
+    q, k, v = torch.ones(1, 2, 3, 8), *torch.zeros(2, 1, 2, 0, 8).as_strided((2, 1, 2, 0, 8), (0, 0, 0, 0, 0))
+    out, lse = ops.flash_attention(q, k, v)
+    assert torch.equal(out, torch.zeros(1, 2, 3, 8)) and (lse == -torch.inf).all()
+    out, lse = ops.flash_attention(k, q, q)
+    assert out.shape == (1, 2, 0, 8) and lse.shape == (1, 2, 0)
+
+
 # ---- decode_attention ------------------------------------------------------------------------------------------------
 
 

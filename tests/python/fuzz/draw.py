@@ -144,8 +144,7 @@ class Draw:
 
 
 def tensor(x: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """Contiguous, also if there is nothing in it: numpy's strides are then 0."""
-    return torch.empty(np.shape(x), dtype=dtype).copy_(torch.from_numpy(np.asarray(x)))
+    return torch.from_numpy(np.asarray(x)).to(dtype)
 
 
 def numbers(x: Tensor) -> np.ndarray:
