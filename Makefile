@@ -4,10 +4,14 @@
 # make test-flash-attn   FlashAttention's own tests against our functions of its names, a sample of them, on the CPU
 #             FLASH_ATTN=a checkout, a git repository or a URL; FLASH_ATTN_ARGS="--sample 0 --seed 1 -k kvcache"
 # make fuzz   random calls against an oracle of their own for MINUTES=30; OP=decode_attention and SEED=1 choose
+# make test-matrix   the Python tests with the oldest and the newest transformers; TRANSFORMERS="5.13.0 5.20.0" chooses
+#             others, TORCH="2.11.0 newest" adds the tests of the ops with those
+# make test-hf-suite   the tests that transformers runs on its own models, on Sigma; HF_SUITE=FOLDER is a checkout of it
 # make build  the library, in place
 # make lint   style
 # Each sets up what it needs: a virtual environment in VENV, the versions of constraints.txt, the library.
 VENV ?= .venv
+TRANSFORMERS ?= oldest newest
 export DIFFQKV_BUILD_DIR := $(abspath build/cmake)
 export PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -16,7 +20,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 FLASH_ATTN ?= https://github.com/Dao-AILab/flash-attention
 
-.PHONY: demo test test-flash-attn fuzz build lint clean
+.PHONY: demo test test-flash-attn test-matrix test-hf-suite fuzz build lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -32,6 +36,12 @@ test-flash-attn: $(VENV)/.built
 
 fuzz: $(VENV)/.built
 	PYTHONPATH=tests/python $(BIN)/python -m fuzz --minutes $(or $(MINUTES),30) $(addprefix --op ,$(OP)) $(addprefix --seed ,$(SEED))
+
+test-matrix: $(VENV)/.built
+	$(BIN)/python scripts/test_matrix.py --transformers "$(TRANSFORMERS)" --torch "$(TORCH)" $(PYTEST_ARGS)
+
+test-hf-suite: $(VENV)/.built
+	scripts/hf_suite.sh $(BIN)/python $(PYTEST_ARGS)
 
 build: $(VENV)/.built
 

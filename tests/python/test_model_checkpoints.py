@@ -9,8 +9,10 @@ import textwrap
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny_sigma import (
+    COMPRESSIONS,
     NEW_TOKENS,
     VOCAB,
     generate,
@@ -32,6 +34,9 @@ from transformers import (
 )
 
 import diffqkv
+
+# Folders with other releases, as scripts/test_matrix.py names them.
+OTHER_TRANSFORMERS = list(filter(None, os.environ.get("DIFFQKV_TEST_TRANSFORMERS", "").split(os.pathsep)))
 
 # ---------------------------------------------------------------- saving, Auto classes, pipelines, remote code
 
@@ -73,8 +78,11 @@ def test_text_generation_pipeline(tmp_path):
     assert alone[0] == tokenizer.decode(new, skip_special_tokens=True)
 
 
-def run_without_the_package(script, folder, blocks=True):
-    """Runs a script whose argument is the folder; with `blocks`, no import of diffqkv succeeds in it."""
+def run_without_the_package(script, folder, blocks=True, packages=""):
+    """Runs a script whose argument is the folder; with `blocks`, no import of diffqkv succeeds in it.
+
+    packages: a folder where it finds packages first.
+    """
     blocked = """
         class Blocked:
             def find_spec(self, name, path=None, target=None):
@@ -85,7 +93,12 @@ def run_without_the_package(script, folder, blocks=True):
     code = "import sys" + textwrap.dedent(blocked if blocks else "") + textwrap.dedent(script)
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder)],
-        env={**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"},
+        env={
+            **os.environ,
+            "HF_HOME": str(folder / "home"),
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, [packages, os.environ.get("PYTHONPATH")])),
+        },
         capture_output=True,
         text=True,
         timeout=120,
@@ -184,6 +197,31 @@ def test_remote_code_beside_the_package_takes_the_ops(tmp_path):
         assert any(type(x) is diffqkv.Cache for x in out.values())
     """
     run_without_the_package(script, tmp_path, blocks=False)
+
+
+@pytest.mark.skipif(not OTHER_TRANSFORMERS, reason="DIFFQKV_TEST_TRANSFORMERS names no other transformers")
+@pytest.mark.parametrize("other", OTHER_TRANSFORMERS)
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_remote_code_in_another_release(other, compression, tmp_path):
+    model = tiny_model((12, 4, 6), k_compression=compression)
+    model.save_pretrained(tmp_path / "checkpoint")
+    ids, mask = padded([9, 5], "left")
+    ours = transformers.__version__
+    torch.save({"ids": ids, "mask": mask, "want": generate(model, ids, mask), "ours": ours}, tmp_path / "example.pt")
+    script = """
+        import torch
+        import transformers
+        folder = sys.argv[1]
+        example = torch.load(folder + "/example.pt")
+        assert transformers.__version__ != example["ours"], transformers.__file__
+        auto = transformers.AutoModelForCausalLM
+        model = auto.from_pretrained(folder + "/checkpoint", trust_remote_code=True)
+        assert type(model).__module__.startswith("transformers_modules"), type(model)
+        options = {"attention_mask": example["mask"], "max_new_tokens": 8, "do_sample": False}
+        for cache in ({}, {"cache_implementation": "static"}, {"use_cache": False}):
+            assert torch.equal(model.generate(example["ids"], **options, **cache), example["want"]), cache
+    """
+    run_without_the_package(script, tmp_path, packages=other)
 
 
 # ---------------------------------------------------------------- checkpoints of something else
