@@ -91,7 +91,9 @@ def test_flash_padding(ops, s_q, dtype, causal):
             x[b, :, : max(lo, 0)] = NAN
             x[b, :, hi:] = NAN
     check_flash(ops, q, k, v, causal=causal, kv_start=start, kv_end=end)
-    check_flash(ops, q, k.nan_to_num(1.0), v.nan_to_num(1.0), causal=causal, kv_end=end)
+    # With equal keys in place of NaN all rounding errors would have one sign, and torch's order of sums would decide.
+    k, v = (torch.where(x.isnan(), torch.randn(x.shape).to(dtype), x) for x in (k, v))
+    check_flash(ops, q, k, v, causal=causal, kv_end=end)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, D])
