@@ -231,7 +231,7 @@ TEST_CASE("entries without keys read nothing, wherever they end, and get zeros")
         check(sinks ? 2.0f : -std::numeric_limits<float>::infinity());
         if (sinks) continue;  // of which selective V has none
         out.assign(out.size(), kNan), lse.assign(lse.size(), kNan);
-        sp.top_k = 3, sp.keep_first = sp.keep_last = 2, sp.tail = Tail::mean, sp.want_bound = true;
+        sp.top_k = sp.indices_per_row = 3, sp.keep_first = sp.keep_last = 2, sp.tail = Tail::mean, sp.want_bound = true;
         sp.kept_mass = kept.data(), sp.indices = indices.data();
         sp.rows_used = used.data(), sp.error_bound = bound.data();
         const SelectivePlan plan = plan_selective(sp, p.s_k, 2);
