@@ -103,6 +103,7 @@ class CacheLayer(CacheLayerMixin):
         self.k_cache: torch.Tensor | None = None
         self.v_cache: torch.Tensor | None = None
         self._v_stats: torch.Tensor | None = None
+        self._v_stats_version = 0  # of v_cache, when they were last right
         self._assigned: dict[str, torch.Tensor] = {}
         self._first_cut: int | None = None  # the first token whose graph was not kept
         self._wanted_batch, self._wanted_dtype, self._wanted_device = batch_size, dtype, device
@@ -144,7 +145,7 @@ class CacheLayer(CacheLayerMixin):
         shape = self.shape
         width = shape.v_per_group * shape.d_v if name == "values" else shape.k_per_group * shape.d_k
         self._check_grouped(name, x, width)
-        assigned = self._assigned | {name: x.detach()}
+        assigned = self._assigned | {name: x.detach().clone(memory_format=torch.contiguous_format)}
         both = {side: assigned.get(side, getattr(self, side)) for side in ("keys", "values")}
         if self.max_length is not None and x.shape[2] > self.max_length:
             raise ValueError(f"{name}: got {x.shape[2]} tokens, want at most max_length = {self.max_length}")
@@ -153,12 +154,14 @@ class CacheLayer(CacheLayerMixin):
             self._assigned = assigned
             return
         # They may be views of the buffers that are written next.
-        keys, values = (y.clone() for y in both.values())
+        keys, values = (y.clone(memory_format=torch.contiguous_format) for y in both.values())
+        is_cut = self._first_cut is not None or torch.is_grad_enabled() and x.requires_grad
         self.reset()
         if self.is_initialized and (x.shape[0], x.dtype, x.device) != (self.batch_size, self.dtype, self.device):
             self.is_initialized = False
             self._wanted_batch = self._wanted_dtype = self._wanted_device = None
         self.adopt(keys, values, keys.shape[2])
+        self._first_cut = 0 if is_cut else None
 
     def check_complete(self) -> None:
         """Raises ValueError where keys have been assigned and values of their length have not, or the other way."""
@@ -234,10 +237,13 @@ class CacheLayer(CacheLayerMixin):
             return
         k = keys.detach().unflatten(-1, (shape.k_per_group, shape.d_k))
         v = values.detach().unflatten(-1, (shape.v_per_group, shape.d_v))
-        self.append(ungroup(k), ungroup(v))
+        self.append(*(x if x.stride(-1) == 1 else x.contiguous() for x in (ungroup(k), ungroup(v))))
+        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+            self._first_cut = 0
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The valid tokens as k `[b, n_k, s, d_k]` and v `[b, n_v, s, d_v]`; views where the memory allows it."""
+        self.check_complete()
         k = self._panels() if self.k_layout == "panels" else ungroup(self.k_cache[:, :, : self.length])
         v = ungroup(self.v_cache[:, :, : self.length])
         return k[:, :, self.unseen :], v[:, :, self.unseen :]
@@ -248,7 +254,8 @@ class CacheLayer(CacheLayerMixin):
         The first call reads all of V; from then on `append` keeps the result up to date. Whatever else changes the
         tokens, save batch operations, makes the next call read V again.
         """
-        if self._v_stats is None:
+        self.check_complete()
+        if self._v_stats is None or self.v_cache._version != self._v_stats_version:
             self.prefetch()
             with torch.inference_mode(False):  # later writes may be outside of it
                 v = ungroup(self.v_cache[:, :, : self.length]).flatten(0, 1)
@@ -259,6 +266,7 @@ class CacheLayer(CacheLayerMixin):
                         head[:-1] = rows.sum(0)
                         head[-1] = torch.linalg.vector_norm(rows, dim=-1).max()
             self._v_stats = stats.unflatten(0, (self.batch_size, -1))
+            self._v_stats_version = self.v_cache._version
         return self._v_stats
 
     def initialize(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -417,13 +425,19 @@ class CacheLayer(CacheLayerMixin):
         for old, new, used in ((self.k_cache, k_cache, k_used), (self.v_cache, v_cache, self.length)):
             valid = old[:, :, :used]
             new[:, :, :used] = valid if batch_indices is None else valid.index_select(0, batch_indices)
+        if self.v_cache._version != self._v_stats_version:
+            self._v_stats = None
+        self._v_stats_version = v_cache._version
         self.k_cache, self.v_cache, self.capacity = k_cache, v_cache, capacity
 
     def _write(self, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> None:
         new = k.shape[2]
         positions = self._positions(k.shape[0], self.length, new, k.device)
         options = {"cos": cos, "sin": sin, "v_stats": self._v_stats, "k_layout": self.k_layout}
+        is_current = self.v_cache._version == self._v_stats_version
         kv_cache_update(self.k_cache, self.v_cache, k, v, positions, **options)
+        if is_current:
+            self._v_stats_version = self.v_cache._version
         self.length += new
 
     def _grouped(self) -> tuple[torch.Tensor, torch.Tensor]:

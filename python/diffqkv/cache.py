@@ -97,6 +97,9 @@ class Cache(HuggingFaceCache):
         """A `DynamicCache` with copies of the tokens; of layers with a sliding window, of those still to be seen."""
         dynamic = DynamicCache()
         for layer in self.layers:
+            layer.check_complete()
+            if torch.is_grad_enabled():
+                layer.check_graph()
             stock = DynamicSlidingWindowLayer(sliding_window=layer.window) if layer.is_sliding else DynamicLayer()
             if layer.is_initialized:
                 stock.update(layer.keys, layer.values)
@@ -108,6 +111,7 @@ class Cache(HuggingFaceCache):
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
         """keys, values and sliding window of each layer, as of a `DynamicCache`: code that gathers caches iterates."""
         for layer in self.layers:
+            layer.check_complete()
             yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
 
     def append(

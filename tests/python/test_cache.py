@@ -725,6 +725,52 @@ def test_keys_and_values_can_be_assigned(by):
     assert cache.to_dense()[0][0].shape == (1, 2, 6, 16) and cache.to_dense()[0][0].dtype == torch.bfloat16
 
 
+def test_assigned_tensors_may_have_any_strides_and_are_copied():
+    shape = CacheShape(2, 16, 4, 16)
+    cache = Cache([shape])
+    k, v = torch.randn(1, 2, 7, 16), torch.randn(1, 4, 7, 16)
+    cache.append(k, v, 0)
+    layer = cache.layers[0]
+    keys, values = (x[:, :, 2:].mT.contiguous().mT for x in (layer.keys, layer.values))
+    layer.keys = keys
+    for read in (cache.to_dense, cache.to_dynamic, layer.v_stats, lambda: list(cache)):
+        with pytest.raises(ValueError, match="values: got torch.float32 of shape"):
+            read()
+    keys.zero_()
+    layer.values = values
+    assert torch.equal(cache.to_dense()[0][0], k[:, :, 2:]) and torch.equal(cache.to_dense()[0][1], v[:, :, 2:])
+    assert torch.equal(Cache.from_stock([shape], [(keys, values)]).to_dense()[0][1], v[:, :, 2:])
+
+
+def test_v_stats_follow_writes_into_values():
+    cache = Cache([CacheShape(2, 16, 2, 16)])
+    cache.append(torch.randn(1, 2, 7, 16), torch.randn(1, 2, 7, 16), 0)
+    layer = cache.layers[0]
+    before = layer.v_stats().clone()
+    layer.v_cache[:, :, :7].mul_(10)
+    torch.testing.assert_close(layer.v_stats(), 10 * before)
+    layer.v_cache[:, :, :7].mul_(2)
+    cache.append(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16), 0)
+    torch.testing.assert_close(layer.v_stats(), 20 * before)
+
+
+def test_a_lost_graph_is_seen_through_conversions():
+    shape = CacheShape(2, 16, 4, 16)
+    cache = Cache([shape])
+    k, v = torch.randn(1, 2, 3, 16, requires_grad=True), torch.randn(1, 2, 3, 32, requires_grad=True)
+    cache.update(k, v, 0)
+    layer = cache.layers[0]
+    layer.values = layer.values * 2
+    with pytest.raises(ValueError, match="cache: got a step that records gradients"):
+        cache.update(k, v, 0)
+    with pytest.raises(ValueError, match="cache: got a step that records gradients"):
+        cache.to_dynamic()
+    with pytest.raises(ValueError, match="cache: got a step that records gradients"):
+        Cache.from_stock([shape], [(k, v)]).update(k, v, 0)
+    with torch.no_grad():
+        assert cache.to_dynamic().get_seq_length() == 3
+
+
 def test_a_model_goes_on_behind_assigned_tokens():
     model, ids = tiny_model(), tokens(1, 12)
     caches = Cache(model.config), DynamicCache(config=model.config)

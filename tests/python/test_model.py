@@ -401,6 +401,11 @@ def test_expand_refuses_positions_it_cannot_know():
             given = diffqkv.Cache(model.config)
             want = logits(model, ids, use_cache=False, **first)
             torch.testing.assert_close(logits(model, ids, cache=given, **first), want, atol=1e-5, rtol=1e-5)
+        # What the first pass was told is remembered where a later mask does not show it.
+        given = diffqkv.Cache(model.config)
+        logits(model, ids[:, :5], cache=given, **{name: x[:, :5] for name, x in skip.items()})
+        with pytest.raises(NotImplementedError, match="k_compression='expand' with a cache"):
+            logits(model, ids[:, 5:], cache=given, position_ids=skip["position_ids"][:, 5:])
         for first in (holes, skip):
             given = diffqkv.Cache(model.config)
             logits(model, ids[:, :-1], cache=given, **{name: x[:, :-1] for name, x in first.items()})
@@ -430,6 +435,11 @@ def test_a_float64_model(attention, compression):
     ids = tokens(1, 9)
     # Norms and rotations are float32, as in Llama.
     torch.testing.assert_close(logits(model, ids), logits_by_hand(model, ids), atol=1e-5, rtol=1e-3)
+    ids_padded, mask = padded([9, 5], "left")
+    want = logits(tiny_model(k_compression=compression), ids_padded, attention_mask=mask)[mask.bool()].double()
+    for options in ({}, {"output_attentions": True}):
+        got = logits(model, ids_padded, attention_mask=mask, **options)[mask.bool()]
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     cached = given()
     got = [logits(model, part, **cached) for part in ids.split([5, 1, 3], 1)]
     torch.testing.assert_close(torch.cat(got, 1), logits(model, ids), atol=1e-9, rtol=1e-9)

@@ -342,6 +342,17 @@ def test_a_frozen_model_in_grad_mode_decodes():
 # ---------------------------------------------------------------- autocast, torch.compile
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)])
+@torch.no_grad()
+def test_autocast_of_a_model_in_the_other_half_precision(dtypes):
+    model, ids = tiny_model().to(dtypes[0]), tokens(1, 8)
+    with torch.autocast("cpu", dtypes[1]):
+        whole = model(ids, use_cache=False).logits
+        cache = diffqkv.Cache(model.config)
+        steps = torch.cat([model(part, cache=cache).logits for part in ids.split([5, 1, 2], 1)], 1)
+    torch.testing.assert_close(steps.float(), whole.float(), atol=0.1, rtol=0.1)
+
+
 @pytest.mark.parametrize("rows", ROWS)
 def test_autocast(rows):
     model = tiny_model((12, 4, 6), initializer_range=0.1).train()

@@ -123,6 +123,8 @@ def _eager_attention(
     if sinks is not None:
         sinks = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sinks], -1)
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)[
+        ..., : key.shape[2]
+    ]
     weights = F.dropout(weights, dropout)
     return (weights @ _repeat(value, n_q)).transpose(1, 2), weights

@@ -153,7 +153,8 @@ def eager_attention_forward(
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=wide).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
@@ -375,7 +376,9 @@ class SigmaAttention(nn.Module):
         cached = None
         if in_place:
             layer = cache.layers[self.layer_idx]
-            layer.append(key.transpose(1, 2), value.transpose(1, 2), *(rope if rotates_on_write else ()))
+            # Under autocast K may have another 16-bit dtype than cos and sin.
+            angles = [x if x.dtype == torch.float32 else x.to(key.dtype) for x in rope] if rotates_on_write else ()
+            layer.append(key.transpose(1, 2), value.transpose(1, 2), *angles)
             if reads_cache:
                 cached = layer.k_cache, layer.v_cache, layer.k_layout
                 if self.expands_k:
@@ -863,13 +866,19 @@ class SigmaModel(SigmaPreTrainedModel):
         positions = position_ids[:, -1:] - newest + torch.arange(slots, device=position_ids.device)
         new_slots = torch.arange(tokens, device=position_ids.device) + past
         positions = positions.index_copy(1, new_slots, position_ids)
-        valid = None if cache_is_empty else _visible_slots(attention_mask)
-        if valid is not None and not torch.compiler.is_compiling():
-            valid = valid[:, :slots]
-            both = valid[:, 1:] & valid[:, :-1]
-            jumps = (positions[:, : valid.shape[1]].diff(dim=-1) != 1) & both
-            resumes = valid[:, 1:] & ~valid[:, :-1] & (valid.cumsum(-1)[:, :-1] > 0)
-            if bool((jumps | resumes).any()):
+        if not torch.compiler.is_compiling():
+            has_gaps = False
+            if attention_mask is None:
+                has_gaps = bool((positions.diff(dim=-1) != 1).any())
+            elif (valid := _visible_slots(attention_mask)) is not None:
+                valid = valid[:, :slots]
+                both = valid[:, 1:] & valid[:, :-1]
+                jumps = (positions[:, : valid.shape[1]].diff(dim=-1) != 1) & both
+                resumes = valid[:, 1:] & ~valid[:, :-1] & (valid.cumsum(-1)[:, :-1] > 0)
+                has_gaps = bool((jumps | resumes).any())
+            if cache_is_empty:
+                cache.has_position_gaps = has_gaps  # for the steps behind these tokens
+            elif has_gaps or getattr(cache, "has_position_gaps", False):
                 raise NotImplementedError(
                     "k_compression='expand' with a cache: the tokens of a row must have consecutive positions, "
                     "without padding between them"
@@ -993,7 +1002,7 @@ class SigmaForCausalLM(SigmaPreTrainedModel, GenerationMixin):
     def generate(self, *args, **kwargs):
         """As in transformers. `cache` is taken as the name of the cache in the releases before 5.24 too."""
         if "cache" in kwargs:
-            kwargs[_CACHE] = kwargs.pop("cache")
+            kwargs[_CACHE] = _one_cache(kwargs.pop("cache"), kwargs.get(_CACHE) if _CACHE != "cache" else None)
         return super().generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(
