@@ -131,8 +131,9 @@ def assert_accurate(actual: Tensor, exact: Tensor, low: Tensor, factor: float = 
         return
     dtype, eps = actual.dtype, torch.finfo(actual.dtype).eps
     actual, exact, low = (x[finite].double() for x in (actual, exact, low))
-    # Nothing here is more exact than float64, so that low says nothing about it.
-    floor = {torch.float64: 100, torch.float32: 4}.get(dtype, 2) * eps * exact.abs().max()
+    # Nothing here is more exact than float64, so that low says nothing about it. In float32 torch's sums of blocks can
+    # be exact by luck, where an order of sums of our own rounds as it must.
+    floor = {torch.float64: 100, torch.float32: 8}.get(dtype, 2) * eps * exact.abs().max()
     error, allowed = (actual - exact).abs().max(), factor * (low - exact).abs().max() + floor
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g} (torch in the same precision plus rounding)"
     if exact.norm() > 0:
