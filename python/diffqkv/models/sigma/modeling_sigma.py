@@ -737,9 +737,9 @@ class SigmaModel(SigmaPreTrainedModel):
             )
         rope = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         key_rope = None
-        # CODEPATH: the rows with half K dim of Tables 2 and 6.
         # Before the first layer writes: a static cache's counter is live.
         cache_is_empty = self._is_empty(past, tokens)
+        # CODEPATH: the rows with half K dim of Tables 2 and 6.
         if self.config.k_compression == "expand" and cache is not None:
             key_positions = self._key_positions(position_ids, attention_mask, counted_cache, past, cache_is_empty)
             key_rope = self.rotary_emb(inputs_embeds, position_ids=key_positions)
