@@ -142,6 +142,8 @@ class CacheLayer(CacheLayerMixin):
     def _assign(self, name: str, x: torch.Tensor) -> None:
         if self.is_sliding:
             raise NotImplementedError(f"{name}: assignment is not built for layers with a sliding window")
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name}: got {type(x).__name__}, want a Tensor (reset forgets the tokens)")
         shape = self.shape
         width = shape.v_per_group * shape.d_v if name == "values" else shape.k_per_group * shape.d_k
         self._check_grouped(name, x, width)

@@ -717,6 +717,8 @@ def test_keys_and_values_can_be_assigned(by):
     assert cache.get_seq_length() == 6 and torch.equal(cache.to_dense()[0][1][:, :, -1], v[:, :, 0])
     layer.values = 2 * layer.values  # as long as the keys: at once
     assert torch.equal(cache.to_dense()[0][1][:, :, 0], 2 * v[:, :, 0])
+    with pytest.raises(TypeError, match="keys: got NoneType, want a Tensor"):
+        layer.keys = None
     for name, wrong in (("keys", k[:, :1]), ("values", v)):
         with pytest.raises(ValueError, match=f"{name}: got shape"):
             setattr(layer, name, wrong)
