@@ -257,7 +257,7 @@ class CacheLayer(CacheLayerMixin):
         tokens, save batch operations, makes the next call read V again.
         """
         self.check_complete()
-        if self._v_stats is None or self.v_cache._version != self._v_stats_version:
+        if self._v_stats is None or not self._v_stats_are_current():
             self.prefetch()
             with torch.inference_mode(False):  # later writes may be outside of it
                 v = ungroup(self.v_cache[:, :, : self.length]).flatten(0, 1)
@@ -268,8 +268,16 @@ class CacheLayer(CacheLayerMixin):
                         head[:-1] = rows.sum(0)
                         head[-1] = torch.linalg.vector_norm(rows, dim=-1).max()
             self._v_stats = stats.unflatten(0, (self.batch_size, -1))
-            self._v_stats_version = self.v_cache._version
+            self._note_v_version()
         return self._v_stats
+
+    def _v_stats_are_current(self) -> bool:
+        """Whether nothing but the layer has written into V since they were taken. Compiled code cannot tell."""
+        return torch.compiler.is_compiling() or self.v_cache._version == self._v_stats_version
+
+    def _note_v_version(self) -> None:
+        if not torch.compiler.is_compiling():
+            self._v_stats_version = self.v_cache._version
 
     def initialize(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
         """Reserves buffers in the layout that the device computes best with: K in panels on CPU, rows elsewhere."""
@@ -427,19 +435,19 @@ class CacheLayer(CacheLayerMixin):
         for old, new, used in ((self.k_cache, k_cache, k_used), (self.v_cache, v_cache, self.length)):
             valid = old[:, :, :used]
             new[:, :, :used] = valid if batch_indices is None else valid.index_select(0, batch_indices)
-        if self.v_cache._version != self._v_stats_version:
+        if not self._v_stats_are_current():
             self._v_stats = None
-        self._v_stats_version = v_cache._version
         self.k_cache, self.v_cache, self.capacity = k_cache, v_cache, capacity
+        self._note_v_version()
 
     def _write(self, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> None:
         new = k.shape[2]
         positions = self._positions(k.shape[0], self.length, new, k.device)
         options = {"cos": cos, "sin": sin, "v_stats": self._v_stats, "k_layout": self.k_layout}
-        is_current = self.v_cache._version == self._v_stats_version
+        were_current = self._v_stats_are_current()
         kv_cache_update(self.k_cache, self.v_cache, k, v, positions, **options)
-        if is_current:
-            self._v_stats_version = self.v_cache._version
+        if were_current:
+            self._note_v_version()
         self.length += new
 
     def _grouped(self) -> tuple[torch.Tensor, torch.Tensor]:
