@@ -116,8 +116,8 @@ class CacheLayer(CacheLayerMixin):
     def keys(self) -> torch.Tensor | None:
         """The valid K in the grouped layout `[b, G, s, (n_k / G) * d_k]`; of K in panels, a copy.
 
-        Tools that shorten or change a cache assign keys and values, one after the other: what is assigned is copied
-        once both are as long as each other, and until then nothing else can be done with the layer.
+        Tools that shorten or change a cache assign keys and values, one after the other: what is assigned is copied,
+        and until both are as long as each other nothing else can be done with the layer.
         """
         return self._seen("keys")
 
@@ -151,13 +151,15 @@ class CacheLayer(CacheLayerMixin):
         both = {side: assigned.get(side, getattr(self, side)) for side in ("keys", "values")}
         if self.max_length is not None and x.shape[2] > self.max_length:
             raise ValueError(f"{name}: got {x.shape[2]} tokens, want at most max_length = {self.max_length}")
+        if torch.is_grad_enabled() and x.requires_grad:
+            self._first_cut = 0
         like = x.shape[:3], x.dtype, x.device
         if any(y is None or (y.shape[:3], y.dtype, y.device) != like for y in both.values()):
             self._assigned = assigned
             return
-        # They may be views of the buffers that are written next.
-        keys, values = (y.clone(memory_format=torch.contiguous_format) for y in both.values())
-        is_cut = self._first_cut is not None or torch.is_grad_enabled() and x.requires_grad
+        # What was not assigned may be a view of the buffers that are written next.
+        keys, values = (y if side in assigned else y.clone() for side, y in both.items())
+        is_cut = self._first_cut is not None
         self.reset()
         if self.is_initialized and (x.shape[0], x.dtype, x.device) != (self.batch_size, self.dtype, self.device):
             self.is_initialized = False

@@ -771,6 +771,10 @@ def test_a_lost_graph_is_seen_through_conversions():
         Cache.from_stock([shape], [(k, v)]).update(k, v, 0)
     with torch.no_grad():
         assert cache.to_dynamic().get_seq_length() == 3
+    assigned = Cache([shape])
+    assigned.layers[0].keys, assigned.layers[0].values = k, v.detach()
+    with pytest.raises(ValueError, match="cache: got a step that records gradients"):
+        assigned.update(k, v, 0)
 
 
 def test_a_model_goes_on_behind_assigned_tokens():
