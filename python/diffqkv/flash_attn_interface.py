@@ -81,9 +81,11 @@ def _tokens_first(out: Tensor) -> Tensor:
 
 
 def _scores(
-    alibi_slopes: None, softmax_scale: float | None, window_size: tuple[int, int], softcap: float
+    alibi_slopes: None, softmax_scale: float | None, causal: bool, window_size: tuple[int, int], softcap: float
 ) -> dict[str, Any]:
     """The options of the scores, with the names that they have in `ops` and `reference`."""
+    if not isinstance(causal, int) and getattr(causal, "dtype", None) != "bool":  # numpy's
+        raise wrong("causal", type(causal).__name__, "a bool", TypeError)
     if alibi_slopes is not None:
         raise _not_built("alibi_slopes", type(alibi_slopes).__name__, "None")
     try:
@@ -93,8 +95,13 @@ def _scores(
     except ValueError:
         raise wrong("window_size", window_size, "(left, right)") from None
     left, right = (max(-1, ops._integer("window_size", n, -(2**63))) for n in (left, right))
-    softcap = 0.0 if ops._number("softcap", softcap) <= 0 else softcap
-    return {"softmax_scale": softmax_scale, "window": (left, right), "softcap": softcap}
+    softcap = ops._number("softcap", softcap)
+    return {
+        "softmax_scale": ops._scale(softmax_scale),
+        "causal": bool(causal),
+        "window": (left, right),
+        "softcap": 0.0 if softcap <= 0 else softcap,  # NaN is refused by the op
+    }
 
 
 def _seed(dropout_p: float, wanted: bool) -> int | None:
@@ -141,12 +148,12 @@ def flash_attn_func(
         S_dmask: with dropout the softmax `[b, n_q, s_q, s_k]`, negative where it was dropped, from plain torch in
         quadratic memory and without a gradient; otherwise an empty tensor.
     """
-    scores = _scores(alibi_slopes, softmax_scale, window_size, softcap) | {"causal": causal}
+    scores = _scores(alibi_slopes, softmax_scale, causal, window_size, softcap)
     sizes: dict[str, int] = {}
     _sizes("q", q, "b s_q n_q d_k", sizes)
     _sizes("k", k, "b s_k n_k d_k", sizes)
     _sizes("v", v, "b s_k n_v d_v", sizes)
-    scores["softmax_scale"] = _head_dims(sizes["d_k"], sizes["d_v"], softmax_scale)
+    scores["softmax_scale"] = _head_dims(sizes["d_k"], sizes["d_v"], scores["softmax_scale"])
     q, k, v = (_rows(x).transpose(1, 2) for x in (q, k, v))
     seed = _seed(dropout_p, return_attn_probs)
     result = ops.flash_attention(
@@ -212,8 +219,10 @@ def _places(
     _checks._tensor("cu_seqlens_k", cu_seqlens_k, q, (torch.int32,), (1,), "[b + 1]")
     _checks._tensor("block_table", block_table, q, (torch.int32,), (2,), "[b, max_blocks]")
     b, max_blocks = block_table.shape
-    if b + 1 != cu_seqlens_k.shape[0]:
-        raise wrong("block_table", f"{b} entries", f"{cu_seqlens_k.shape[0] - 1}, those of cu_seqlens_k")
+    if len(cu_seqlens_k) == 0:
+        raise wrong("cu_seqlens_k", "shape [0]", "[b + 1]")
+    if len(cu_seqlens_k) != b + 1:
+        raise wrong("block_table", f"{b} entries", f"{len(cu_seqlens_k) - 1}, those of cu_seqlens_k")
     lengths = cu_seqlens_k.diff()
     if _checks.readable(cu_seqlens_k):
         _checks._cu_seqlens("k", cu_seqlens_k, int(cu_seqlens_k[-1]), max_seqlen_k)
@@ -269,7 +278,7 @@ def flash_attn_varlen_func(
     Raises:
         NotImplementedError: alibi_slopes.
     """
-    scores = _scores(alibi_slopes, softmax_scale, window_size, softcap) | {"causal": causal}
+    scores = _scores(alibi_slopes, softmax_scale, causal, window_size, softcap)
     max_seqlen_q = ops._integer("max_seqlen_q", max_seqlen_q, 0)
     max_seqlen_k = ops._integer("max_seqlen_k", max_seqlen_k, 0)
     rows = "total_k" if block_table is None else "blocks block_size"
@@ -277,7 +286,7 @@ def flash_attn_varlen_func(
     _sizes("q", q, "total_q n_q d_k", sizes)
     _sizes("k", k, f"{rows} n_k d_k", sizes)
     _sizes("v", v, f"{rows} n_v d_v", sizes)
-    scores["softmax_scale"] = _head_dims(sizes["d_k"], sizes["d_v"], softmax_scale)
+    scores["softmax_scale"] = _head_dims(sizes["d_k"], sizes["d_v"], scores["softmax_scale"])
     if block_table is not None:
         places = _places(block_table, cu_seqlens_k, max_seqlen_k, q, sizes["blocks"], sizes["block_size"])
         k, v = k[places], v[places]
@@ -430,6 +439,7 @@ def _attend(
     lengths: Tensor,
     start: Tensor | None,
     table: Tensor | None,
+    *,
     causal: bool,
     window: tuple[int, int],
     return_lse: bool,
@@ -522,7 +532,7 @@ def flash_attn_with_kvcache(
             contents of integer tensors are checked on the CPU.
         NotImplementedError: alibi_slopes.
     """
-    scores = _scores(alibi_slopes, softmax_scale, window_size, softcap)
+    scores = _scores(alibi_slopes, softmax_scale, causal, window_size, softcap)
     if torch.is_grad_enabled():
         ops._refuse_gradients(
             "flash_attn_with_kvcache",
@@ -534,7 +544,7 @@ def flash_attn_with_kvcache(
     _sizes("k_cache", k_cache, "entries slots n_k d_k", sizes)
     _sizes("v_cache", v_cache, "entries slots n_v d_v", sizes)
     b, s_q, d_k, d_v = (sizes[name] for name in ("b", "s_q", "d_k", "d_v"))
-    scores["softmax_scale"] = _head_dims(d_k, d_v, softmax_scale)
+    scores["softmax_scale"] = _head_dims(d_k, d_v, scores["softmax_scale"])
     _checks._tensor("q", q, k_cache, (k_cache.dtype,), (4,), "")
     _checks._heads("k_cache", sizes["n_k"], sizes["n_q"])
     _checks._heads("v_cache", sizes["n_v"], sizes["n_q"])
@@ -561,7 +571,7 @@ def flash_attn_with_kvcache(
     if rotary_cos is not None or rotary_sin is not None:
         if k is None:
             raise wrong("k", None, "a tensor, as rotary_cos or rotary_sin is given")
-        in_turn = s_q if causal or scores["window"] != (-1, -1) else 1
+        in_turn = s_q if scores["causal"] or scores["window"] != (-1, -1) else 1
         slots = cache_seqlens[:, None] + torch.arange(max(in_turn, s_new), device=q.device)
         cos = _angles("rotary_cos", rotary_cos, q, slots, capacity, sizes)
         sin = _angles("rotary_sin", rotary_sin, q, slots, capacity, sizes)
@@ -584,7 +594,7 @@ def flash_attn_with_kvcache(
             if copy is not cache:
                 cache.copy_(copy[..., : cache.shape[-1]])
     result = _attend(
-        _rows(q), k_cache, v_cache, cache_seqlens + s_new, cache_leftpad, block_table, causal,
+        _rows(q), k_cache, v_cache, cache_seqlens + s_new, cache_leftpad, block_table,
         return_lse=return_softmax_lse, **scores,
     )  # fmt: skip
     out, lse = result if return_softmax_lse else (result, None)

@@ -7,8 +7,8 @@ all of one call alike, with a last dimension of stride 1 and otherwise any strid
 that train, `flash_attention` and `flash_attention_varlen`, also take float64, in which all of them is then computed.
 
 Every wrong argument is a ValueError that is a RuntimeError too, as callers of torch expect it, or a TypeError if its
-type or dtype is wrong, with the text `argument: got ..., want ...`, raised before anything is written. Integers may be
-anything that Python takes for an index but a bool: numpy's, or a tensor without dimensions, whose value is read.
+type or dtype is wrong, with the text `argument: got ..., want ...`, raised before anything is written. Numbers may be
+numpy's, or tensors without dimensions, whose value is read; a bool is none.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, SupportsIndex
 
 import torch
@@ -27,6 +28,7 @@ from ._checks import PANELS, ROWS, ArgumentError, refused_kind, wrong
 from .reference import SelectiveVStats
 
 _LAYOUTS = {"rows": ROWS, "panels": PANELS}
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _TAILS = {"drop": composed.DROP, "renorm": composed.RENORM, "mean": composed.MEAN}
 
 if _library.loaded:
@@ -142,9 +144,19 @@ def _integer(name: str, value: SupportsIndex, low: int, high: int = 2**63 - 1) -
 
 
 def _number(name: str, value: float) -> float:
-    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(value, bool):
+    """value, as a float if it is none of Python's numbers: one of numpy's, a tensor without dimensions."""
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool):
+        return value
+    is_real = isinstance(value, Real) and not isinstance(value, bool)
+    if isinstance(value, Tensor) and not torch.compiler.is_compiling():
+        is_real = value.dim() == 0 and (value.is_floating_point() or value.dtype in _INTEGERS)
+    if not is_real:
         raise wrong(name, type(value).__name__, "a number", TypeError)
-    return value
+    return float(value)
+
+
+def _scale(softmax_scale: float | None) -> float | None:
+    return None if softmax_scale is None else _number("softmax_scale", softmax_scale)
 
 
 def _refuse_forward_mode(op: str, *tensors: Tensor) -> None:
@@ -156,14 +168,22 @@ def _refuse_forward_mode(op: str, *tensors: Tensor) -> None:
             raise NotImplementedError(f"{op}: forward-mode differentiation is not built")
 
 
-def _logits(window: tuple[int, int], softcap: float, sinks: Tensor | None) -> dict[str, Any]:
+def _logits(
+    softmax_scale: float | None, window: tuple[int, int], softcap: float, sinks: Tensor | None
+) -> dict[str, Any]:
     """The arguments of the ops for what the attention functions share."""
     if not isinstance(window, (tuple, list)):
         raise wrong("window", type(window).__name__, "a tuple (left, right)", TypeError)
     if len(window) != 2:
         raise wrong("window", window, "two integers, left and right")
     left, right = (_integer("window", n, -1) for n in window)
-    return {"window_left": left, "window_right": right, "softcap": _number("softcap", softcap), "sinks": sinks}
+    return {
+        "softmax_scale": _scale(softmax_scale),
+        "window_left": left,
+        "window_right": right,
+        "softcap": _number("softcap", softcap),
+        "sinks": sinks,
+    }
 
 
 def _dropout(dropout_p: float, seed: int | None, offset: int) -> dict[str, float | int]:
@@ -171,7 +191,8 @@ def _dropout(dropout_p: float, seed: int | None, offset: int) -> dict[str, float
     offset = _integer("offset", offset, 0, 2**32 - 1)
     if seed is not None:
         seed = _integer("seed", seed, -(2**63))
-    if _number("dropout_p", dropout_p) == 0:
+    dropout_p = _number("dropout_p", dropout_p)
+    if dropout_p == 0:
         seed = 0
     elif seed is None:
         if torch.compiler.is_compiling():
@@ -240,10 +261,9 @@ def flash_attention(
     run = _uses_kernel("flash_attention", "q", q, k, v, sinks)
     options = {
         "causal": causal,
-        "softmax_scale": softmax_scale,
         "kv_start": kv_start,
         "kv_end": kv_end,
-        **_logits(window, softcap, sinks),
+        **_logits(softmax_scale, window, softcap, sinks),
         **_dropout(dropout_p, seed, offset),
     }
     if run:
@@ -303,10 +323,9 @@ def flash_attention_varlen(
     args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = {
         "causal": causal,
-        "softmax_scale": softmax_scale,
         "kv_start": kv_start,
         "kv_end": kv_end,
-        **_logits(window, softcap, sinks),
+        **_logits(softmax_scale, window, softcap, sinks),
         **_dropout(dropout_p, seed, offset),
     }
     if run:
@@ -364,9 +383,8 @@ def decode_attention(
     options = {
         "cache_start": cache_start,
         "block_table": block_table,
-        "softmax_scale": softmax_scale,
         "k_layout": layout,
-        **_logits(window, softcap, sinks),
+        **_logits(softmax_scale, window, softcap, sinks),
     }
     if run:
         out, lse = _call(_DECODE, q, k_cache, v_cache, cache_seqlens, **options)
@@ -467,8 +485,8 @@ def selective_v_attention(
     Raises:
         ValueError, TypeError: an argument is wrong, or requires a gradient in grad mode.
     """
-    if max_error is not None and (isinstance(max_error, bool) or not isinstance(max_error, (int, float))):
-        raise wrong("max_error", type(max_error).__name__, "a float or None", TypeError)
+    if max_error is not None:
+        max_error = _number("max_error", max_error)
     layout = _choice("k_layout", k_layout, _LAYOUTS)
     tail_mode = _choice("tail", tail, _TAILS)
     top_k = _integer("top_k", top_k, 1)
@@ -490,7 +508,7 @@ def selective_v_attention(
         v_stats=v_stats,
         cache_start=cache_start,
         block_table=block_table,
-        softmax_scale=softmax_scale,
+        softmax_scale=_scale(softmax_scale),
         k_layout=layout,
         max_error=max_error,
         return_bound=return_stats,

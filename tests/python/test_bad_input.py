@@ -549,6 +549,36 @@ def test_what_is_no_integer(api, op, arguments, options, make):
             check(getattr(api, op), arguments(), options | converted({name: value}, make), TypeError, name)
 
 
+# op, its right arguments, and numbers of each kind of argument
+NUMBERS = [
+    ("flash_attention", flash_arguments, {"softmax_scale": 0.5, "softcap": 2.0}),
+    ("flash_attention", flash_arguments, {"dropout_p": 0.5, "seed": 5}),
+    ("flash_attention_varlen", varlen_arguments, {"softmax_scale": 0.25, "softcap": 0.5}),
+    ("decode_attention", decode_arguments, {"softmax_scale": 0.25, "softcap": 0.5}),
+    ("selective_v_attention", selective_arguments, {"softmax_scale": 0.25, "max_error": 0.5}),
+]
+NUMBER_CASES = [
+    (op, arguments, options, name)
+    for op, arguments, options in NUMBERS
+    for name, x in options.items()
+    if isinstance(x, float)
+]
+
+
+@pytest.mark.parametrize("make", [np.float32, np.float64, torch.tensor, lambda x: torch.tensor(x).double()])
+@pytest.mark.parametrize("op, arguments, options, name", NUMBER_CASES)
+def test_numbers_of_numpy_and_torch(api, op, arguments, options, name, make):
+    function, arguments = getattr(api, op), arguments()
+    want = function(**arguments | options)
+    assert torch.equal(function(**arguments | options | {name: make(options[name])}), want)
+
+
+@pytest.mark.parametrize("make", [str, bool, np.bool_, complex, lambda x: [x], lambda x: torch.tensor([x])])
+@pytest.mark.parametrize("op, arguments, options, name", NUMBER_CASES)
+def test_what_is_no_number(api, op, arguments, options, name, make):
+    check(getattr(api, op), arguments(), options | {name: make(options[name])}, TypeError, name)
+
+
 def test_integers_in_compiled_code():
     """A graph has no value of a tensor: outside fullgraph torch.compile leaves the call to Python."""
     q = torch.randn(1, 2, 8, 16)

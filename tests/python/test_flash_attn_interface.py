@@ -184,6 +184,25 @@ def test_any_head_dimension_gradients(dims):
     )
 
 
+@pytest.mark.parametrize("causal", [np.True_, 1])
+def test_causal_of_numpy(causal):
+    q, k, v = inputs()
+    assert torch.equal(fa.flash_attn_func(q, k, v, causal=causal), fa.flash_attn_func(q, k, v, causal=True))
+    got = fa.flash_attn_with_kvcache(q, k, v, causal=causal)
+    assert torch.equal(got, fa.flash_attn_with_kvcache(q, k, v, causal=True))
+
+
+@pytest.mark.parametrize(
+    "option", [{"causal": "no"}, {"causal": None}, {"softmax_scale": "1"}, {"softcap": "1"}], ids=repr
+)
+def test_options_of_a_wrong_type(option):
+    q, k, v = inputs()
+    for function in (fa.flash_attn_func, fa.flash_attn_with_kvcache):
+        with pytest.raises(TypeError) as error:
+            function(q, k, v, **option)
+        assert_refusal(error.value, TypeError, *option)
+
+
 @pytest.mark.parametrize("window", [torch.tensor([5, 2]), np.array([5, 2]), [np.int8(5), torch.tensor(2)]], ids=repr)
 def test_windows_of_numpy_and_torch(window):
     q, k, v = inputs()
@@ -803,6 +822,7 @@ WRONG = [
             ({"block_table": PAGES[:1]}, ValueError, "block_table"),
             ({"block_table": PAGES[0]}, ValueError, "block_table"),
             ({"block_table": PAGES[:, :2]}, ValueError, "cu_seqlens_k"),
+            ({"cu_seqlens_k": lambda x: x[:0]}, ValueError, "cu_seqlens_k"),
             ({"block_table": PAGES + 1}, ValueError, "block_table"),
             ({"block_table": PAGES - 1}, ValueError, "block_table"),
             ({"block_table": [[0]]}, TypeError, "block_table"),
