@@ -35,7 +35,7 @@ test-flash-attn: $(VENV)/.built
 	$(BIN)/python scripts/flash_attn_tests.py $(FLASH_ATTN) $(FLASH_ATTN_ARGS)
 
 fuzz: $(VENV)/.built
-	PYTHONPATH=tests/python $(BIN)/python -m fuzz --minutes $(or $(MINUTES),30) $(addprefix --op ,$(OP)) $(addprefix --seed ,$(SEED))
+	PYTHONPATH=tests/python/support $(BIN)/python -m fuzz --minutes $(or $(MINUTES),30) $(addprefix --op ,$(OP)) $(addprefix --seed ,$(SEED))
 
 test-matrix: $(VENV)/.built
 	$(BIN)/python scripts/test_matrix.py --transformers "$(TRANSFORMERS)" --torch "$(TORCH)" $(PYTEST_ARGS)

@@ -14,7 +14,7 @@ Exit status: 0 correct, 1 an op did not pass, 2 no CUDA device.
 device_check.json:
     format         2
     passed         whether every op that the library has passed every stage that says whether it is right
-    ready          the ops that did; their names may go into CUDA_TESTED of python/diffqkv/_dispatch.py
+    ready          the ops that did; their names may go into CUDA_TESTED of python/diffqkv/dispatch.py
     environment    date, GPU, driver, torch, library (path, sha256), commit
     stages         by name: planned_s, seconds, and jobs by op (or "all"): status (passed, failed, error, timeout,
                    skipped, missing), seconds, reason (of anything but passed), failures (texts), and figures:

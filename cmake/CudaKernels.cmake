@@ -56,9 +56,31 @@ if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.0)
 endif()
 
 file(GLOB_RECURSE _diffqkv_cuda_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/csrc/cuda/*.cu")
+
+# Appends to _diffqkv_cuda_sources a file that instantiates a template of csrc/cuda/<op>/launch.cuh, so that the
+# instances compile side by side.
+function(_diffqkv_instance op name instance)
+  set(file "${CMAKE_CURRENT_BINARY_DIR}/cuda/${op}/${name}.cu")
+  configure_file("${PROJECT_SOURCE_DIR}/csrc/cuda/instance.cu.in" "${file}" @ONLY)
+  list(APPEND _diffqkv_cuda_sources "${file}")
+  set(_diffqkv_cuda_sources "${_diffqkv_cuda_sources}" PARENT_SCOPE)
+endfunction()
+# The head dimensions (d_k, d_v) that have kernels of their own; plan/cuda chooses among them.
+foreach(_diffqkv_dims "32, 64" "64, 64" "64, 128" "128, 128" "256, 256")
+  string(REPLACE ", " "_" _diffqkv_name "${_diffqkv_dims}")
+  _diffqkv_instance(flash_attention "${_diffqkv_name}"
+    "cudaError_t launch_flash_attention<${_diffqkv_dims}>(const FlashAttentionParams<float>&, cudaStream_t)")
+  _diffqkv_instance(flash_attention_backward "${_diffqkv_name}"
+    "cudaError_t launch_gradients<${_diffqkv_dims}>(const BackwardCall&, cudaStream_t)")
+endforeach()
+foreach(_diffqkv_dtype F32 F16 BF16)
+  _diffqkv_instance(selective_v_attention "${_diffqkv_dtype}"
+    "cudaError_t selective::run<${_diffqkv_dtype}>(const SelectiveVAttentionParams&, const CudaSelectiveVAttentionPlan&, \
+void*, cudaStream_t)")
+endforeach()
+
 add_library(diffqkv_cuda STATIC ${_diffqkv_cuda_sources})
-target_include_directories(diffqkv_cuda PUBLIC "${PROJECT_SOURCE_DIR}/csrc/include"
-                                        PRIVATE "${PROJECT_SOURCE_DIR}/csrc")
+target_include_directories(diffqkv_cuda PUBLIC "${PROJECT_SOURCE_DIR}/csrc")
 target_compile_features(diffqkv_cuda PRIVATE cxx_std_20)
 set_target_properties(diffqkv_cuda PROPERTIES
   POSITION_INDEPENDENT_CODE ON

@@ -135,7 +135,7 @@ def compiled(command: dict) -> list[Kernel]:
         if run.returncode != 0:
             raise RuntimeError(f"{source}: {run.stderr[-2000:]}")
         ptx = [path.read_text() for path in Path(folder).glob("*.ptx")]
-    return parse(str(source.relative_to(ROOT / "csrc" / "cuda")), run.stdout + run.stderr, ptx)
+    return parse(re.sub(r".*/cuda/", "", source.as_posix()), run.stdout + run.stderr, ptx)
 
 
 def demangled(kernels: list[Kernel]) -> list[Kernel]:

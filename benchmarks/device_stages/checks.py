@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffqkv import _dispatch
+from diffqkv.ops import dispatch
 
 from .compare import bits, same_bits
 from .context import Context
@@ -209,7 +209,7 @@ def contract(context: Context, name: str) -> None:
         args = make().args
         # It compares arguments before and after, in which NaN is not NaN.
         args = {x: y.nan_to_num(0.5) if isinstance(y, Tensor) and y.is_floating_point() else y for x, y in args.items()}
-        for differentiable in (False, True) if name in _dispatch.BACKWARD else (False,):
+        for differentiable in (False, True) if name in dispatch.BACKWARD else (False,):
             if differentiable:
                 args |= {x: args[x].detach().requires_grad_() for x in ("q", "k", "v", "gate", "up") if x in args}
             try:

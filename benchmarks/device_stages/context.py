@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from diffqkv import _dispatch
+from diffqkv.ops import dispatch
 
 from .problems import SUBJECTS, Problem
 
@@ -40,7 +40,7 @@ class Context:
     def dtypes(self, name: str) -> tuple[torch.dtype, ...]:
         """bfloat16, float16, and what else the kernel takes."""
         order = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-        return tuple(sorted(_dispatch.KERNEL_DTYPES[name.removesuffix("_backward")], key=order.index))
+        return tuple(sorted(dispatch.KERNEL_DTYPES[name.removesuffix("_backward")], key=order.index))
 
     def problems(self, name: str, *, stable: bool = False) -> list[tuple[str, Callable[[], Problem]]]:
         """What the op is tried with: a text and a function that makes it."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from diffqkv import _library
+from diffqkv.ops import library
 
 from .context import REPOSITORY, Context
 from .problems import SUBJECTS
@@ -28,19 +28,19 @@ def _output(*command: str) -> str:
 
 
 def environment(context: Context, commit: str | None) -> None:
-    if not _library.loaded:
-        raise RuntimeError(_library.reason)
-    library = Path(_library.path)
+    if not library.loaded:
+        raise RuntimeError(library.reason)
+    path = Path(library.path)
     facts = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "library": str(library),
-        "library_sha256": hashlib.sha256(library.read_bytes()).hexdigest(),
+        "library": str(path),
+        "library_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "commit": commit or _output("git", "-C", str(REPOSITORY), "rev-parse", "HEAD"),
     }
     context.result["environment"] = facts
-    context.result["kernels"] = {op: _library.has_kernel(op, context.device.type) for op in SUBJECTS}
+    context.result["kernels"] = {op: library.has_kernel(op, context.device.type) for op in SUBJECTS}
     if not context.on_gpu:
         return
     if not torch.cuda.is_available():

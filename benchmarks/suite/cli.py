@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from diffqkv import _library
+from diffqkv.ops import library
 
 from .cases import CASES, case
 from .line import TOLERANCE
@@ -61,8 +61,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if not _library.loaded:
-        print(f"bench: there is no compiled library to measure: {_library.reason}", file=sys.stderr)
+    if not library.loaded:
+        print(f"bench: there is no compiled library to measure: {library.reason}", file=sys.stderr)
         return EXIT_MISSING
     try:
         from tqdm import tqdm

@@ -6,8 +6,8 @@
 #include <sstream>
 
 #include "bindings/shapes.h"
-#include "core/cpu_isa.h"
-#include "diffqkv/attention_plan.h"
+#include "cpu/isa.h"
+#include "plan/cpu/attention.h"
 
 namespace py = pybind11;
 using namespace diffqkv;

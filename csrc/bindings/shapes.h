@@ -4,7 +4,7 @@
 
 #include <string>
 
-#include "diffqkv/params.h"
+#include "params/params.h"
 
 namespace diffqkv {
 

@@ -11,7 +11,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "diffqkv/params.h"
+#include "params/params.h"
 
 #if !defined(__CUDACC__)
 #include "emulator.h"
@@ -136,12 +136,6 @@ DIFFQKV_DEVICE void load_matrices(uint32_t (&r)[2], const void* row) {
                : "=r"(r[0]), "=r"(r[1])
                : "r"(shared_address(row))
                : "memory");
-}
-// An 8 x 8 matrix spread over the lanes as above, transposed.
-DIFFQKV_DEVICE uint32_t transpose_matrix(uint32_t x) {
-  uint32_t y;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
 }
 
 struct F32 {

@@ -1,7 +1,7 @@
 #include <cuda_runtime.h>
 
-#include "core/cuda/ticket_pool.h"
-#include "diffqkv/cuda.h"
+#include "cuda/launch_api.h"
+#include "cuda/ticket_pool.h"
 
 namespace diffqkv {
 namespace {

@@ -1,8 +1,8 @@
 // Tiles of rows in shared memory.
 #pragma once
-#include "core/cuda/tile_stride.h"
-#include "core/key_range.h"
 #include "cuda/device.cuh"
+#include "params/key_range.h"
+#include "plan/cuda/tile_stride.h"
 
 namespace diffqkv::device {
 

@@ -1,11 +1,11 @@
 #include "ops/cache_slots.h"
 
-#include "diffqkv/layout.h"
 #include "ops/torch_compat.h"
+#include "params/layout.h"
 
 namespace diffqkv {
 
-void check_new_token_slots(const CacheUpdateParams& p) {
+void check_new_token_slots(const KvCacheUpdateParams& p) {
   for (int64_t b = 0; b < p.batch; ++b) {
     for (int64_t t = 0; t < p.s_new; ++t) {
       const int64_t position = new_token_position(p, b, t);

@@ -1,9 +1,9 @@
 #pragma once
-#include "diffqkv/params.h"
+#include "params/params.h"
 
 namespace diffqkv {
 
 // Throws unless every new token has -1 or a position in a mapped page. Positions and block table must be host memory.
-void check_new_token_slots(const CacheUpdateParams& p);
+void check_new_token_slots(const KvCacheUpdateParams& p);
 
 }  // namespace diffqkv

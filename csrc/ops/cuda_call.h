@@ -1,6 +1,6 @@
 // What the ops on CUDA tensors share: a device, a stream, and errors that say what went wrong.
 #pragma once
-#include "diffqkv/cuda.h"
+#include "cuda/launch_api.h"
 #include "ops/torch_compat.h"
 
 namespace diffqkv {
@@ -39,7 +39,5 @@ Tensor on_host(const Tensor& t);
 inline std::optional<Tensor> on_host(const std::optional<Tensor>& t) {
   return t ? std::optional(on_host(*t)) : std::nullopt;
 }
-// float32 on the same device; t itself where it is that already.
-Tensor as_float32(const Tensor& t);
 
 }  // namespace diffqkv

@@ -137,7 +137,7 @@ AttentionResults new_results(const Tensor& q, AttentionParams& p) {
 AttentionGradients new_gradients(const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q,
                                  const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
                                  const std::optional<PackedSequences>& packed, AttentionOptions& options) {
-  AttentionBackwardParams bp;
+  FlashAttentionBackwardParams bp;
   AttentionParams& p = bp.forward;
   p = attention_params(q, k, v, packed, options);
   const int64_t last = q.dim() - 1;
@@ -192,10 +192,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, const st
                                                     const std::optional<PackedSequences>& packed,
                                                     AttentionOptions options) {
   const AttentionGradients call = new_gradients(dout, dlse, q, k, v, out, lse, packed, options);
-  const AttentionBackwardPlan plan = plan_attention_backward(call.params.forward, torch_threads());
+  const FlashAttentionBackwardPlan plan = plan_flash_attention_backward(call.params.forward, torch_threads());
   Tensor workspace =
-      torch::stable::new_empty(q, {cpu::attention_backward_workspace(call.params, plan)}, ScalarType::Byte);
-  cpu::attention_backward(call.params, plan, workspace.data_ptr(), parallel_on_torch);
+      torch::stable::new_empty(q, {cpu::flash_attention_backward_workspace(call.params, plan)}, ScalarType::Byte);
+  cpu::flash_attention_backward(call.params, plan, workspace.data_ptr(), parallel_on_torch);
   return {call.dq, call.dk, call.dv, options.as_sinks(call.dsinks)};
 }
 

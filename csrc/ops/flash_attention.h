@@ -25,7 +25,7 @@ AttentionResults new_results(const Tensor& q, AttentionParams& params);
 // The params of the backward pass, complete; memory for the gradients, dsinks as the kernels take sinks; and what else
 // the params point to.
 struct AttentionGradients {
-  AttentionBackwardParams params;
+  FlashAttentionBackwardParams params;
   Tensor dq, dk, dv, dsinks, dout;
   std::optional<Tensor> dlse;
 };

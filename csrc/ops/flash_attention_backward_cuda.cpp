@@ -11,13 +11,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const char* op, const Tensor
                                                     const std::optional<PackedSequences>& packed,
                                                     AttentionOptions options) {
   const AttentionGradients gradients = new_gradients(dout, dlse, q, k, v, out, lse, packed, options);
-  const AttentionBackwardParams& p = gradients.params;
+  const FlashAttentionBackwardParams& p = gradients.params;
   const CudaCall call(op, q);
   if (packed && call.debugging()) {
     const Tensor cu_seqlens_q = on_host(packed->cu_seqlens_q), cu_seqlens_k = on_host(packed->cu_seqlens_k);
     check_sequences({cu_seqlens_q, cu_seqlens_k, packed->max_seqlen_q, packed->max_seqlen_k}, q, k);
   }
-  const CudaBackwardPlan plan = plan_cuda_backward(p, call.facts());
+  const CudaFlashAttentionBackwardPlan plan = plan_cuda_flash_attention_backward(p, call.facts());
   Tensor workspace = torch::stable::new_empty(q, {plan.workspace_bytes}, ScalarType::Byte);
   call.check(cuda_flash_attention_backward(p, plan, workspace.data_ptr(), call.stream()));
   return {gradients.dq, gradients.dk, gradients.dv, options.as_sinks(gradients.dsinks)};

@@ -8,10 +8,10 @@ namespace {
 std::tuple<Tensor, Tensor> forward(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                                    const std::optional<PackedSequences>& packed, AttentionOptions options) {
   AttentionParams p = attention_params(q, k, v, packed, options);
-  DIFFQKV_CHECK(p.s_q <= kMaxPrefillTokens, packed ? "max_seqlen_q" : "q", ": got ", p.s_q, " tokens, want up to ",
-                kMaxPrefillTokens);
-  DIFFQKV_CHECK(p.s_k <= kMaxPrefillTokens, packed ? "max_seqlen_k" : "k", ": got ", p.s_k, " tokens, want up to ",
-                kMaxPrefillTokens);
+  DIFFQKV_CHECK(p.s_q <= kMaxFlashAttentionTokens, packed ? "max_seqlen_q" : "q", ": got ", p.s_q,
+                " tokens, want up to ", kMaxFlashAttentionTokens);
+  DIFFQKV_CHECK(p.s_k <= kMaxFlashAttentionTokens, packed ? "max_seqlen_k" : "k", ": got ", p.s_k,
+                " tokens, want up to ", kMaxFlashAttentionTokens);
   const CudaCall call(op, q);
   if (packed && call.debugging()) {
     const Tensor cu_seqlens_q = on_host(packed->cu_seqlens_q), cu_seqlens_k = on_host(packed->cu_seqlens_k);

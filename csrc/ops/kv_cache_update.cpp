@@ -1,10 +1,10 @@
 #include <algorithm>
 #include <utility>
 
-#include "diffqkv/attention_plan.h"
 #include "ops/arguments.h"
 #include "ops/cache_slots.h"
 #include "ops/ops.h"
+#include "plan/cpu/attention.h"
 
 namespace diffqkv {
 namespace {
@@ -62,15 +62,15 @@ void check_memory(const Tensor& k_cache, const Tensor& v_cache, const std::optio
 
 }  // namespace
 
-CacheUpdateParams cache_update_params(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
-                                      const Tensor& positions, const std::optional<Tensor>& cos,
-                                      const std::optional<Tensor>& sin, const std::optional<Tensor>& block_table,
-                                      const std::optional<Tensor>& v_stats, int64_t k_layout) {
+KvCacheUpdateParams kv_cache_update_params(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
+                                           const Tensor& v, const Tensor& positions, const std::optional<Tensor>& cos,
+                                           const std::optional<Tensor>& sin, const std::optional<Tensor>& block_table,
+                                           const std::optional<Tensor>& v_stats, int64_t k_layout) {
   check_rank("k", k, 4, "[b, n_k, s_new, d_k]");
   check_rank("v", v, 4, "[b, n_v, s_new, d_v]");
   const CacheArguments cache = cache_arguments(k_cache, v_cache, block_table, k_layout, k.size(0));
 
-  CacheUpdateParams p;
+  KvCacheUpdateParams p;
   p.heads = cache.heads;
   p.batch = k.size(0);
   p.s_new = k.size(2);
@@ -147,8 +147,8 @@ CacheUpdateParams cache_update_params(const Tensor& k_cache, const Tensor& v_cac
 void kv_cache_update_cpu(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v, const Tensor& positions,
                          const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
                          const std::optional<Tensor>& block_table, std::optional<Tensor> v_stats, int64_t k_layout) {
-  const CacheUpdateParams p =
-      cache_update_params(k_cache, v_cache, k, v, positions, cos, sin, block_table, v_stats, k_layout);
+  const KvCacheUpdateParams p =
+      kv_cache_update_params(k_cache, v_cache, k, v, positions, cos, sin, block_table, v_stats, k_layout);
   check_new_token_slots(p);
   cpu::kv_cache_update(p, torch_threads(), parallel_on_torch);
 }

@@ -6,7 +6,7 @@
 namespace diffqkv {
 namespace {
 
-void check_slots_on_host(CacheUpdateParams p, const Tensor& positions, const std::optional<Tensor>& block_table) {
+void check_slots_on_host(KvCacheUpdateParams p, const Tensor& positions, const std::optional<Tensor>& block_table) {
   const Tensor host_positions = on_host(positions);
   p.positions = host_positions.data_ptr();
   p.positions_stride_batch = host_positions.stride(0);
@@ -24,8 +24,8 @@ void check_slots_on_host(CacheUpdateParams p, const Tensor& positions, const std
 void kv_cache_update_cuda(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v, const Tensor& positions,
                           const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
                           const std::optional<Tensor>& block_table, std::optional<Tensor> v_stats, int64_t k_layout) {
-  const CacheUpdateParams p =
-      cache_update_params(k_cache, v_cache, k, v, positions, cos, sin, block_table, v_stats, k_layout);
+  const KvCacheUpdateParams p =
+      kv_cache_update_params(k_cache, v_cache, k, v, positions, cos, sin, block_table, v_stats, k_layout);
   const CudaCall call("kv_cache_update", k_cache);
   if (call.debugging()) check_slots_on_host(p, positions, block_table);
   call.check(cuda_kv_cache_update(p, call.stream()));

@@ -40,10 +40,10 @@ double probe_cpu(const Tensor& data, int64_t what, int64_t rounds);
 void run_attention(const AttentionParams& params, int64_t max_keys, const Tensor& like);
 
 // Checks of kv_cache_update that need no look at device data, and its params.
-CacheUpdateParams cache_update_params(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
-                                      const Tensor& positions, const std::optional<Tensor>& cos,
-                                      const std::optional<Tensor>& sin, const std::optional<Tensor>& block_table,
-                                      const std::optional<Tensor>& v_stats, int64_t k_layout);
+KvCacheUpdateParams kv_cache_update_params(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
+                                           const Tensor& v, const Tensor& positions, const std::optional<Tensor>& cos,
+                                           const std::optional<Tensor>& sin, const std::optional<Tensor>& block_table,
+                                           const std::optional<Tensor>& v_stats, int64_t k_layout);
 
 // Checked operands of swiglu, contiguous, and memory for its results.
 struct SwigluForward {
@@ -75,7 +75,7 @@ int64_t check_cached_contents(const CachedAttention& call, const Tensor& cache_s
 // A checked call of selective_v_attention; its params and results are complete after allocate().
 struct SelectiveCall {
   CachedAttention cached;
-  SelectiveVParams params;
+  SelectiveVAttentionParams params;
   Tensor kept_mass, rows_used, error_bound, indices;
   void allocate(const Tensor& q);
   SelectiveResults results() const { return {cached.out, cached.lse, kept_mass, indices, rows_used, error_bound}; }

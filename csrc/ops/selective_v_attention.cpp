@@ -20,7 +20,7 @@ SelectiveCall selective_call(DIFFQKV_SELECTIVE_PARAMETERS) {
   SelectiveCall call;
   call.cached = cached_attention(q, k_cache, v_cache, cache_seqlens, cache_start, block_table, softmax_scale, k_layout);
   const AttentionParams& a = call.cached.params;
-  SelectiveVParams& p = call.params;
+  SelectiveVAttentionParams& p = call.params;
   const int64_t rows = std::max<int64_t>(1, a.batch * a.heads.n_q * a.s_q);
   const int64_t most = std::max(a.s_k, kMostIndices / rows);
   DIFFQKV_CHECK(!return_indices || top_k <= most, "top_k: got ", top_k, ", want 1 to ", most,
@@ -60,8 +60,9 @@ SelectiveResults selective_v_attention_cpu(DIFFQKV_SELECTIVE_PARAMETERS) {
   SelectiveCall call = selective_call(DIFFQKV_SELECTIVE_ARGUMENTS);
   const int64_t max_keys = check_cached_contents(call.cached, cache_seqlens, cache_start, block_table);
   call.allocate(q);
-  const SelectivePlan plan = plan_selective(call.params, max_keys, torch_threads());
-  Tensor workspace = torch::stable::new_empty(q, {cpu::selective_v_workspace(call.params, plan)}, ScalarType::Byte);
+  const SelectiveVAttentionPlan plan = plan_selective_v_attention(call.params, max_keys, torch_threads());
+  Tensor workspace =
+      torch::stable::new_empty(q, {cpu::selective_v_attention_workspace(call.params, plan)}, ScalarType::Byte);
   cpu::selective_v_attention(call.params, plan, workspace.data_ptr(), parallel_on_torch);
   return call.results();
 }

@@ -10,8 +10,8 @@
 #include <string>
 #include <tuple>
 
-#include "diffqkv/cpu.h"
-#include "diffqkv/params.h"
+#include "cpu/run.h"
+#include "params/params.h"
 
 // Lives in libtorch_cuda; null on a CPU build of torch.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream)

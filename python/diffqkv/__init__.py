@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import _library, _transformers, flash_attn_interface, reference
-
-if _library.loaded:
-    from . import _autograd, _fake, _flops, _vmap  # noqa: F401 (they register themselves)
-from ._config import config, explain, show_config
+from . import _transformers, flash_attn_interface, reference
 from ._version import OLDEST_TRANSFORMERS, __version__
+from .installation import config, explain, show_config
 from .ops import (
     decode_attention,
     flash_attention,

@@ -5,9 +5,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import _run, show_config
-from ._convert import cli as convert
+from . import show_config
 from .benchmarks import cli as bench
+from .commands import convert, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     bench.add_parser(commands)
     convert.add_parser(commands)
-    _run.add_parser(commands)
+    run.add_parser(commands)
     args = parser.parse_args(arguments)
     if "run" in args:
         return args.run(args)

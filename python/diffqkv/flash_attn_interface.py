@@ -33,8 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, ops, reference
-from ._checks import wrong
+from . import ops, reference
+from .ops import checks
+from .ops.checks import wrong
+from .ops.functions import _integer, _number, _refuse_gradients, _scale
 
 
 def _not_built(argument: str, got: object, want: str) -> NotImplementedError:
@@ -94,10 +96,10 @@ def _scores(
         raise wrong("window_size", type(window_size).__name__, "a tuple (left, right)", TypeError) from None
     except ValueError:
         raise wrong("window_size", window_size, "(left, right)") from None
-    left, right = (max(-1, ops._integer("window_size", n, -(2**63))) for n in (left, right))
-    softcap = ops._number("softcap", softcap)
+    left, right = (max(-1, _integer("window_size", n, -(2**63))) for n in (left, right))
+    softcap = _number("softcap", softcap)
     return {
-        "softmax_scale": ops._scale(softmax_scale),
+        "softmax_scale": _scale(softmax_scale),
         "causal": bool(causal),
         "window": (left, right),
         "softcap": 0.0 if softcap <= 0 else softcap,  # NaN is refused by the op
@@ -216,21 +218,21 @@ def _places(
     block_table: Tensor, cu_seqlens_k: Tensor, max_seqlen_k: int, q: Tensor, blocks: int, slots: int
 ) -> tuple[Tensor, Tensor]:
     """Block and slot of each row that packed K and V would have, int64 `[total_k]`."""
-    _checks._tensor("cu_seqlens_k", cu_seqlens_k, q, (torch.int32,), (1,), "[b + 1]")
-    _checks._tensor("block_table", block_table, q, (torch.int32,), (2,), "[b, max_blocks]")
+    checks._tensor("cu_seqlens_k", cu_seqlens_k, q, (torch.int32,), (1,), "[b + 1]")
+    checks._tensor("block_table", block_table, q, (torch.int32,), (2,), "[b, max_blocks]")
     b, max_blocks = block_table.shape
     if len(cu_seqlens_k) == 0:
         raise wrong("cu_seqlens_k", "shape [0]", "[b + 1]")
     if len(cu_seqlens_k) != b + 1:
         raise wrong("block_table", f"{b} entries", f"{len(cu_seqlens_k) - 1}, those of cu_seqlens_k")
     lengths = cu_seqlens_k.diff()
-    if _checks.readable(cu_seqlens_k):
-        _checks._cu_seqlens("k", cu_seqlens_k, int(cu_seqlens_k[-1]), max_seqlen_k)
+    if checks.readable(cu_seqlens_k):
+        checks._cu_seqlens("k", cu_seqlens_k, int(cu_seqlens_k[-1]), max_seqlen_k)
         longest = int(lengths.max()) if b else 0
         if longest > max_blocks * slots:
             raise wrong("cu_seqlens_k", f"a sequence of {longest}", f"at most {max_blocks * slots}, as block_table has")
         first = torch.arange(max_blocks, device=q.device) * slots
-        _checks._blocks(block_table, first < lengths[:, None], blocks)
+        checks._blocks(block_table, first < lengths[:, None], blocks)
     entry = torch.arange(b, device=q.device).repeat_interleave(lengths)
     token = torch.arange(len(entry), device=q.device) - cu_seqlens_k[entry]
     # Where the table cannot be looked at, a block that is outside must not be an illegal memory access.
@@ -279,8 +281,8 @@ def flash_attn_varlen_func(
         NotImplementedError: alibi_slopes.
     """
     scores = _scores(alibi_slopes, softmax_scale, causal, window_size, softcap)
-    max_seqlen_q = ops._integer("max_seqlen_q", max_seqlen_q, 0)
-    max_seqlen_k = ops._integer("max_seqlen_k", max_seqlen_k, 0)
+    max_seqlen_q = _integer("max_seqlen_q", max_seqlen_q, 0)
+    max_seqlen_k = _integer("max_seqlen_k", max_seqlen_k, 0)
     rows = "total_k" if block_table is None else "blocks block_size"
     sizes: dict[str, int] = {}
     _sizes("q", q, "total_q n_q d_k", sizes)
@@ -374,15 +376,15 @@ def flash_attn_varlen_qkvpacked_func(
 
 
 def _int32(name: str, x: Tensor, like: Tensor, batch: int, most: int, why: str = "") -> None:
-    _checks._per_entry(name, x, like, batch)
-    _checks._values(name, x, 0, most, f"0 to {most}{why}")
+    checks._per_entry(name, x, like, batch)
+    checks._values(name, x, 0, most, f"0 to {most}{why}")
 
 
 def _angles(name: str, table: Tensor, q: Tensor, slots: Tensor, capacity: int, sizes: dict[str, int]) -> Tensor:
     """The rows of rotary_cos or rotary_sin for slots `[b, n]`."""
     _sizes(name, table, "positions d_rot/2", sizes)
-    _checks._tensor(name, table, q, (q.dtype, torch.float32), (2,), "")
-    needed = max(capacity, int(slots.max()) + 1) if slots.numel() and _checks.readable(slots) else capacity
+    checks._tensor(name, table, q, (q.dtype, torch.float32), (2,), "")
+    needed = max(capacity, int(slots.max()) + 1) if slots.numel() and checks.readable(slots) else capacity
     if table.shape[0] < needed:
         raise wrong(name, f"{table.shape[0]} positions", f"at least {needed}")
     if 2 * table.shape[1] > q.shape[3]:
@@ -534,7 +536,7 @@ def flash_attn_with_kvcache(
     """
     scores = _scores(alibi_slopes, softmax_scale, causal, window_size, softcap)
     if torch.is_grad_enabled():
-        ops._refuse_gradients(
+        _refuse_gradients(
             "flash_attn_with_kvcache",
             q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
         )  # fmt: skip
@@ -545,10 +547,10 @@ def flash_attn_with_kvcache(
     _sizes("v_cache", v_cache, "entries slots n_v d_v", sizes)
     b, s_q, d_k, d_v = (sizes[name] for name in ("b", "s_q", "d_k", "d_v"))
     scores["softmax_scale"] = _head_dims(d_k, d_v, scores["softmax_scale"])
-    _checks._tensor("q", q, k_cache, (k_cache.dtype,), (4,), "")
-    _checks._heads("k_cache", sizes["n_k"], sizes["n_q"])
-    _checks._heads("v_cache", sizes["n_v"], sizes["n_q"])
-    _checks._options(q, sizes["n_q"], b, softmax_scale=scores["softmax_scale"], softcap=scores["softcap"])
+    checks._tensor("q", q, k_cache, (k_cache.dtype,), (4,), "")
+    checks._heads("k_cache", sizes["n_k"], sizes["n_q"])
+    checks._heads("v_cache", sizes["n_v"], sizes["n_q"])
+    checks._options(q, sizes["n_q"], b, softmax_scale=scores["softmax_scale"], softcap=scores["softcap"])
     full = "" if block_table is None else ", what block_table has room for"
     block_table, capacity = _blocks(block_table, cache_batch_idx, q, sizes)
 
@@ -562,7 +564,7 @@ def flash_attn_with_kvcache(
             raise wrong("cache_seqlens", None, "the number of tokens before k")
     s_new = sizes.get("s_new", 0)
     if not isinstance(cache_seqlens, Tensor) or cache_seqlens.dim() == 0:
-        length = capacity if cache_seqlens is None else ops._integer("cache_seqlens", cache_seqlens, 0, 2**31 - 1)
+        length = capacity if cache_seqlens is None else _integer("cache_seqlens", cache_seqlens, 0, 2**31 - 1)
         cache_seqlens = torch.full((b,), length, dtype=torch.int32, device=q.device)
     _int32("cache_seqlens", cache_seqlens, q, b, capacity - s_new, full)
     if cache_leftpad is not None:
@@ -578,7 +580,7 @@ def flash_attn_with_kvcache(
         q = _rotate(q, cos[:, :in_turn], sin[:, :in_turn], rotary_interleaved)
         k = _rotate(k, cos[:, :s_new], sin[:, :s_new], rotary_interleaved)
 
-    groups = _checks.gcd(sizes["n_k"], sizes["n_v"])
+    groups = checks.gcd(sizes["n_k"], sizes["n_v"])
     caches = k_cache, v_cache
     copies = [_padded(x) for x in caches]
     k_cache, v_cache = (reference.group(x.transpose(1, 2), groups) for x in copies)
@@ -588,7 +590,7 @@ def flash_attn_with_kvcache(
         slots = cache_seqlens[:, None] + torch.arange(s_new, device=q.device)
         k, v = (_rows(x).transpose(1, 2) for x in (k, v))
         # Of the caches themselves: the op sees copies of those that are padded.
-        _checks._check_memory(dict(zip(("k_cache", "v_cache"), caches, strict=True)), {"k": k, "v": v})
+        checks._check_memory(dict(zip(("k_cache", "v_cache"), caches, strict=True)), {"k": k, "v": v})
         ops.kv_cache_update(k_cache, v_cache, k, v, slots, block_table=block_table)
         for cache, copy in zip(caches, copies, strict=True):
             if copy is not cache:

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import diffqkv
-from diffqkv import _dispatch, _library, composed
+from diffqkv.ops import composed, dispatch
+from diffqkv.ops import library as compiled
 
-OPS = (*_dispatch.OPS, "swiglu_backward")  # torch differentiates plain torch's attention
-LIBRARY_OPS = (*_dispatch.OPS, *_dispatch.BACKWARD.values())
+OPS = (*dispatch.OPS, "swiglu_backward")  # torch differentiates plain torch's attention
+LIBRARY_OPS = (*dispatch.OPS, *dispatch.BACKWARD.values())
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +26,8 @@ def library():
     """The compiled ops. Without them the test fails, unless they were left out on purpose."""
     if os.environ.get("DIFFQKV_DISABLE_LIBRARY") == "1":
         pytest.skip("DIFFQKV_DISABLE_LIBRARY=1")
-    if not _library.loaded:
-        pytest.fail(f"the compiled library is missing: {_library.reason}")
+    if not compiled.loaded:
+        pytest.fail(f"the compiled library is missing: {compiled.reason}")
     return SimpleNamespace(name="library", **{op: getattr(torch.ops.diffqkv, op).default for op in LIBRARY_OPS})
 
 
@@ -44,7 +45,7 @@ def api(request, monkeypatch):
     if request.param == "library":
         request.getfixturevalue("library")
     else:
-        monkeypatch.setattr(_dispatch, "uses_kernel", lambda *args, **options: False)
+        monkeypatch.setattr(dispatch, "uses_kernel", lambda *args, **options: False)
     return diffqkv
 
 

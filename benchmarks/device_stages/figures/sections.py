@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from diffqkv import composed, reference
+from diffqkv import reference
+from diffqkv.ops import composed
 
 from ..context import Context
 from ..problems import SUBJECTS

@@ -16,9 +16,9 @@ import torch
 from transformers import AttentionInterface
 from transformers.utils import logging
 
-from .._autocast import autocast_dtype, cast
-from .._dispatch import KERNEL_DTYPES, uses_kernel
 from ..ops import decode_attention, flash_attention, flash_attention_varlen, selective_v_attention
+from ..ops.dispatch import KERNEL_DTYPES, uses_kernel
+from ..ops.rules.autocast import autocast_dtype, cast
 from ..reference import SelectiveVStats, group
 from .mask import Packing, read_spans
 from .stock_attention import KvCache, dense_mask, dense_rows, stock_attention

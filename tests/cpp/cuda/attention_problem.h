@@ -8,10 +8,10 @@
 #include <string>
 #include <vector>
 
-#include "catch.h"
+#include "cpu/run.h"
 #include "cuda/device.cuh"
-#include "diffqkv/cpu.h"
-#include "diffqkv/layout.h"
+#include "params/layout.h"
+#include "support/catch.h"
 
 namespace diffqkv {
 
@@ -145,8 +145,8 @@ struct AttentionProblem {
     p.sinks = c.sinks ? sinks.data() : nullptr;
     return p;
   }
-  AttentionBackwardParams backward_params() {
-    AttentionBackwardParams p;
+  FlashAttentionBackwardParams backward_params() {
+    FlashAttentionBackwardParams p;
     p.forward = params();
     p.dout = with(out_view, dout.e.data(), E::kDType);
     p.dlse = dlse.data();
@@ -168,16 +168,16 @@ struct AttentionProblem {
     reference();
     for (size_t i = 0; i < out.wide.size(); ++i) out.e[i] = E::put(float(out.wide[i]));
     for (size_t i = 0; i < lse.size(); ++i) lse[i] = float(lse64[i]);
-    AttentionBackwardParams p;
+    FlashAttentionBackwardParams p;
     p.forward = wide_params();
     p.dout = with(out_view, dout.wide.data(), DType::f64);
     p.dlse = dlse64.data();
     p.dq = with(contiguous(c.heads.n_q, c.d_k), dq.wide.data(), DType::f64);
     p.dk = with(dk_view, dk.wide.data(), DType::f64), p.dv = with(dv_view, dv.wide.data(), DType::f64);
     p.dsinks = c.sinks ? dsinks64.data() : nullptr;
-    const AttentionBackwardPlan plan = plan_attention_backward(p.forward, 1);
-    std::vector<char> workspace(static_cast<size_t>(cpu::attention_backward_workspace(p, plan)));
-    cpu::attention_backward(p, plan, workspace.data(), serial);
+    const FlashAttentionBackwardPlan plan = plan_flash_attention_backward(p.forward, 1);
+    std::vector<char> workspace(static_cast<size_t>(cpu::flash_attention_backward_workspace(p, plan)));
+    cpu::flash_attention_backward(p, plan, workspace.data(), serial);
   }
   // Where the reference has NaN (gaps), E must have it still: nothing was written there.
   void check(const Array& x, double tolerance, const char* what) const {

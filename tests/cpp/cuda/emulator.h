@@ -16,7 +16,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "diffqkv/params.h"
+#include "params/params.h"
 
 #define DIFFQKV_DEVICE inline
 #define DIFFQKV_UNROLL
@@ -239,21 +239,6 @@ inline void load_matrices(uint32_t (&r)[4], const void* row) { emulator::load<4,
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) { emulator::load<4, true>(r, row); }
 inline void load_matrices(uint32_t (&r)[2], const void* row) { emulator::load<2, false>(r, row); }
 inline void load_matrices_transposed(uint32_t (&r)[2], const void* row) { emulator::load<2, true>(r, row); }
-inline uint32_t transpose_matrix(uint32_t x) {
-  struct Argument {
-    uint32_t x, result;
-  } argument{x, 0};
-  emulator::together("transpose_matrix", &argument, [](void* const* all) {
-    const auto at = [&](int i, int j) {
-      return uint16_t(static_cast<Argument*>(all[4 * i + j / 2])->x >> (16 * (j % 2)));
-    };
-    for (int l = 0; l < 32; ++l) {
-      const int i = l / 4, j = 2 * (l % 4);
-      static_cast<Argument*>(all[l])->result = at(j, i) | uint32_t(at(j + 1, i)) << 16;
-    }
-  });
-  return argument.result;
-}
 
 struct F32 {
   using T = float;

@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "attention_problem.h"
-#include "cuda/decode/decode_attention.cuh"
+#include "cuda/decode_attention/decode_attention.cuh"
 #include "far.h"
 
 using namespace diffqkv;
@@ -13,10 +13,10 @@ namespace {
 
 template <class E>
 emulator::Counts run(const AttentionParams& p, const DeviceFacts& facts, emulator::Schedule schedule) {
-  const CudaDecodePlan plan = plan_cuda_decode(p, facts);
+  const CudaDecodeAttentionPlan plan = plan_cuda_decode_attention(p, facts);
   std::vector<float> partials(static_cast<size_t>(plan.workspace_floats), std::numeric_limits<float>::quiet_NaN());
   std::vector<uint32_t> tickets(static_cast<size_t>(plan.tickets));
-  const DecodeParams params{p, plan, partials.data(), tickets.data()};
+  const DecodeAttentionParams params{p, plan, partials.data(), tickets.data()};
   const emulator::Grid grid{plan.splits, p.heads.groups() * plan.chunks, p.batch};
   const auto run_as = [&]<class Kernel>() { return emulate<Kernel>(params, grid, plan.shared_bytes, schedule); };
   const auto counts = plan.large  ? run_as.template operator()<DecodeAttention<E, kLargeDecode, false>>()
@@ -142,7 +142,7 @@ TEST_CASE("emulated decode: offsets beyond 2^31 elements") {
       Far far(apart);
       far.move(p, problem);
       const DeviceFacts facts = apart == Apart::rows ? DeviceFacts::h200() : DeviceFacts::a100();
-      REQUIRE(plan_cuda_decode(p, facts).bulk == (facts.capability == 90));
+      REQUIRE(plan_cuda_decode_attention(p, facts).bulk == (facts.capability == 90));
       run<BF16>(p, facts, emulator::Schedule::forward);
       far.bring_back();
       problem.check_forward();

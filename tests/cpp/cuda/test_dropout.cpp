@@ -1,9 +1,9 @@
 // Every bit of the device's dropout against the CPU's.
 #include <vector>
 
-#include "catch.h"
-#include "cpu/dropout.h"
+#include "cpu/kernels/dropout.h"
 #include "cuda/dropout.cuh"
+#include "support/catch.h"
 
 using namespace diffqkv;
 using namespace diffqkv::device;

@@ -4,8 +4,8 @@
 #include <vector>
 
 #include "attention_problem.h"
-#include "cuda/prefill/flash_attention.cuh"
-#include "cuda/prefill/plain_attention.cuh"
+#include "cuda/flash_attention/flash_attention.cuh"
+#include "cuda/flash_attention/plain_attention.cuh"
 #include "far.h"
 
 using namespace diffqkv;
@@ -17,7 +17,8 @@ namespace {
 const HeadGroups kSigma{32, 4, 16}, kSmall{4, 1, 2};
 
 template <class E>
-emulator::Counts run(const AttentionParams& p, const CudaPrefillPlan& plan, Schedule schedule = Schedule::forward) {
+emulator::Counts run(const AttentionParams& p, const CudaFlashAttentionPlan& plan,
+                     Schedule schedule = Schedule::forward) {
   emulator::Counts counts;
   const auto run_as = [&]<class Kernel>() {
     counts = emulate<Kernel>({p, plan}, {plan.blocks}, plan.shared_bytes, schedule);
@@ -25,14 +26,14 @@ emulator::Counts run(const AttentionParams& p, const CudaPrefillPlan& plan, Sche
   [&]<size_t... i>(std::index_sequence<i...>) {
     const auto run_variant = [&]<size_t j>() {
       if (plan.variant != static_cast<int32_t>(j)) return;
-      constexpr PrefillVariant v = kPrefillVariants[j];
+      constexpr FlashAttentionVariant v = kFlashAttentionVariants[j];
       if (plan.features)
         run_as.template operator()<FlashAttention<E, v.d_k, v.d_v, true>>();
       else
         run_as.template operator()<FlashAttention<E, v.d_k, v.d_v, false>>();
     };
     (run_variant.template operator()<i>(), ...);
-  }(std::make_index_sequence<kPrefillVariantCount>());
+  }(std::make_index_sequence<kFlashAttentionVariantCount>());
   REQUIRE(counts.matrix_wavefronts == counts.matrix_rows);
   return counts;
 }
@@ -46,7 +47,7 @@ void check(const AttentionCase& c, const DeviceFacts& facts = DeviceFacts::a100(
   AttentionProblem<E> problem(c);
   problem.reference();
   const AttentionParams p = problem.params();
-  const CudaPrefillPlan plan = plan_cuda_prefill(p, facts);
+  const CudaFlashAttentionPlan plan = plan_cuda_flash_attention(p, facts);
   run<E>(p, plan);
   problem.check_forward();
   if (!all) return;
@@ -132,7 +133,7 @@ TEST_CASE("emulated prefill: any schedule gives the same bits, with one stage an
     for (const DeviceFacts& facts : {DeviceFacts::h100(), DeviceFacts::rtx4090()}) {
       const AttentionCase c{.heads = {2, 1, 2}, .s_q = 140, .s_k = 200, .d_k = d_k, .d_v = d_v, .causal = true};
       AttentionProblem<BF16> problem(c);
-      CHECK(plan_cuda_prefill(problem.params(), facts).stages == (facts.capability == 90 || d_k == 32 ? 2 : 1));
+      CHECK(plan_cuda_flash_attention(problem.params(), facts).stages == (facts.capability == 90 || d_k == 32 ? 2 : 1));
       check<BF16>(c, facts, true);
       AttentionCase features = c;
       features.batch = 2, features.padded = features.sinks = true, features.dropout_p = 0.4, features.window_left = 90;
@@ -146,7 +147,7 @@ TEST_CASE("emulated prefill: the bits of a query do not depend on the batch, nor
   const AttentionCase packed{.heads = kSmall, .batch = 2, .s_q = 150, .s_k = 180, .causal = true, .packed = true};
   AttentionProblem<BF16> many(packed);
   const AttentionParams all = many.params();
-  run<BF16>(all, plan_cuda_prefill(all, DeviceFacts::h100()));
+  run<BF16>(all, plan_cuda_flash_attention(all, DeviceFacts::h100()));
   AttentionParams one = all;
   const int64_t s_q = many.cu_q[2] - many.cu_q[1], first = many.cu_q[1], h = packed.heads.n_q, d = packed.d_v;
   std::vector<uint16_t> out(static_cast<size_t>(s_q * h * d));
@@ -159,7 +160,7 @@ TEST_CASE("emulated prefill: the bits of a query do not depend on the batch, nor
   one.v.data = from(all.v.data, many.cu_k[1] * all.v.stride_token);
   one.out = {out.data(), 0, d, h * d, DType::bf16};
   one.lse = lse.data();
-  run<BF16>(one, plan_cuda_prefill(one, DeviceFacts::a100()));
+  run<BF16>(one, plan_cuda_flash_attention(one, DeviceFacts::a100()));
   for (size_t i = 0; i < out.size(); ++i) REQUIRE(out[i] == many.out.e[static_cast<size_t>(first * h * d) + i]);
 
   // Its last queries alone: other blocks, other first tiles.
@@ -168,7 +169,7 @@ TEST_CASE("emulated prefill: the bits of a query do not depend on the batch, nor
   one.q.data = from(one.q.data, (s_q - few) * one.q.stride_token);
   one.out.data = last.data();
   one.s_q = few;
-  run<BF16>(one, plan_cuda_prefill(one, DeviceFacts::h100()));
+  run<BF16>(one, plan_cuda_flash_attention(one, DeviceFacts::h100()));
   for (size_t i = 0; i < last.size(); ++i) REQUIRE(last[i] == out[static_cast<size_t>((s_q - few) * h * d) + i]);
 }
 
@@ -178,14 +179,14 @@ TEST_CASE("emulated prefill: a negative softmax scale is that of negative querie
     AttentionProblem<F16> problem(c);
     AttentionParams p = problem.params();
     for (uint16_t& x : problem.q.e) x ^= 0x8000;
-    run<F16>(p, plan_cuda_prefill(p, DeviceFacts::a100()));
+    run<F16>(p, plan_cuda_flash_attention(p, DeviceFacts::a100()));
     const auto out = problem.out.e;
     for (uint16_t& x : problem.q.e) x ^= 0x8000;
     p.softmax_scale = -p.softmax_scale;
-    run<F16>(p, plan_cuda_prefill(p, DeviceFacts::a100()));
+    run<F16>(p, plan_cuda_flash_attention(p, DeviceFacts::a100()));
     REQUIRE(problem.out.e == out);
     p.softmax_scale = 0.0;
-    run<F16>(p, plan_cuda_prefill(p, DeviceFacts::a100()));
+    run<F16>(p, plan_cuda_flash_attention(p, DeviceFacts::a100()));
     for (int64_t i = 0; i < c.s_q; ++i) {
       CAPTURE(i);
       REQUIRE(problem.lse[static_cast<size_t>(i)] == Approx(std::log(double(c.s_k - c.s_q + i + 1))).margin(1e-5));
@@ -200,7 +201,7 @@ TEST_CASE("emulated prefill: NaN stays in its row, and what is infinite is not m
   const int64_t bad_query = 5, bad_dim = 3;
   problem.q.e[static_cast<size_t>(bad_query * c.d_k)] = F16::put(NAN);
   problem.v.e[static_cast<size_t>((c.s_k - 1) * c.d_v + bad_dim)] = F16::put(INFINITY);  // of the last query alone
-  run<F16>(p, plan_cuda_prefill(p, DeviceFacts::a100()));
+  run<F16>(p, plan_cuda_flash_attention(p, DeviceFacts::a100()));
   for (int64_t i = 0; i < c.s_q; ++i) {
     CAPTURE(i);
     REQUIRE(std::isnan(F16::get(problem.out.e[static_cast<size_t>(i * c.d_v)])) == (i == bad_query));
@@ -215,7 +216,7 @@ TEST_CASE("emulated prefill: mathematics is done for the tiles in sight alone") 
         .heads = {1, 1, 1}, .s_q = 128, .s_k = 1024, .d_k = d, .d_v = d, .causal = true, .window_left = left};
     AttentionProblem<BF16> problem(c);
     const AttentionParams p = problem.params();
-    return run<BF16>(p, plan_cuda_prefill(p, DeviceFacts::h100())).mma;
+    return run<BF16>(p, plan_cuda_flash_attention(p, DeviceFacts::h100())).mma;
   };
   // A warp's products for a tile of 64 keys: 2 row tiles x 8 key tiles x 4 steps of d_k, and as many for V.
   const int64_t tile = 4 * 2 * (2 * 8 * 4);
@@ -243,7 +244,7 @@ void check_plain(const AttentionCase& c, double tolerance) {
     p.out.data = out.data(), p.lse = lse.data();
     if (c.sinks) p.sinks = problem.sinks64.data();
   }
-  const CudaPrefillPlan plan = plan_cuda_prefill(p, DeviceFacts::a100());
+  const CudaFlashAttentionPlan plan = plan_cuda_flash_attention(p, DeviceFacts::a100());
   for (const Schedule schedule : emulator::kSchedules) {
     emulate<PlainAttention<T>>({p, plan}, {plan.blocks}, plan.shared_bytes, schedule);
     if constexpr (sizeof(T) == 4) {
@@ -293,13 +294,13 @@ TEST_CASE("emulated prefill: huge scores") {
       problem.spread(size);
       problem.reference();
       const AttentionParams p = problem.params();
-      run<BF16>(p, plan_cuda_prefill(p, DeviceFacts::h100()));
+      run<BF16>(p, plan_cuda_flash_attention(p, DeviceFacts::h100()));
       problem.check_forward();
       AttentionProblem<F32> plain(c);
       plain.spread(size);
       plain.reference();
       const AttentionParams q = plain.params();
-      const CudaPrefillPlan plan = plan_cuda_prefill(q, DeviceFacts::h100());
+      const CudaFlashAttentionPlan plan = plan_cuda_flash_attention(q, DeviceFacts::h100());
       emulate<PlainAttention<float>>({q, plan}, {plan.blocks}, plan.shared_bytes, Schedule::forward);
       plain.check_forward();
     }
@@ -313,13 +314,13 @@ TEST_CASE("emulated prefill: offsets beyond 2^31 elements") {
       AttentionParams p = problem.params();
       Far far(apart);
       far.move(p, problem);
-      run_kernel(p, plan_cuda_prefill(p, DeviceFacts::h100()));
+      run_kernel(p, plan_cuda_flash_attention(p, DeviceFacts::h100()));
       far.bring_back();
       problem.check_forward();
     }
   };
-  const auto flash = [](const AttentionParams& p, const CudaPrefillPlan& plan) { run<BF16>(p, plan); };
-  const auto plain = [](const AttentionParams& p, const CudaPrefillPlan& plan) {
+  const auto flash = [](const AttentionParams& p, const CudaFlashAttentionPlan& plan) { run<BF16>(p, plan); };
+  const auto plain = [](const AttentionParams& p, const CudaFlashAttentionPlan& plan) {
     emulate<PlainAttention<float>>({p, plan}, {plan.blocks}, plan.shared_bytes, Schedule::forward);
   };
   AttentionCase c{.heads = kSmall, .batch = 2, .s_q = 70, .s_k = 100, .causal = true};

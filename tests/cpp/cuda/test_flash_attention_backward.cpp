@@ -6,10 +6,10 @@
 #include <vector>
 
 #include "attention_problem.h"
-#include "cuda/backward/key_gradients.cuh"
-#include "cuda/backward/plain_backward.cuh"
-#include "cuda/backward/query_gradients.cuh"
-#include "cuda/backward/sums.cuh"
+#include "cuda/flash_attention_backward/key_gradients.cuh"
+#include "cuda/flash_attention_backward/plain_backward.cuh"
+#include "cuda/flash_attention_backward/query_gradients.cuh"
+#include "cuda/flash_attention_backward/sums.cuh"
 #include "far.h"
 
 using namespace diffqkv;
@@ -27,7 +27,7 @@ void run_kernel(const BackwardCall& call, int64_t blocks, int64_t shared_bytes, 
 
 template <class E, int kDk, int kDv, bool kFeatures>
 void run_gradients(const BackwardCall& call, Schedule schedule) {
-  const CudaBackwardPlan& plan = call.plan;
+  const CudaFlashAttentionBackwardPlan& plan = call.plan;
   run_kernel<KeyGradients<E, kDk, kDv, kFeatures>>(call, plan.key_blocks, plan.key_shared_bytes, schedule);
   run_kernel<QueryGradients<E, kDk, kDv, kFeatures>>(call, plan.query_blocks, plan.query_shared_bytes, schedule);
 }
@@ -45,8 +45,8 @@ void run_variant(const BackwardCall& call, Schedule schedule) {
 
 // What the launch does, kernel by kernel.
 template <class E>
-CudaBackwardPlan run(const AttentionBackwardParams& p, const DeviceFacts& facts, Schedule schedule) {
-  const CudaBackwardPlan plan = plan_cuda_backward(p, facts);
+CudaFlashAttentionBackwardPlan run(const FlashAttentionBackwardParams& p, const DeviceFacts& facts, Schedule schedule) {
+  const CudaFlashAttentionBackwardPlan plan = plan_cuda_flash_attention_backward(p, facts);
   const std::vector<double> nan(static_cast<size_t>(plan.workspace_bytes / 8 + 1),
                                 std::numeric_limits<double>::quiet_NaN());
   std::vector<double> workspace = nan;
@@ -76,20 +76,20 @@ constexpr double kTolerance = E::kDType == DType::f64   ? 1e-14
 
 // Against the reference, and the same bits however warps and blocks take turns and copies come.
 template <class E>
-CudaBackwardPlan check(const AttentionCase& c, const DeviceFacts& facts = DeviceFacts::h200(),
-                       double softmax_scale = 0.0) {
+CudaFlashAttentionBackwardPlan check(const AttentionCase& c, const DeviceFacts& facts = DeviceFacts::h200(),
+                                     double softmax_scale = 0.0) {
   std::string text;
   capture_text(c, text);
   CAPTURE(text);
   AttentionProblem<E> problem(c);
   if (softmax_scale != 0.0) problem.softmax_scale = softmax_scale;
   problem.reference_backward();
-  CudaBackwardPlan plan;
+  CudaFlashAttentionBackwardPlan plan;
   AttentionProblem<E> first = problem;
   static int cases = 0;  // of the other schedules in turn
   for (const Schedule schedule : {Schedule::forward, ++cases % 2 == 0 ? Schedule::reverse : Schedule::shuffled}) {
     AttentionProblem<E> again = problem;
-    AttentionBackwardParams p = again.backward_params();
+    FlashAttentionBackwardParams p = again.backward_params();
     if constexpr (E::kDType == DType::f64) {
       again.dsinks64.assign(again.dsinks64.size(), std::numeric_limits<double>::quiet_NaN());
       p.forward.out.data = again.out.wide.data(), p.forward.lse = again.lse64.data(), p.dlse = again.dlse64.data();
@@ -165,7 +165,7 @@ TEST_CASE("emulated gradients: lengths") {
        {std::pair{0, 5}, {5, 0}, {1, 1}, {31, 33}, {33, 31}, {113, 203}, {203, 113}, {1, 300}, {300, 1}})
     check<BF16>({.heads = {4, 2, 4}, .batch = 2, .s_q = s_q, .s_k = s_k, .causal = true});
   check<F16>({.heads = {2, 1, 2}, .s_q = 203, .s_k = 140});
-  const CudaBackwardPlan small =
+  const CudaFlashAttentionBackwardPlan small =
       check<F16>({.heads = {2, 1, 2}, .s_q = 70, .s_k = 140, .d_k = 256}, DeviceFacts::rtx4090());
   REQUIRE(small.key_stages == 1);
   REQUIRE(small.query_stages == 1);
@@ -271,7 +271,7 @@ TEST_CASE("emulated gradients: offsets beyond 2^31 elements") {
     for (const Apart apart : {Apart::rows, Apart::blocks}) {
       AttentionProblem<E> problem(c);
       problem.reference_backward();
-      AttentionBackwardParams p = problem.backward_params();
+      FlashAttentionBackwardParams p = problem.backward_params();
       Far far(apart);
       far.move(p.forward, problem);
       far.move(p.dout, c.batch, c.heads.n_q, c.packed ? problem.total_q : c.s_q, c.d_v);

@@ -1,8 +1,8 @@
 #include <cmath>
 #include <vector>
 
-#include "catch.h"
-#include "cuda/elementwise/swiglu.cuh"
+#include "cuda/swiglu/swiglu.cuh"
+#include "support/catch.h"
 
 using namespace diffqkv;
 using namespace diffqkv::device;

@@ -1,0 +1,76 @@
+// swiglu: silu(gate) * up, elementwise, in fp32.
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/simd.h"
+
+namespace diffqkv {
+namespace {
+
+constexpr float kLog2e = 1.44269504088896341f;
+
+DIFFQKV_INLINE vf sigmoid(vf x) {
+  // 2^128, which vexp2 makes infinite: the sigmoid is 0 from there on, or its product with a huge x were not small.
+  const vf y = vmax(vset(-128.0f), vmul(x, vset(kLog2e)));
+  return vdiv(vset(1.0f), vadd(vset(1.0f), vexp2(vsub(vset(0.0f), y))));
+}
+
+// Runs body(in, out) on [begin, end) of arrays of E, VL elements at a time; the rest goes through padded copies, so
+// that an element's result does not depend on where it stands.
+template <class E, int kIn, int kOut, class Body>
+DIFFQKV_INLINE void map(const typename E::T* const (&in)[kIn], typename E::T* const (&out)[kOut], int64_t begin,
+                        int64_t end, Body body) {
+  vf x[kIn], y[kOut];
+  int64_t i = begin;
+  for (; i + VL <= end; i += VL) {
+    for (int a = 0; a < kIn; ++a) x[a] = E::load(in[a] + i);
+    body(x, y);
+    for (int a = 0; a < kOut; ++a) E::store(out[a] + i, y[a]);
+  }
+  if (i == end) return;
+  typename E::T copy[VL] = {};
+  for (int a = 0; a < kIn; ++a) {
+    for (int64_t j = i; j < end; ++j) copy[j - i] = in[a][j];
+    x[a] = E::load(copy);
+  }
+  body(x, y);
+  for (int a = 0; a < kOut; ++a) {
+    E::store(copy, y[a]);
+    for (int64_t j = i; j < end; ++j) out[a][j] = copy[j - i];
+  }
+}
+
+template <class E>
+void forward(const SwigluParams& p, int64_t begin, int64_t end) {
+  using T = typename E::T;
+  const T* const in[] = {(const T*)p.gate, (const T*)p.up};
+  T* const out[] = {(T*)p.out};
+  map<E>(in, out, begin, end, [](const vf* x, vf* y) { y[0] = vmul(vmul(x[0], sigmoid(x[0])), x[1]); });
+}
+
+template <class E>
+void backward(const SwigluParams& p, int64_t begin, int64_t end) {
+  using T = typename E::T;
+  const T* const in[] = {(const T*)p.gate, (const T*)p.up, (const T*)p.dout};
+  T* const out[] = {(T*)p.dgate, (T*)p.dup};
+  map<E>(in, out, begin, end, [](const vf* x, vf* y) {
+    const vf s = sigmoid(x[0]), silu = vmul(x[0], s);
+    // d silu / d gate = s + silu * (1 - s)
+    y[0] = vmul(vmul(x[2], x[1]), vfma(silu, vsub(vset(1.0f), s), s));
+    y[1] = vmul(x[2], silu);
+  });
+}
+
+}  // namespace
+
+namespace DIFFQKV_ISA {
+void swiglu(const SwigluParams& p, int64_t begin, int64_t end) {
+  if (p.dtype == DType::f32) return forward<F32>(p, begin, end);
+  if (p.dtype == DType::bf16) return forward<BF16>(p, begin, end);
+  forward<F16>(p, begin, end);
+}
+void swiglu_backward(const SwigluParams& p, int64_t begin, int64_t end) {
+  if (p.dtype == DType::f32) return backward<F32>(p, begin, end);
+  if (p.dtype == DType::bf16) return backward<BF16>(p, begin, end);
+  backward<F16>(p, begin, end);
+}
+}  // namespace DIFFQKV_ISA
+}  // namespace diffqkv

@@ -1,0 +1,13 @@
+// Attention in float64, forward and backward, for gradcheck: loops that follow the definition, one row of scores at a
+// time. Compiled once, for any CPU.
+#pragma once
+#include "params/params.h"
+
+namespace diffqkv {
+
+// A q head of a batch entry. scores: room for s_k.
+void attention_f64(const AttentionParams& params, int64_t item, double* scores);
+// A KV group of a batch entry. dsinks: [batch, n_q].
+void attention_backward_f64(const FlashAttentionBackwardParams& params, int64_t item, double* dsinks);
+
+}  // namespace diffqkv

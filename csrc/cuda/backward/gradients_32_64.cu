@@ -1,3 +1,0 @@
-#include "cuda/backward/gradients_launch.cuh"
-
-template cudaError_t diffqkv::device::launch_gradients<32, 64>(const BackwardCall&, cudaStream_t);

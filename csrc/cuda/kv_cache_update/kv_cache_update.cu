@@ -1,0 +1,42 @@
+#include <climits>
+
+#include "cuda/kv_cache_update/kv_cache_update.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/launch_api.h"
+
+namespace diffqkv {
+namespace {
+
+template <class E, int N>
+cudaError_t launch(const KvCacheUpdateParams& p, const CudaKvCacheUpdatePlan& plan, void* stream) {
+  using Kernel = device::KvCacheUpdate<E, N>;
+  return device::launch<Kernel>({p, plan}, dim3(static_cast<unsigned>(plan.blocks)), Kernel::kSharedBytes,
+                                static_cast<cudaStream_t>(stream));
+}
+
+template <class E>
+cudaError_t launch(const KvCacheUpdateParams& p, const CudaKvCacheUpdatePlan& plan, void* stream) {
+  constexpr int kWidth = 16 / sizeof(typename E::T);
+  return plan.width == kWidth ? launch<E, kWidth>(p, plan, stream) : launch<E, 1>(p, plan, stream);
+}
+
+}  // namespace
+
+int cuda_kv_cache_update(const KvCacheUpdateParams& p, void* stream) {
+  if (p.k_new.dtype != p.v_new.dtype || p.k_cache.dtype != p.k_new.dtype || p.v_cache.dtype != p.v_new.dtype ||
+      p.d_v > kMaxHeadDim) {
+    return cudaErrorInvalidValue;
+  }
+  const CudaKvCacheUpdatePlan plan = plan_cuda_kv_cache_update(p);
+  if (plan.blocks == 0) return cudaSuccess;
+  if (plan.blocks > INT_MAX) return cudaErrorInvalidConfiguration;
+  switch (p.k_new.dtype) {
+    case DType::f32: return launch<device::F32>(p, plan, stream);
+    case DType::f16: return launch<device::F16>(p, plan, stream);
+    case DType::bf16: return launch<device::BF16>(p, plan, stream);
+    case DType::f64: break;
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace diffqkv

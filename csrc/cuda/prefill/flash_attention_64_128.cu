@@ -1,3 +1,0 @@
-#include "cuda/prefill/launch_flash_attention.cuh"
-
-template cudaError_t diffqkv::device::launch_flash_attention<64, 128>(const PrefillParams<float>&, cudaStream_t);

@@ -1,1 +1,0 @@
-"""What `diffqkv.convert` is made of."""

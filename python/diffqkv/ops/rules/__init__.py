@@ -1,0 +1,1 @@
+"""What torch is told of the compiled ops: shapes, gradients, autocast, vmap and FLOPs."""

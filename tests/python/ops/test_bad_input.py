@@ -1,0 +1,711 @@
+"""Every wrong argument: an exception of the right type that names it, and nothing written."""
+
+import os
+import pickle
+import traceback
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_refusal, int32
+
+import diffqkv
+from diffqkv.ops import library as compiled
+from diffqkv.ops.checks import ArgumentError
+
+
+def flash_arguments():
+    return {
+        "q": torch.randn(2, 8, 3, 16),
+        "k": torch.randn(2, 2, 5, 16),
+        "v": torch.randn(2, 4, 5, 24),
+        "kv_start": int32(0, 0),
+        "kv_end": int32(5, 5),
+        "sinks": torch.randn(8),
+    }
+
+
+def varlen_arguments():
+    return {
+        "q": torch.randn(7, 8, 16),
+        "k": torch.randn(9, 2, 16),
+        "v": torch.randn(9, 4, 24),
+        "cu_seqlens_q": int32(0, 3, 7),
+        "cu_seqlens_k": int32(0, 9, 9),
+        "max_seqlen_q": 4,
+        "max_seqlen_k": 9,
+        "kv_start": int32(0, 0),
+        "kv_end": int32(9, 0),
+        "sinks": torch.randn(8),
+    }
+
+
+def decode_arguments(layout="rows", paged=False):
+    n = 6 if paged else 2
+    k_cache = torch.randn(n, 2, 64, 1, 16) if layout == "rows" else torch.randn(n, 2, 2, 16, 32)
+    return {
+        "q": torch.randn(2, 8, 1, 16),
+        "k_cache": k_cache,
+        "v_cache": torch.randn(n, 2, 64, 2, 24),
+        "cache_seqlens": int32(64, 10),
+        "cache_start": int32(0, 3),
+        "block_table": torch.tensor([[0, 3], [5, 1]], dtype=torch.int32) if paged else None,
+        "k_layout": layout,
+    }
+
+
+def selective_arguments():
+    return decode_arguments() | {"top_k": 4, "v_stats": torch.zeros(2, 4, 25)}
+
+
+def update_arguments(layout="rows", paged=False):
+    cache = decode_arguments(layout, paged)
+    return {
+        "k_cache": cache["k_cache"],
+        "v_cache": cache["v_cache"],
+        "k": torch.randn(2, 2, 3, 16),
+        "v": torch.randn(2, 4, 3, 24),
+        "positions": torch.tensor([[0, 1, 2], [5, -1, 7]]),
+        "cos": torch.randn(1, 3, 16),
+        "sin": torch.randn(1, 3, 16),
+        "block_table": cache["block_table"],
+        "v_stats": torch.zeros(2, 4, 25),
+        "k_layout": layout,
+    }
+
+
+def wide(x):
+    """x with a last stride of 2."""
+    return torch.stack([x, x], -1).flatten(-2)[..., ::2]
+
+
+def check(function, arguments, changes, error, name):
+    """function refuses the changed arguments with `name: got ..., want ...`, and changes no tensor."""
+    arguments = {n: changes[n](x) if callable(changes.get(n)) else changes.get(n, x) for n, x in arguments.items()} | {
+        n: x for n, x in changes.items() if n not in arguments
+    }
+    tensors = {n: x for n, x in arguments.items() if isinstance(x, torch.Tensor) and x.device.type == "cpu"}
+    before = {n: x.detach().clone() for n, x in tensors.items()}
+    with pytest.raises(error) as caught:
+        function(**arguments)
+    assert_refusal(caught.value, error, name)
+    for n, x in tensors.items():
+        assert torch.equal(x.detach(), before[n]), f"{n} was written"
+
+
+def half(x):
+    return x.to(torch.bfloat16)
+
+
+def double(x):
+    return x.double()
+
+
+LOGITS = [
+    ({"window": (-2, 0)}, ValueError, "window"),
+    ({"window": (0, -2)}, ValueError, "window"),
+    ({"window": (1, 2, 3)}, ValueError, "window"),
+    ({"window": 128}, TypeError, "window"),
+    ({"window": (1.0, 2)}, TypeError, "window"),
+    ({"window": (None, None)}, TypeError, "window"),
+    ({"softcap": -1.0}, ValueError, "softcap"),
+    ({"softcap": float("inf")}, ValueError, "softcap"),
+    ({"softcap": float("nan")}, ValueError, "softcap"),
+    ({"softcap": 1e39}, ValueError, "softcap"),
+    ({"softcap": "30"}, TypeError, "softcap"),
+    ({"softcap": None}, TypeError, "softcap"),
+    ({"sinks": torch.zeros(8).double()}, TypeError, "sinks"),
+    ({"sinks": torch.zeros(8).half()}, TypeError, "sinks"),
+    ({"sinks": torch.zeros(8).long()}, TypeError, "sinks"),
+    ({"sinks": torch.zeros(7)}, ValueError, "sinks"),
+    ({"sinks": torch.zeros(1)}, ValueError, "sinks"),
+    ({"sinks": torch.zeros(8, 1)}, ValueError, "sinks"),
+    ({"sinks": torch.zeros(16)[::2]}, ValueError, "sinks"),
+    ({"sinks": torch.zeros(8, device="meta")}, ValueError, "sinks"),
+    ({"sinks": 0.5}, TypeError, "sinks"),
+]
+
+SCALE = [
+    ({"softmax_scale": float("inf")}, ValueError, "softmax_scale"),
+    ({"softmax_scale": -float("inf")}, ValueError, "softmax_scale"),
+    ({"softmax_scale": float("nan")}, ValueError, "softmax_scale"),
+    ({"softmax_scale": 1e39}, ValueError, "softmax_scale"),  # infinite in float32
+]
+
+DROPOUT = [
+    ({"dropout_p": float("inf")}, ValueError, "dropout_p"),
+    ({"dropout_p": -0.1}, ValueError, "dropout_p"),
+    ({"dropout_p": 1.0}, ValueError, "dropout_p"),
+    ({"dropout_p": float("nan")}, ValueError, "dropout_p"),
+    ({"dropout_p": "0.1"}, TypeError, "dropout_p"),
+    ({"dropout_p": True}, TypeError, "dropout_p"),
+    ({"dropout_p": 0.1, "seed": 1.5}, TypeError, "seed"),
+    ({"dropout_p": 0.1, "seed": True}, TypeError, "seed"),
+    ({"dropout_p": 0.1, "seed": 2**63}, ValueError, "seed"),
+    ({"dropout_p": 0.1, "seed": -(2**63) - 1}, ValueError, "seed"),
+    ({"dropout_p": 0.1, "offset": -1}, ValueError, "offset"),
+    ({"dropout_p": 0.1, "offset": 2**32}, ValueError, "offset"),
+    ({"offset": 1.0}, TypeError, "offset"),
+]
+
+FLASH = [
+    ({"q": lambda x: x[0]}, ValueError, "q"),
+    ({"k": lambda x: x[0]}, ValueError, "k"),
+    ({"v": lambda x: x[None]}, ValueError, "v"),
+    ({"q": lambda x: x.int()}, TypeError, "q"),
+    ({"k": half}, TypeError, "k"),
+    ({"v": double}, TypeError, "v"),
+    ({"k": lambda x: x[:1]}, ValueError, "k"),
+    ({"v": lambda x: x[:1]}, ValueError, "v"),
+    ({"k": lambda x: x[..., :8]}, ValueError, "k"),
+    ({"v": lambda x: x[:, :, :4]}, ValueError, "v"),
+    ({"k": lambda x: x.repeat(1, 2, 1, 1)[:, :3]}, ValueError, "k"),
+    ({"v": lambda x: x[:, :3]}, ValueError, "v"),
+    ({"k": lambda x: x[:, :0]}, ValueError, "k"),
+    ({"v": lambda x: x.repeat(1, 4, 1, 1)}, ValueError, "v"),
+    ({"q": lambda x: x[..., :12], "k": lambda x: x[..., :12]}, ValueError, "q"),
+    ({"v": lambda x: x[..., :4]}, ValueError, "v"),
+    ({"v": lambda x: x[..., :0]}, ValueError, "v"),
+    ({"v": lambda x: torch.randn(2, 4, 5, 264)}, ValueError, "v"),
+    ({"q": wide}, ValueError, "q"),
+    ({"k": wide}, ValueError, "k"),
+    ({"v": wide}, ValueError, "v"),
+    ({"kv_start": lambda x: x.long()}, TypeError, "kv_start"),
+    ({"kv_end": lambda x: x.float()}, TypeError, "kv_end"),
+    ({"kv_end": lambda x: x[:1]}, ValueError, "kv_end"),
+    ({"kv_start": lambda x: x[None]}, ValueError, "kv_start"),
+    ({"k": lambda x: x.to("meta")}, ValueError, "k"),
+    ({"kv_end": lambda x: x.to("meta")}, ValueError, "kv_end"),
+    ({"q": None}, TypeError, "q"),
+    ({"k": [1.0]}, TypeError, "k"),
+    ({"v": 3}, TypeError, "v"),
+    ({"kv_end": 5}, TypeError, "kv_end"),
+]
+
+VARLEN = [
+    ({"q": lambda x: x[None]}, ValueError, "q"),
+    ({"k": lambda x: x[0]}, ValueError, "k"),
+    ({"v": lambda x: x[None]}, ValueError, "v"),
+    ({"q": lambda x: x.int()}, TypeError, "q"),
+    ({"k": half}, TypeError, "k"),
+    ({"v": double}, TypeError, "v"),
+    ({"k": lambda x: x[..., :8]}, ValueError, "k"),
+    ({"v": lambda x: x[:8]}, ValueError, "v"),
+    ({"k": lambda x: x.repeat(1, 2, 1)[:, :3]}, ValueError, "k"),
+    ({"v": lambda x: x[:, :3]}, ValueError, "v"),
+    ({"k": lambda x: x[:, :0]}, ValueError, "k"),
+    ({"q": lambda x: x[..., :12], "k": lambda x: x[..., :12]}, ValueError, "q"),
+    ({"v": lambda x: x[..., :4]}, ValueError, "v"),
+    ({"q": wide}, ValueError, "q"),
+    ({"k": wide}, ValueError, "k"),
+    ({"v": wide}, ValueError, "v"),
+    ({"cu_seqlens_q": lambda x: x.long()}, TypeError, "cu_seqlens_q"),
+    ({"cu_seqlens_k": lambda x: x.float()}, TypeError, "cu_seqlens_k"),
+    ({"cu_seqlens_q": lambda x: x[None]}, ValueError, "cu_seqlens_q"),
+    ({"cu_seqlens_q": lambda x: x[:0], "cu_seqlens_k": lambda x: x[:0]}, ValueError, "cu_seqlens_q"),
+    ({"cu_seqlens_k": lambda x: x[:2]}, ValueError, "cu_seqlens_k"),
+    ({"cu_seqlens_q": lambda x: x.repeat_interleave(2)[::2]}, ValueError, "cu_seqlens_q"),
+    ({"cu_seqlens_q": int32(1, 3, 7)}, ValueError, "cu_seqlens_q"),
+    ({"cu_seqlens_k": int32(-1, 3, 9)}, ValueError, "cu_seqlens_k"),
+    ({"cu_seqlens_q": int32(0, 8, 7), "max_seqlen_q": 8}, ValueError, "cu_seqlens_q"),
+    ({"cu_seqlens_k": int32(0, -1, 9)}, ValueError, "cu_seqlens_k"),
+    ({"cu_seqlens_q": int32(0, 3, 6)}, ValueError, "cu_seqlens_q"),
+    ({"cu_seqlens_k": int32(0, 5, 10)}, ValueError, "cu_seqlens_k"),
+    ({"cu_seqlens_q": lambda x: x.to("meta")}, ValueError, "cu_seqlens_q"),
+    ({"cu_seqlens_q": None}, TypeError, "cu_seqlens_q"),
+    ({"cu_seqlens_k": [0, 9, 9]}, TypeError, "cu_seqlens_k"),
+    ({"max_seqlen_q": 3}, ValueError, "max_seqlen_q"),
+    ({"max_seqlen_k": 8}, ValueError, "max_seqlen_k"),
+    ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q"),
+    ({"max_seqlen_k": -1}, ValueError, "max_seqlen_k"),
+    ({"max_seqlen_q": 4.0}, TypeError, "max_seqlen_q"),
+    ({"max_seqlen_k": None}, TypeError, "max_seqlen_k"),
+    ({"max_seqlen_q": torch.tensor(4.0)}, TypeError, "max_seqlen_q"),
+    ({"kv_start": lambda x: x.long()}, TypeError, "kv_start"),
+    ({"kv_end": lambda x: x[:1]}, ValueError, "kv_end"),
+    ({"kv_end": int32(9, 0, 0)}, ValueError, "kv_end"),
+    ({"q": None}, TypeError, "q"),
+    ({"v": 3}, TypeError, "v"),
+]
+
+DECODE = [
+    ({"q": lambda x: x[0]}, ValueError, "q"),
+    ({"k_cache": lambda x: x[0]}, ValueError, "k_cache"),
+    ({"v_cache": lambda x: x.flatten(3)}, ValueError, "v_cache"),
+    ({"q": double}, TypeError, "q"),
+    ({"k_cache": half}, TypeError, "k_cache"),
+    ({"v_cache": half}, TypeError, "v_cache"),
+    ({"q": lambda x: x[..., :8]}, ValueError, "q"),
+    ({"q": lambda x: x[:1]}, ValueError, "q|k_cache|v_cache"),
+    ({"q": lambda x: x[:, :3]}, ValueError, "q|k|k_cache"),
+    ({"q": lambda x: x[:, :6]}, ValueError, "q|v|v_cache"),
+    ({"k_cache": lambda x: x[..., :12], "q": lambda x: x[..., :12]}, ValueError, "k_cache"),
+    ({"v_cache": lambda x: x[..., :4]}, ValueError, "v_cache"),
+    ({"k_cache": lambda x: x.repeat(1, 1, 1, 2, 1)}, ValueError, "k_cache|v_cache"),
+    ({"k_cache": lambda x: x[:, :1]}, ValueError, "k_cache"),
+    ({"k_cache": lambda x: x[:, :, :63]}, ValueError, "k_cache"),
+    ({"k_cache": lambda x: x[:, :, :, :0]}, ValueError, "k_cache|v_cache"),
+    ({"q": wide}, ValueError, "q"),
+    ({"k_cache": wide}, ValueError, "k_cache"),
+    ({"v_cache": wide}, ValueError, "v_cache"),
+    ({"cache_seqlens": lambda x: x.long()}, TypeError, "cache_seqlens"),
+    ({"cache_seqlens": lambda x: x[:1]}, ValueError, "cache_seqlens"),
+    ({"cache_seqlens": lambda x: x[:, None]}, ValueError, "cache_seqlens"),
+    ({"cache_seqlens": int32(65, 1)}, ValueError, "cache_seqlens"),
+    ({"cache_seqlens": int32(1, -1)}, ValueError, "cache_seqlens"),
+    ({"cache_start": int32(-1, 0)}, ValueError, "cache_start"),
+    ({"cache_start": lambda x: x.short()}, TypeError, "cache_start"),
+    ({"cache_seqlens": None}, TypeError, "cache_seqlens"),
+    ({"v_cache": "cache"}, TypeError, "v_cache"),
+    ({"v_cache": lambda x: x.to("meta")}, ValueError, "v_cache"),
+    ({"k_layout": "columns"}, ValueError, "k_layout"),
+    ({"k_layout": 1}, TypeError, "k_layout"),
+    ({"q": lambda x: x.requires_grad_()}, ValueError, "q"),
+    ({"v_cache": lambda x: x.requires_grad_()}, ValueError, "v_cache"),
+]
+
+PANELS = [
+    ({"k_cache": lambda x: x[..., 0]}, ValueError, "k_cache"),
+    ({"k_cache": lambda x: x[..., :16]}, ValueError, "k_cache"),
+    ({"k_cache": lambda x: x[:, :, :1]}, ValueError, "k_cache"),
+    ({"k_cache": lambda x: x.mT.contiguous().mT}, ValueError, "k_cache"),
+    ({"k_cache": lambda x: x[..., :12, :], "q": lambda x: x[..., :12]}, ValueError, "k_cache"),
+]
+
+PAGED = [
+    ({"block_table": lambda x: x.long()}, TypeError, "block_table"),
+    ({"block_table": lambda x: x[0]}, ValueError, "block_table"),
+    ({"block_table": lambda x: x[:1]}, ValueError, "block_table"),
+    ({"block_table": torch.tensor([[0, 6], [1, 2]], dtype=torch.int32), "cache_seqlens": int32(65, 1)}, ValueError,
+     "block_table"),
+    ({"block_table": torch.tensor([[0, 1], [-1, 2]], dtype=torch.int32)}, ValueError, "block_table"),
+    ({"cache_seqlens": int32(129, 1)}, ValueError, "cache_seqlens"),
+]  # fmt: skip
+
+SELECTIVE = [
+    ({"top_k": 0}, ValueError, "top_k"),
+    ({"top_k": -3}, ValueError, "top_k"),
+    ({"top_k": True}, TypeError, "top_k"),
+    ({"top_k": 4.0}, TypeError, "top_k"),
+    ({"top_k": "4"}, TypeError, "top_k"),
+    ({"max_error": -0.1}, ValueError, "max_error"),
+    ({"max_error": float("nan")}, ValueError, "max_error"),
+    ({"max_error": "0.1"}, TypeError, "max_error"),
+    ({"keep_first": -1}, ValueError, "keep_first"),
+    ({"keep_last": 1.5}, TypeError, "keep_last"),
+    ({"tail": "head"}, ValueError, "tail"),
+    ({"tail": None}, TypeError, "tail"),
+    ({"v_stats": half}, TypeError, "v_stats"),
+    ({"v_stats": lambda x: x[0]}, ValueError, "v_stats"),
+    ({"v_stats": lambda x: x[:, :3].contiguous()}, ValueError, "v_stats"),
+    ({"v_stats": lambda x: x[..., :24].contiguous()}, ValueError, "v_stats"),
+    ({"v_stats": wide}, ValueError, "v_stats"),
+    ({"top_k": 2**40, "return_stats": True}, ValueError, "top_k"),
+    ({"top_k": 2**63 - 1, "return_stats": True}, ValueError, "top_k"),
+]
+
+UPDATE = [
+    ({"k": lambda x: x[0]}, ValueError, "k"),
+    ({"v": lambda x: x[0]}, ValueError, "v"),
+    ({"k": half}, TypeError, "k"),
+    ({"v": half}, TypeError, "v"),
+    ({"k_cache": half}, TypeError, "k|k_cache|v_cache"),
+    ({"k": lambda x: x[:, :1]}, ValueError, "k"),
+    ({"v": lambda x: x[:, :3]}, ValueError, "v"),
+    ({"k": lambda x: x[..., :8]}, ValueError, "k"),
+    ({"v": lambda x: x[..., :16]}, ValueError, "v"),
+    ({"v": lambda x: x[:, :, :2]}, ValueError, "v"),
+    ({"v": lambda x: x[:1]}, ValueError, "v"),
+    ({"k": wide}, ValueError, "k"),
+    ({"v": wide}, ValueError, "v"),
+    ({"positions": lambda x: x.float()}, TypeError, "positions"),
+    ({"positions": lambda x: x[0]}, ValueError, "positions"),
+    ({"positions": lambda x: x[:, :2]}, ValueError, "positions"),
+    ({"positions": torch.tensor([[0, 1, 2], [5, -1, 64]])}, ValueError, "positions"),
+    ({"positions": torch.tensor([[0, 1, -2], [5, -1, 6]])}, ValueError, "positions"),
+    ({"positions": torch.tensor([[0, 1, 2**40], [5, -1, 6]])}, ValueError, "positions"),
+    ({"cos": None}, ValueError, "cos"),
+    ({"sin": None}, ValueError, "sin"),
+    ({"cos": lambda x: x[0]}, ValueError, "cos"),
+    ({"cos": lambda x: x[:, :2]}, ValueError, "cos"),
+    ({"cos": lambda x: x[..., :8]}, ValueError, "cos|sin"),
+    ({"cos": lambda x: x[..., :7], "sin": lambda x: x[..., :7]}, ValueError, "cos"),
+    ({"cos": lambda x: x.repeat(1, 1, 2), "sin": lambda x: x.repeat(1, 1, 2)}, ValueError, "cos"),
+    ({"cos": lambda x: x.repeat(3, 1, 1), "sin": lambda x: x.repeat(3, 1, 1)}, ValueError, "cos"),
+    ({"cos": half, "sin": half}, TypeError, "cos"),
+    ({"cos": wide, "sin": wide}, ValueError, "cos"),
+    ({"sin": double}, TypeError, "sin"),
+    ({"v_stats": double}, TypeError, "v_stats"),
+    ({"v_stats": lambda x: x[:, :2]}, ValueError, "v_stats"),
+    ({"positions": None}, TypeError, "positions"),
+    ({"k_layout": "row"}, ValueError, "k_layout"),
+    ({"k": lambda x: x.requires_grad_()}, ValueError, "k"),
+    ({"v_cache": lambda x: x.to("meta")}, ValueError, "v_cache"),
+]
+
+SWIGLU = [
+    ({"up": lambda x: x[:2]}, ValueError, "up"),
+    ({"up": lambda x: x[0]}, ValueError, "up"),
+    ({"up": half}, TypeError, "up"),
+    ({"gate": double, "up": double}, TypeError, "gate"),
+    ({"gate": lambda x: x.int(), "up": lambda x: x.int()}, TypeError, "gate"),
+    ({"gate": 1.0}, TypeError, "gate"),
+    ({"up": 1.0}, TypeError, "up"),
+    ({"up": lambda x: x.to("meta")}, ValueError, "up"),
+]
+
+
+def numbered(cases):
+    return pytest.mark.parametrize("changes, error, name", cases, ids=[f"{i}-{c[2]}" for i, c in enumerate(cases)])
+
+
+@numbered([*FLASH, *LOGITS, *SCALE, *DROPOUT])
+def test_flash(api, changes, error, name):
+    check(api.flash_attention, flash_arguments(), changes, error, name)
+
+
+@numbered([*VARLEN, *LOGITS, *SCALE, *DROPOUT])
+def test_varlen(api, changes, error, name):
+    check(api.flash_attention_varlen, varlen_arguments(), changes, error, name)
+
+
+@numbered([*LOGITS, *SCALE, ({"sinks": torch.zeros(8, requires_grad=True)}, ValueError, "sinks")])
+def test_decode_logits(api, changes, error, name):
+    check(api.decode_attention, decode_arguments(), changes, error, name)
+
+
+@numbered(DECODE)
+def test_decode(api, changes, error, name):
+    check(api.decode_attention, decode_arguments(), changes, error, name)
+    check(api.selective_v_attention, selective_arguments(), changes, error, name)
+
+
+@numbered(PANELS)
+def test_decode_panels(api, changes, error, name):
+    check(api.decode_attention, decode_arguments("panels"), changes, error, name)
+
+
+def test_panels_of_bfloat16_have_pairs(api):
+    arguments = decode_arguments("panels")
+    arguments |= {name: half(arguments[name]) for name in ("q", "k_cache", "v_cache")}
+    check(api.decode_attention, arguments, {}, ValueError, "k_cache")
+
+
+def test_blocks_of_panels_are_whole_panels(api):
+    arguments = decode_arguments("panels", paged=True)
+    changes = {"v_cache": torch.randn(6, 2, 40, 2, 24)}
+    check(api.decode_attention, arguments, changes, ValueError, "k_cache|v_cache")
+
+
+@numbered(PAGED)
+def test_decode_paged(api, changes, error, name):
+    check(api.decode_attention, decode_arguments(paged=True), changes, error, name)
+
+
+@numbered([*SELECTIVE, *SCALE])
+def test_selective(api, changes, error, name):
+    check(api.selective_v_attention, selective_arguments(), changes, error, name)
+
+
+@pytest.mark.parametrize("layout", ["rows", "panels"])
+@numbered(UPDATE)
+def test_update(api, layout, changes, error, name):
+    check(api.kv_cache_update, update_arguments(layout), changes, error, name)
+
+
+def overlapping(x):
+    """Of x's shape, every second entry begins where the one before has its second element."""
+    return x.new_zeros(2 * x.numel()).as_strided(x.shape, (1, *x.stride()[1:]))
+
+
+def expanded(x):
+    return x[:1].expand(x.shape)
+
+
+@pytest.mark.parametrize("layout", ["rows", "panels"])
+@pytest.mark.parametrize("name", ["k_cache", "v_cache"])
+@pytest.mark.parametrize("how", [expanded, overlapping])
+def test_written_elements_have_a_place_each(api, layout, name, how):
+    check(api.kv_cache_update, update_arguments(layout), {name: how}, ValueError, name)
+    arguments = decode_arguments(layout)
+    arguments[name] = how(arguments[name])
+    assert api.decode_attention(**arguments).isfinite().all()  # reading is another matter
+
+
+def test_caches_share_no_memory(api):
+    arguments = update_arguments()
+    equal_heads = {"v": torch.randn(2, 2, 3, 16), "v_stats": None, "v_cache": torch.zeros(2, 2, 64, 1, 16)}
+    same = arguments | equal_heads
+    check(api.kv_cache_update, same | {"v_cache": same["k_cache"]}, {}, ValueError, "v_cache")
+    shifted = torch.zeros(2 * 2 * 64 * 16 + 8)
+    parts = {"k_cache": shifted[8:].view(2, 2, 64, 1, 16), "v_cache": shifted[:-8].view(2, 2, 64, 1, 16)}
+    check(api.kv_cache_update, same | parts, {}, ValueError, "v_cache")
+    check(api.kv_cache_update, arguments | {"k": arguments["k_cache"][:, :, 5:8, 0]}, {}, ValueError, "k")
+    check(api.kv_cache_update, same | {"v": same["v_cache"][:, :, 5:8, 0]}, {}, ValueError, "v")
+    # K and V side by side in one tensor, by token or by page, and slices of a longer cache do not meet.
+    for cut in (
+        lambda x: (x[..., 0, :, :], x[..., 1, :, :]),
+        lambda x: (x.view(2, 2, 2, 64, 1, 16)[:, 0], x.view(2, 2, 2, 64, 1, 16)[:, 1]),
+    ):
+        k_cache, v_cache = cut(torch.zeros(2, 2, 64, 2, 1, 16))
+        api.kv_cache_update(**same | {"k_cache": k_cache, "v_cache": v_cache})
+        assert torch.equal(v_cache[0, :, :3, 0], same["v"][0]) and v_cache.count_nonzero() == 5 * 2 * 16
+
+
+KINDS = {
+    "nested": lambda x: torch.nested.as_nested_tensor([x, x]),
+    "jagged": lambda x: torch.nested.as_nested_tensor([x, x], layout=torch.jagged),
+    "sparse": lambda x: x.to_sparse(),
+    "quantized": lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:torch.quantize_per_tensor")
+def test_elements_lie_in_memory_by_strides(api, kind):
+    calls = {
+        "flash_attention": flash_arguments(),
+        "flash_attention_varlen": varlen_arguments(),
+        "decode_attention": decode_arguments(paged=True),
+        "selective_v_attention": selective_arguments(),
+        "kv_cache_update": update_arguments(paged=True),
+        "swiglu": {"gate": torch.randn(3, 4), "up": torch.randn(3, 4)},
+    }
+    for op, arguments in calls.items():
+        for name, x in arguments.items():
+            if not isinstance(x, torch.Tensor):
+                continue
+            bad = KINDS[kind](x)
+            with pytest.raises(TypeError, match=rf"^{name}: got a \w+ tensor, want a dense \(strided\) tensor$"):
+                getattr(api, op)(**arguments | {name: bad})
+
+
+@pytest.mark.parametrize("block", [-1, 6, 2**31 - 1])
+def test_update_of_an_unmapped_block(api, block):
+    table = torch.tensor([[0, 3], [5, block]], dtype=torch.int32)
+    changes = {"block_table": table, "positions": torch.tensor([[0, 1, 2], [5, -1, 70]])}
+    check(api.kv_cache_update, update_arguments(paged=True), changes, ValueError, "block_table")
+    arguments = update_arguments(paged=True) | {"block_table": table}
+    api.kv_cache_update(**arguments)  # no token needs that entry
+
+
+@numbered(SWIGLU)
+def test_swiglu(api, changes, error, name):
+    check(api.swiglu, {"gate": torch.randn(3, 4), "up": torch.randn(3, 4)}, changes, error, name)
+
+
+def test_a_wrong_value_is_both_errors_and_pickles():
+    with pytest.raises(RuntimeError, match="^k: got ") as caught:
+        diffqkv.flash_attention(torch.randn(1, 2, 3, 16), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8))
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert type(copy) is ArgumentError and isinstance(copy, ValueError) and str(copy) == str(caught.value)
+    assert traceback.format_exception_only(copy)[0].startswith("diffqkv.ops.checks.ArgumentError: k: got ")
+
+
+# op, its right arguments, and integers of each kind of argument
+INTEGERS = [
+    ("flash_attention", flash_arguments, {"window": (2, 1)}),
+    ("flash_attention", flash_arguments, {"dropout_p": 0.5, "seed": -5, "offset": 3}),
+    ("flash_attention_varlen", varlen_arguments, {"max_seqlen_q": 5, "max_seqlen_k": 10, "window": (2, 1)}),
+    ("flash_attention_varlen", varlen_arguments, {"dropout_p": 0.5, "seed": 5, "offset": 3}),
+    ("decode_attention", decode_arguments, {"window": (3, -1)}),
+    ("selective_v_attention", selective_arguments, {"top_k": 1, "keep_first": 1, "keep_last": 2}),
+]
+
+
+def converted(options, make):
+    """options with each integer as make(it)."""
+    pairs = {n: tuple(map(make, x)) for n, x in options.items() if isinstance(x, tuple)}
+    return options | {n: make(x) for n, x in options.items() if isinstance(x, int)} | pairs
+
+
+@pytest.mark.parametrize("make", [np.int64, np.int16, torch.tensor, lambda x: torch.tensor(x, dtype=torch.int32)])
+@pytest.mark.parametrize("op, arguments, options", INTEGERS)
+def test_integers_of_numpy_and_torch(api, op, arguments, options, make):
+    function, arguments = getattr(api, op), arguments()
+    want = function(**arguments | options)
+    assert torch.equal(function(**arguments | converted(options, make)), want)
+    assert not torch.equal(function(**arguments | converted(options, lambda x: x + 1)), want)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        float,
+        bool,
+        str,
+        np.float32,
+        np.bool_,
+        lambda x: [x],
+        lambda x: torch.tensor([x]),
+        lambda x: torch.tensor(x > 0),
+        lambda x: torch.tensor(float(x)),
+    ],
+)
+@pytest.mark.parametrize("op, arguments, options", INTEGERS)
+def test_what_is_no_integer(api, op, arguments, options, make):
+    for name, value in options.items():
+        if isinstance(value, (int, tuple)):
+            check(getattr(api, op), arguments(), options | converted({name: value}, make), TypeError, name)
+
+
+# op, its right arguments, and numbers of each kind of argument
+NUMBERS = [
+    ("flash_attention", flash_arguments, {"softmax_scale": 0.5, "softcap": 2.0}),
+    ("flash_attention", flash_arguments, {"dropout_p": 0.5, "seed": 5}),
+    ("flash_attention_varlen", varlen_arguments, {"softmax_scale": 0.25, "softcap": 0.5}),
+    ("decode_attention", decode_arguments, {"softmax_scale": 0.25, "softcap": 0.5}),
+    ("selective_v_attention", selective_arguments, {"softmax_scale": 0.25, "max_error": 0.5}),
+]
+NUMBER_CASES = [
+    (op, arguments, options, name)
+    for op, arguments, options in NUMBERS
+    for name, x in options.items()
+    if isinstance(x, float)
+]
+
+
+@pytest.mark.parametrize("make", [np.float32, np.float64, torch.tensor, lambda x: torch.tensor(x).double()])
+@pytest.mark.parametrize("op, arguments, options, name", NUMBER_CASES)
+def test_numbers_of_numpy_and_torch(api, op, arguments, options, name, make):
+    function, arguments = getattr(api, op), arguments()
+    want = function(**arguments | options)
+    assert torch.equal(function(**arguments | options | {name: make(options[name])}), want)
+
+
+@pytest.mark.parametrize("make", [str, bool, np.bool_, complex, lambda x: [x], lambda x: torch.tensor([x])])
+@pytest.mark.parametrize("op, arguments, options, name", NUMBER_CASES)
+def test_what_is_no_number(api, op, arguments, options, name, make):
+    check(getattr(api, op), arguments(), options | {name: make(options[name])}, TypeError, name)
+
+
+def test_integers_in_compiled_code():
+    """A graph has no value of a tensor: outside fullgraph torch.compile leaves the call to Python."""
+    q = torch.randn(1, 2, 8, 16)
+
+    def attend(q, left):
+        return diffqkv.flash_attention(q, q, q, window=(left, 0))
+
+    compiled = torch.compile(attend, backend="aot_eager")
+    assert torch.equal(compiled(q, torch.tensor(2)), attend(q, 2))
+    torch.compiler.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, 2), attend(q, 2))
+    with pytest.raises(Exception, match="window: got Tensor in compiled code, want an int"):
+        compiled(q, torch.tensor(2))
+
+
+def test_inference_ops_run_on_parameters_without_grad_mode(api):
+    arguments = decode_arguments()
+    arguments["q"].requires_grad_()
+    with torch.no_grad():
+        assert not api.decode_attention(**arguments).requires_grad
+
+
+DIRECT = [
+    ("flash_attention", flash_arguments, {"k": torch.randn(2, 3, 5, 16)}, "k"),
+    ("selective_v_attention", selective_arguments, {"tail": 3}, "tail"),
+    ("decode_attention", decode_arguments, {"k_layout": 2}, "k_layout"),
+    *(
+        (op, arguments, changes, name)
+        for op, arguments in (
+            ("flash_attention", flash_arguments),
+            ("flash_attention_varlen", varlen_arguments),
+            ("decode_attention", decode_arguments),
+        )
+        for changes, name in (
+            ({"window_left": -2}, "window_left"),
+            ({"window_right": -2}, "window_right"),
+            ({"softcap": -1.0}, "softcap"),
+            ({"softcap": float("inf")}, "softcap"),
+            ({"softcap": float("nan")}, "softcap"),
+            ({"softmax_scale": float("inf")}, "softmax_scale"),
+            ({"softmax_scale": float("nan")}, "softmax_scale"),
+            ({"sinks": torch.zeros(7)}, "sinks"),
+            ({"sinks": torch.zeros(16)[::2]}, "sinks"),
+            ({"sinks": torch.zeros(8).double()}, "sinks"),
+        )
+    ),
+    *(
+        (op, arguments, changes, name)
+        for op, arguments in (("flash_attention", flash_arguments), ("flash_attention_varlen", varlen_arguments))
+        for changes, name in (
+            ({"dropout_p": -0.1}, "dropout_p"),
+            ({"dropout_p": 1.0}, "dropout_p"),
+            ({"dropout_p": float("nan")}, "dropout_p"),
+            ({"dropout_p": float("inf")}, "dropout_p"),
+            ({"offset": -1}, "offset"),
+            ({"offset": 2**32}, "offset"),
+        )
+    ),
+    ("flash_attention_varlen", varlen_arguments, {"max_seqlen_q": -1}, "max_seqlen_q"),
+    ("flash_attention_varlen", varlen_arguments, {"max_seqlen_q": 3}, "max_seqlen_q"),
+    ("flash_attention_varlen", varlen_arguments, {"cu_seqlens_k": int32(0, 5, 10)}, "cu_seqlens_k"),
+]
+
+
+@pytest.mark.parametrize("op, arguments, changes, name", DIRECT, ids=[f"{c[0]}-{c[3]}" for c in DIRECT])
+def test_direct_calls_raise_runtime_errors(library, op, arguments, changes, name):
+    arguments = arguments() | {"k_layout": 0}
+    if "k_cache" not in arguments:
+        del arguments["k_layout"]
+    with pytest.raises(RuntimeError, match=rf"{name}: got .+, want"):
+        getattr(library, op)(**arguments | changes)
+
+
+def backward_arguments(varlen):
+    arguments = varlen_arguments() if varlen else flash_arguments()
+    shape, lse_shape = ((7, 8, 24), (8, 7)) if varlen else ((2, 8, 3, 24), (2, 8, 3))
+    return {
+        "dout": torch.randn(shape),
+        "dlse": torch.randn(lse_shape),
+        "out": torch.randn(shape),
+        "lse": torch.randn(lse_shape),
+    } | arguments
+
+
+BACKWARD = [
+    ({"dout": half}, "dout"),
+    ({"dout": lambda x: x[..., :16]}, "dout"),
+    ({"dout": lambda x: x[None]}, "dout"),
+    ({"out": half}, "out"),
+    ({"out": lambda x: x[:1]}, "out"),
+    ({"lse": double}, "lse"),
+    ({"lse": lambda x: x[..., :2]}, "lse"),
+    ({"dlse": half}, "dlse"),
+    ({"dlse": lambda x: x[..., :2]}, "dlse"),
+    ({"k": half}, "k"),
+    ({"v": lambda x: x[:, :3]}, "v"),
+    ({"sinks": lambda x: x[:3]}, "sinks"),
+    ({"kv_end": lambda x: x[:1]}, "kv_end"),
+    ({"window_left": -2}, "window_left"),
+    ({"softmax_scale": float("inf")}, "softmax_scale"),
+    ({"softmax_scale": float("nan")}, "softmax_scale"),
+    ({"softcap": float("inf")}, "softcap"),
+    ({"dropout_p": 1.0}, "dropout_p"),
+    ({"dropout_p": float("nan")}, "dropout_p"),
+]
+
+
+@pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
+@pytest.mark.parametrize("changes, name", BACKWARD, ids=[f"{i}-{c[1]}" for i, c in enumerate(BACKWARD)])
+def test_backward(library, changes, name, varlen):
+    arguments = backward_arguments(varlen)
+    arguments |= {n: x(arguments[n]) if callable(x) else x for n, x in changes.items()}
+    op = library.flash_attention_varlen_backward if varlen else library.flash_attention_backward
+    with pytest.raises(RuntimeError, match=rf"{name}: got .+, want"):
+        op(**arguments)
+
+
+def test_missing_library_is_explained():
+    if os.environ.get("DIFFQKV_DISABLE_LIBRARY") == "1":
+        assert not compiled.loaded and diffqkv.config()["reason"] == "DIFFQKV_DISABLE_LIBRARY=1"
+    else:
+        assert compiled.loaded, compiled.reason
+        assert diffqkv.config()["reason"] is None
+
+
+def test_a_library_of_an_older_version_is_refused(library, monkeypatch):
+    monkeypatch.setattr(library, "_NEWEST_OP", "op_of_tomorrow")
+    path, reason = library._load()
+    assert path is None and reason.endswith("is older than this package: it has no op_of_tomorrow; run make build")
