@@ -35,23 +35,19 @@ from torch import Tensor
 
 from . import ops, reference
 from .ops import checks
-from .ops.checks import wrong
+from .ops.checks import Sizes, wrong
 from .ops.functions import _integer, _number, _refuse_gradients, _scale
+from .ops.options import AttentionOptions
 
 
 def _not_built(argument: str, got: object, want: str) -> NotImplementedError:
     return NotImplementedError(f"{argument}: got {got}, want {want}; more is not built")
 
 
-def _sizes(name: str, x: Tensor, layout: str, known: dict[str, int]) -> None:
-    """Checks x against a layout like "b s_q n_q d_k": a size known by its name must agree, a new one becomes known."""
+def _tensor(name: str, x: Tensor, sizes: Sizes, layout: str) -> None:
     if not isinstance(x, Tensor):
         raise wrong(name, type(x).__name__, "a Tensor", TypeError)
-    sizes = layout.split()
-    if x.dim() != len(sizes) or any(known.get(size, n) != n for size, n in zip(sizes, x.shape, strict=True)):
-        want = ", ".join(f"{size} = {known[size]}" if size in known else size for size in sizes)
-        raise wrong(name, f"shape {list(x.shape)}", f"[{want}]")
-    known.update(zip(sizes, x.shape, strict=True))
+    sizes.check(name, x, layout)
 
 
 def _head_dims(d_k: int, d_v: int, softmax_scale: float | None) -> float | None:
@@ -151,10 +147,10 @@ def flash_attn_func(
         quadratic memory and without a gradient; otherwise an empty tensor.
     """
     scores = _scores(alibi_slopes, softmax_scale, causal, window_size, softcap)
-    sizes: dict[str, int] = {}
-    _sizes("q", q, "b s_q n_q d_k", sizes)
-    _sizes("k", k, "b s_k n_k d_k", sizes)
-    _sizes("v", v, "b s_k n_v d_v", sizes)
+    sizes = Sizes()
+    _tensor("q", q, sizes, "b s_q n_q d_k")
+    _tensor("k", k, sizes, "b s_k n_k d_k")
+    _tensor("v", v, sizes, "b s_k n_v d_v")
     scores["softmax_scale"] = _head_dims(sizes["d_k"], sizes["d_v"], scores["softmax_scale"])
     q, k, v = (_rows(x).transpose(1, 2) for x in (q, k, v))
     seed = _seed(dropout_p, return_attn_probs)
@@ -185,7 +181,7 @@ def flash_attn_kvpacked_func(
     return_attn_probs=False,
 ):
     """`flash_attn_func` of q `[b, s_q, n_q, d]` and kv `[b, s_k, 2, n, d]`: as many K as V heads, of one dimension."""
-    _sizes("kv", kv, "b s_k kv n d", {"kv": 2})
+    _tensor("kv", kv, Sizes(), "b s_k 2 n d")
     k, v = kv.unbind(2)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
@@ -204,7 +200,7 @@ def flash_attn_qkvpacked_func(
     return_attn_probs=False,
 ):
     """`flash_attn_func` of qkv `[b, s, 3, n, d]`: equally many heads of one dimension."""
-    _sizes("qkv", qkv, "b s qkv n d", {"qkv": 3})
+    _tensor("qkv", qkv, Sizes(), "b s 3 n d")
     q, k, v = qkv.unbind(2)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
@@ -218,8 +214,8 @@ def _places(
     block_table: Tensor, cu_seqlens_k: Tensor, max_seqlen_k: int, q: Tensor, blocks: int, slots: int
 ) -> tuple[Tensor, Tensor]:
     """Block and slot of each row that packed K and V would have, int64 `[total_k]`."""
-    checks._tensor("cu_seqlens_k", cu_seqlens_k, q, (torch.int32,), (1,), "[b + 1]")
-    checks._tensor("block_table", block_table, q, (torch.int32,), (2,), "[b, max_blocks]")
+    checks.tensor("cu_seqlens_k", cu_seqlens_k, q, (torch.int32,), Sizes(), "b+1")
+    checks.tensor("block_table", block_table, q, (torch.int32,), Sizes(), "b max_blocks")
     b, max_blocks = block_table.shape
     if len(cu_seqlens_k) == 0:
         raise wrong("cu_seqlens_k", "shape [0]", "[b + 1]")
@@ -227,12 +223,11 @@ def _places(
         raise wrong("block_table", f"{b} entries", f"{len(cu_seqlens_k) - 1}, those of cu_seqlens_k")
     lengths = cu_seqlens_k.diff()
     if checks.readable(cu_seqlens_k):
-        checks._cu_seqlens("k", cu_seqlens_k, int(cu_seqlens_k[-1]), max_seqlen_k)
+        checks.cu_seqlens_values("k", cu_seqlens_k, int(cu_seqlens_k[-1]), max_seqlen_k)
         longest = int(lengths.max()) if b else 0
         if longest > max_blocks * slots:
             raise wrong("cu_seqlens_k", f"a sequence of {longest}", f"at most {max_blocks * slots}, as block_table has")
-        first = torch.arange(max_blocks, device=q.device) * slots
-        checks._blocks(block_table, first < lengths[:, None], blocks)
+        checks.blocks_of_tokens(block_table, slots, None, lengths, blocks)
     entry = torch.arange(b, device=q.device).repeat_interleave(lengths)
     token = torch.arange(len(entry), device=q.device) - cu_seqlens_k[entry]
     # Where the table cannot be looked at, a block that is outside must not be an illegal memory access.
@@ -284,10 +279,10 @@ def flash_attn_varlen_func(
     max_seqlen_q = _integer("max_seqlen_q", max_seqlen_q, 0)
     max_seqlen_k = _integer("max_seqlen_k", max_seqlen_k, 0)
     rows = "total_k" if block_table is None else "blocks block_size"
-    sizes: dict[str, int] = {}
-    _sizes("q", q, "total_q n_q d_k", sizes)
-    _sizes("k", k, f"{rows} n_k d_k", sizes)
-    _sizes("v", v, f"{rows} n_v d_v", sizes)
+    sizes = Sizes()
+    _tensor("q", q, sizes, "total_q n_q d_k")
+    _tensor("k", k, sizes, f"{rows} n_k d_k")
+    _tensor("v", v, sizes, f"{rows} n_v d_v")
     scores["softmax_scale"] = _head_dims(sizes["d_k"], sizes["d_v"], scores["softmax_scale"])
     if block_table is not None:
         places = _places(block_table, cu_seqlens_k, max_seqlen_k, q, sizes["blocks"], sizes["block_size"])
@@ -342,7 +337,7 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs=False,
 ):
     """`flash_attn_varlen_func` of q `[total_q, n_q, d]` and kv `[total_k, 2, n, d]`."""
-    _sizes("kv", kv, "total_k kv n d", {"kv": 2})
+    _tensor("kv", kv, Sizes(), "total_k 2 n d")
     k, v = kv.unbind(1)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
@@ -364,7 +359,7 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs=False,
 ):
     """`flash_attn_varlen_func` of qkv `[total, 3, n, d]`; cu_seqlens and max_seqlen are those of queries and keys."""
-    _sizes("qkv", qkv, "total qkv n d", {"qkv": 3})
+    _tensor("qkv", qkv, Sizes(), "total 3 n d")
     q, k, v = qkv.unbind(1)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size,
@@ -376,14 +371,13 @@ def flash_attn_varlen_qkvpacked_func(
 
 
 def _int32(name: str, x: Tensor, like: Tensor, batch: int, most: int, why: str = "") -> None:
-    checks._per_entry(name, x, like, batch)
-    checks._values(name, x, 0, most, f"0 to {most}{why}")
+    checks.per_entry(name, x, like, Sizes(b=batch))
+    checks.values(name, x, 0, most, f"0 to {most}{why}")
 
 
-def _angles(name: str, table: Tensor, q: Tensor, slots: Tensor, capacity: int, sizes: dict[str, int]) -> Tensor:
+def _angles(name: str, table: Tensor, q: Tensor, slots: Tensor, capacity: int, sizes: Sizes) -> Tensor:
     """The rows of rotary_cos or rotary_sin for slots `[b, n]`."""
-    _sizes(name, table, "positions d_rot/2", sizes)
-    checks._tensor(name, table, q, (q.dtype, torch.float32), (2,), "")
+    checks.tensor(name, table, q, (q.dtype, torch.float32), sizes, "positions d_rot/2")
     needed = max(capacity, int(slots.max()) + 1) if slots.numel() and checks.readable(slots) else capacity
     if table.shape[0] < needed:
         raise wrong(name, f"{table.shape[0]} positions", f"at least {needed}")
@@ -417,14 +411,14 @@ def _ranges(s_q: int, start: Tensor | None, lengths: Tensor, window: tuple[int, 
 
 
 def _blocks(
-    block_table: Tensor | None, cache_batch_idx: Tensor | None, q: Tensor, sizes: dict[str, int]
+    block_table: Tensor | None, cache_batch_idx: Tensor | None, q: Tensor, sizes: Sizes
 ) -> tuple[Tensor | None, int]:
     """The block table of `ops`, None if the batch is the cache's, and the number of slots that an entry has."""
     entries, slots = sizes["entries"], sizes["slots"]
     if block_table is not None:
         if cache_batch_idx is not None:
             raise wrong("cache_batch_idx", "a tensor", "None, as block_table is given")
-        _sizes("block_table", block_table, "b max_blocks", sizes)
+        _tensor("block_table", block_table, sizes, "b max_blocks")
         return block_table, slots * sizes["max_blocks"]
     if cache_batch_idx is not None:
         _int32("cache_batch_idx", cache_batch_idx, q, q.shape[0], entries - 1)
@@ -541,16 +535,17 @@ def flash_attn_with_kvcache(
             q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
         )  # fmt: skip
 
-    sizes: dict[str, int] = {}
-    _sizes("q", q, "b s_q n_q d_k", sizes)
-    _sizes("k_cache", k_cache, "entries slots n_k d_k", sizes)
-    _sizes("v_cache", v_cache, "entries slots n_v d_v", sizes)
+    sizes = Sizes()
+    _tensor("q", q, sizes, "b s_q n_q d_k")
+    _tensor("k_cache", k_cache, sizes, "entries slots n_k d_k")
+    _tensor("v_cache", v_cache, sizes, "entries slots n_v d_v")
     b, s_q, d_k, d_v = (sizes[name] for name in ("b", "s_q", "d_k", "d_v"))
     scores["softmax_scale"] = _head_dims(d_k, d_v, scores["softmax_scale"])
-    checks._tensor("q", q, k_cache, (k_cache.dtype,), (4,), "")
-    checks._heads("k_cache", sizes["n_k"], sizes["n_q"])
-    checks._heads("v_cache", sizes["n_v"], sizes["n_q"])
-    checks._options(q, sizes["n_q"], b, softmax_scale=scores["softmax_scale"], softcap=scores["softcap"])
+    checks.tensor("q", q, k_cache, (k_cache.dtype,), sizes, "b s_q n_q d_k")
+    checks.heads("k_cache", sizes["n_k"], sizes["n_q"])
+    checks.heads("v_cache", sizes["n_v"], sizes["n_q"])
+    options = AttentionOptions(softmax_scale=scores["softmax_scale"], softcap=scores["softcap"])
+    checks.attention_options(q, sizes, options)
     full = "" if block_table is None else ", what block_table has room for"
     block_table, capacity = _blocks(block_table, cache_batch_idx, q, sizes)
 
@@ -558,8 +553,8 @@ def flash_attn_with_kvcache(
         missing, given = ("k", "v") if k is None else ("v", "k")
         raise wrong(missing, None, f"a tensor, as {given} is given")
     if k is not None:
-        _sizes("k", k, "b s_new n_k d_k", sizes)
-        _sizes("v", v, "b s_new n_v d_v", sizes)
+        _tensor("k", k, sizes, "b s_new n_k d_k")
+        _tensor("v", v, sizes, "b s_new n_v d_v")
         if cache_seqlens is None:
             raise wrong("cache_seqlens", None, "the number of tokens before k")
     s_new = sizes.get("s_new", 0)
@@ -590,7 +585,7 @@ def flash_attn_with_kvcache(
         slots = cache_seqlens[:, None] + torch.arange(s_new, device=q.device)
         k, v = (_rows(x).transpose(1, 2) for x in (k, v))
         # Of the caches themselves: the op sees copies of those that are padded.
-        checks._check_memory(dict(zip(("k_cache", "v_cache"), caches, strict=True)), {"k": k, "v": v})
+        checks.memory(dict(zip(("k_cache", "v_cache"), caches, strict=True)), {"k": k, "v": v})
         ops.kv_cache_update(k_cache, v_cache, k, v, slots, block_table=block_table)
         for cache, copy in zip(caches, copies, strict=True):
             if copy is not cache:

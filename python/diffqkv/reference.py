@@ -13,6 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# The ops' schemas have the index for the name.
+LAYOUTS = ("rows", "panels")
+TAILS = ("drop", "renorm", "mean")
+
 PANEL_TOKENS = 32
 MAX_ADDED = 4
 

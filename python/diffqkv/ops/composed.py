@@ -11,14 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from . import checks
-from .checks import PANELS, ROWS
+from .checks import CacheSizes, checked, gcd, readable
+from .options import MEAN, PANELS, RENORM, ROWS, AttentionOptions, DecodeOptions, SelectiveVOptions, UpdateOptions
 from .rules.autocast import outside_autocast
 
-_LAYOUTS = {ROWS: "rows", PANELS: "panels"}
-_TAILS = ("drop", "renorm", "mean")
 _SCORE_BYTES = 256 * 2**20  # of the float32 scores that the lse holds at a time
-DROP, RENORM, MEAN = 0, 1, 2
 
 
 def _repeat(x: Tensor, heads: int) -> Tensor:
@@ -64,30 +61,26 @@ def _attend(
     v: Tensor,
     visible: Tensor | None,
     square_causal: bool,
-    scale: float | None,
     need_lse: bool,
-    *,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: int = 0,
-    offset: int = 0,
+    options: AttentionOptions | DecodeOptions,
 ) -> tuple[Tensor, Tensor | None]:
     """visible: bool, broadcastable to `[b, n_q, s_q, s_k]`, or None; square_causal: the mask of s_q = s_k.
 
     SDPA where it knows the options. softcap, sinks and dropout are plain mathematics, with all scores in memory.
     """
     (b, n_q, s_q, d_k), n_k, s_k, n_v = q.shape, k.shape[1], k.shape[2], v.shape[1]
+    scale, softcap, sinks = options.softmax_scale, options.softcap, options.sinks
+    dropout_p = options.dropout_p if isinstance(options, AttentionOptions) else 0.0
     if softcap != 0 or sinks is not None or dropout_p != 0:
         kept = None
         if dropout_p != 0:
-            kept = _dropout_mask(b, n_q, s_q, s_k, dropout_p, seed, offset, q.device)
+            kept = _dropout_mask(b, n_q, s_q, s_k, dropout_p, options.seed, options.offset, q.device)
         if visible is None:
             visible = reference.visible_keys(s_q, s_k, s_k, device=q.device)
         exact = (x.to(torch.promote_types(q.dtype, torch.float32)) for x in (q, k, v))
         out, lse = reference.attend(*exact, visible, scale, softcap, sinks, dropout_p, kept)
         return out.to(q.dtype), lse
-    heads = n_k * n_v // checks.gcd(n_k, n_v)  # lcm
+    heads = n_k * n_v // gcd(n_k, n_v)  # lcm
     scale = d_k**-0.5 if scale is None else scale
     mask, nothing = None, None
     if visible is not None and not square_causal:
@@ -109,43 +102,23 @@ def _attend(
 
 
 @outside_autocast
+@checked
 def flash_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = False,
-    softmax_scale: float | None = None,
-    window_left: int = -1,
-    window_right: int = -1,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    kv_start: Tensor | None = None,
-    kv_end: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: int = 0,
-    offset: int = 0,
-    need_lse: bool = True,
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, *, need_lse: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """The op, differentiable by torch, save that need_lse=False leaves out the lse and the second pass over K."""
-    checks.flash_attention(
-        q, k, v, softmax_scale=softmax_scale, window_left=window_left, window_right=window_right, softcap=softcap,
-        sinks=sinks, kv_start=kv_start, kv_end=kv_end, dropout_p=dropout_p, seed=seed, offset=offset,
-    )  # fmt: skip
+    """The op, differentiable by torch. With need_lse=False it leaves out the lse and the second pass over K."""
+    causal, kv_start, kv_end = options.causal, options.kv_start, options.kv_end
+    window = options.window_left, options.window_right
     s_q, s_k = q.shape[2], k.shape[2]
-    masked = kv_start is not None or kv_end is not None or window_left != -1 or window_right != -1
+    masked = kv_start is not None or kv_end is not None or window != (-1, -1)
     visible = None
     if masked or causal:
-        window = (window_left, window_right)
         visible = reference.visible_keys(
             s_q, s_k, s_k, causal=causal, window=window, start=kv_start, end=kv_end, device=q.device
         )
     k, v = reference.keep_keys(k, kv_start, kv_end), reference.keep_keys(v, kv_start, kv_end)
     square_causal = True if causal and s_q == s_k and not masked else False  # a plain bool, as above
-    return _attend(
-        q, k, v, visible, square_causal, softmax_scale, need_lse, softcap=softcap, sinks=sinks, dropout_p=dropout_p,
-        seed=seed, offset=offset,
-    )  # fmt: skip
+    return _attend(q, k, v, visible, square_causal, need_lse, options)
 
 
 def _unpack(x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
@@ -155,6 +128,7 @@ def _unpack(x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
 
 
 @outside_autocast
+@checked
 def flash_attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -163,38 +137,21 @@ def flash_attention_varlen(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    options: AttentionOptions,
     *,
-    causal: bool = False,
-    softmax_scale: float | None = None,
-    window_left: int = -1,
-    window_right: int = -1,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    kv_start: Tensor | None = None,
-    kv_end: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: int = 0,
-    offset: int = 0,
     need_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """The op, differentiable by torch: the entries are padded to max_seqlen_q and max_seqlen_k."""
-    checks.flash_attention_varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=softmax_scale,
-        window_left=window_left, window_right=window_right, softcap=softcap, sinks=sinks, kv_start=kv_start,
-        kv_end=kv_end, dropout_p=dropout_p, seed=seed, offset=offset,
-    )  # fmt: skip
+    kv_start, kv_end = options.kv_start, options.kv_end
     total = q.shape[0]
     lengths_q, lengths_k = cu_seqlens_q.diff(), cu_seqlens_k.diff()
     end = lengths_k if kv_end is None else torch.minimum(kv_end, lengths_k)
     visible = reference.visible_keys(
-        max_seqlen_q, max_seqlen_k, lengths_k - lengths_q + max_seqlen_q, causal=causal,
-        window=(window_left, window_right), start=kv_start, end=end, device=q.device,
+        max_seqlen_q, max_seqlen_k, lengths_k - lengths_q + max_seqlen_q, causal=options.causal,
+        window=(options.window_left, options.window_right), start=kv_start, end=end, device=q.device,
     )  # fmt: skip
     k, v = (reference.keep_keys(_unpack(x, cu_seqlens_k, max_seqlen_k), kv_start, end) for x in (k, v))
-    out, lse = _attend(
-        _unpack(q, cu_seqlens_q, max_seqlen_q), k, v, visible, False, softmax_scale, need_lse, softcap=softcap,
-        sinks=sinks, dropout_p=dropout_p, seed=seed, offset=offset,
-    )  # fmt: skip
+    out, lse = _attend(_unpack(q, cu_seqlens_q, max_seqlen_q), k, v, visible, False, need_lse, options)
     token = torch.arange(total, device=q.device)
     entry = torch.searchsorted(cu_seqlens_q[1:], token, right=True)
     index = token - cu_seqlens_q[entry]
@@ -209,35 +166,26 @@ def _crop(k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, k_layout: int
 
 
 @outside_autocast
+@checked
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     cache_seqlens: Tensor,
+    options: DecodeOptions,
     *,
-    cache_start: Tensor | None = None,
-    block_table: Tensor | None = None,
-    softmax_scale: float | None = None,
-    k_layout: int = ROWS,
-    window_left: int = -1,
-    window_right: int = -1,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
     need_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """The op, save that need_lse=False leaves out the lse."""
-    checks.decode_attention(
-        q, k_cache, v_cache, cache_seqlens, cache_start, block_table, k_layout, softmax_scale=softmax_scale,
-        window_left=window_left, window_right=window_right, softcap=softcap, sinks=sinks,
-    )  # fmt: skip
-    if block_table is None and checks.readable(cache_seqlens):
-        k_cache, v_cache = _crop(k_cache, v_cache, cache_seqlens, k_layout)
-    k, v = reference.dense_cache(k_cache, v_cache, cache_seqlens, cache_start, block_table, _LAYOUTS[k_layout])
+    """The op. With need_lse=False it leaves out the lse."""
+    start, table = options.cache_start, options.block_table
+    if table is None and readable(cache_seqlens):
+        k_cache, v_cache = _crop(k_cache, v_cache, cache_seqlens, options.k_layout)
+    k, v = reference.dense_cache(k_cache, v_cache, cache_seqlens, start, table, reference.LAYOUTS[options.k_layout])
+    window = options.window_left, options.window_right
     visible = reference.visible_keys(
-        q.shape[2], k.shape[2], cache_seqlens, causal=True, window=(window_left, window_right), start=cache_start,
-        device=q.device,
-    )  # fmt: skip
-    return _attend(q, k, v, visible, False, softmax_scale, need_lse, softcap=softcap, sinks=sinks)
+        q.shape[2], k.shape[2], cache_seqlens, causal=True, window=window, start=start, device=q.device
+    )
+    return _attend(q, k, v, visible, False, need_lse, options)
 
 
 def _ranks(scores: Tensor, visible: Tensor) -> Tensor:
@@ -276,41 +224,29 @@ def _padded(indices: Tensor, top_k: int) -> Tensor:
 
 
 @outside_autocast
+@checked
 def selective_v_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     cache_seqlens: Tensor,
     top_k: int,
+    options: SelectiveVOptions,
     *,
-    tail: int = DROP,
-    keep_first: int = 0,
-    keep_last: int = 0,
-    v_stats: Tensor | None = None,
-    cache_start: Tensor | None = None,
-    block_table: Tensor | None = None,
-    softmax_scale: float | None = None,
-    k_layout: int = ROWS,
-    max_error: float | None = None,
-    return_bound: bool = False,
-    return_indices: bool = False,
+    cache: CacheSizes,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op: out, lse, kept_mass, indices, rows_used, error_bound."""
-    cache = checks.selective_v_attention(
-        q, k_cache, v_cache, cache_seqlens, top_k, tail, keep_first, keep_last, v_stats, cache_start, block_table,
-        k_layout, max_error, softmax_scale, return_indices,
-    )  # fmt: skip
-    if max_error is not None:
+    tail, keep_first, keep_last, v_stats = options.tail, options.keep_first, options.keep_last, options.v_stats
+    cache_start, block_table, softmax_scale = options.cache_start, options.block_table, options.softmax_scale
+    layout, listed_width = reference.LAYOUTS[options.k_layout], top_k if options.return_indices else 0
+    if options.max_error is not None:
         known = max(1, min(top_k, cache.capacity))
-        out, stats = reference.selective_v_attention(
-            q, k_cache, v_cache, cache_seqlens, known, tail=_TAILS[tail], max_error=max_error, keep_first=keep_first,
-            keep_last=keep_last, v_stats=v_stats, cache_start=cache_start, block_table=block_table,
-            softmax_scale=softmax_scale, k_layout=_LAYOUTS[k_layout], dtype=torch.float32,
-        )  # fmt: skip
-        return out.to(q.dtype), *stats._replace(indices=_padded(stats.indices, top_k if return_indices else 0))
+        shared = options._asdict() | {"tail": reference.TAILS[tail], "k_layout": layout, "dtype": torch.float32}
+        del shared["return_bound"], shared["return_indices"]
+        out, stats = reference.selective_v_attention(q, k_cache, v_cache, cache_seqlens, known, **shared)
+        return out.to(q.dtype), *stats._replace(indices=_padded(stats.indices, listed_width))
     b, n_q, s_q, d_k = q.shape
     start = torch.zeros_like(cache_seqlens) if cache_start is None else cache_start
-    layout = _LAYOUTS[k_layout]
     k, v = reference.dense_cache(k_cache, v_cache, cache_seqlens, cache_start, block_table, layout)
     capacity = k.shape[2]
     visible = reference.visible_keys(s_q, capacity, cache_seqlens, causal=True, start=start, device=q.device)
@@ -347,7 +283,7 @@ def selective_v_attention(
         out = torch.where(count[..., None] > 0, out / kept_mass[..., None], out)
 
     bound = torch.full_like(lse, float("inf"))
-    if tail == MEAN or return_bound:
+    if tail == MEAN or options.return_bound:
         if v_stats is None:
             dense = v.float()
             norms = dense.norm(dim=-1)
@@ -362,32 +298,30 @@ def selective_v_attention(
             v_mean = v_mean / count.clamp_min(1)[..., None]
             out = out + discarded[..., None] * v_mean
             radius = radius + v_mean.norm(dim=-1)
-        if return_bound:
+        if options.return_bound:
             bound = torch.where(discarded > 0, discarded * radius, discarded)
 
-    indices = _padded(torch.where(best < capacity, best, -1), top_k if return_indices else 0)
+    indices = _padded(torch.where(best < capacity, best, -1), listed_width)
     return out.to(q.dtype), lse, kept_mass, indices, rows_used.int(), bound
 
 
+@checked
 def kv_cache_update(
     k_cache: Tensor,
     v_cache: Tensor,
     k: Tensor,
     v: Tensor,
     positions: Tensor,
+    options: UpdateOptions,
     *,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    block_table: Tensor | None = None,
-    v_stats: Tensor | None = None,
-    k_layout: int = ROWS,
+    cache: CacheSizes,
 ) -> None:
     """The op; no data-dependent shape, so it neither synchronises nor breaks a graph."""
-    cache = checks.kv_cache_update(k_cache, v_cache, k, v, positions, cos, sin, block_table, v_stats, k_layout)
+    block_table, v_stats = options.block_table, options.v_stats
     if positions.numel() == 0 or cache.capacity == 0 or cache.pages == 0:
         return
-    if cos is not None:
-        k = reference.rotate(k, cos, sin).to(k_cache.dtype)
+    if options.cos is not None:
+        k = reference.rotate(k, options.cos, options.sin).to(k_cache.dtype)
     positions = positions.long()
     written = (positions >= 0) & (positions < cache.capacity)
     slot = positions.clamp(0, cache.capacity - 1)
@@ -401,7 +335,7 @@ def kv_cache_update(
     source = torch.where(written, torch.arange(len(written), device=k.device), written.byte().argmax())
     page, slot = page[source], slot[source]
     at_k = (page, slice(None), slot)
-    if k_layout == PANELS:
+    if options.k_layout == PANELS:
         panel, token = slot // reference.PANEL_TOKENS, slot % reference.PANEL_TOKENS
         at_k = (page, slice(None), panel, slice(None), token)
     for x_cache, at, x in ((k_cache, at_k, k), (v_cache, (page, slice(None), slot), v)):
@@ -414,15 +348,15 @@ def kv_cache_update(
         v_stats[..., -1] = torch.maximum(v_stats[..., -1], rows.norm(dim=-1).amax(2))
 
 
+@checked
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """The op, differentiable through torch's own autograd."""
-    checks.swiglu(gate, up)
     return (F.silu(gate.float()) * up.float()).to(gate.dtype)
 
 
+@checked
 def swiglu_backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """The op: the gradients of gate and up."""
-    checks.swiglu(gate, up, dout)
     g, u, d = gate.float(), up.float(), dout.float()
     sigmoid = torch.sigmoid(g)
     dgate = d * u * sigmoid * (1 + g * (1 - sigmoid))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import library
-from .checks import DTYPES, PANELS, TRAINING_DTYPES
+from .checks import DTYPES, TRAINING_DTYPES
+from .options import PANELS, ROWS
 from .rules.autocast import compute_dtype
 
 # Ops whose CUDA kernel has passed benchmarks/device_check.py on a GPU. The others are opt-in.
@@ -40,7 +41,7 @@ def _in_use() -> frozenset[str]:
 _IN_USE = _in_use()
 
 
-def uses_kernel(op: str, x: Tensor, *inputs: Tensor | None, k_layout: int = 0) -> bool:
+def uses_kernel(op: str, x: Tensor, *inputs: Tensor | None, k_layout: int = ROWS) -> bool:
     """Whether a call of op on x goes to the compiled kernel. inputs: what else a gradient may be asked of."""
     device = x.device.type
     if device != "cuda":

@@ -23,13 +23,12 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from ..reference import SelectiveVStats
+from ..reference import LAYOUTS, TAILS, SelectiveVStats
 from . import composed, dispatch, library
-from .checks import PANELS, ROWS, ArgumentError, refused_kind, wrong
+from .checks import ArgumentError, refused_kind, wrong
+from .options import ROWS, AttentionOptions, DecodeOptions, SelectiveVOptions, UpdateOptions
 
-_LAYOUTS = {"rows": ROWS, "panels": PANELS}
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_TAILS = {"drop": composed.DROP, "renorm": composed.RENORM, "mean": composed.MEAN}
 
 if library.loaded:
     _FLASH: Callable = torch.ops.diffqkv.flash_attention.default
@@ -103,12 +102,13 @@ def _uses_kernel(op: str, name: str, x: Tensor, *inputs: Tensor | None, k_layout
     return dispatch.uses_kernel(op, x, *inputs, k_layout=k_layout)
 
 
-def _choice(name: str, value: str, choices: dict[str, int]) -> int:
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> int:
+    """What the schemas have for the string."""
     if not isinstance(value, str):
         raise wrong(name, type(value).__name__, "a str", TypeError)
     if value not in choices:
         raise wrong(name, repr(value), " or ".join(map(repr, choices)))
-    return choices[value]
+    return choices.index(value)
 
 
 def _refuse_gradients(op: str, **tensors: Tensor | None) -> None:
@@ -168,37 +168,44 @@ def _refuse_forward_mode(op: str, *tensors: Tensor) -> None:
             raise NotImplementedError(f"{op}: forward-mode differentiation is not built")
 
 
-def _logits(
-    softmax_scale: float | None, window: tuple[int, int], softcap: float, sinks: Tensor | None
-) -> dict[str, Any]:
-    """The arguments of the ops for what the attention functions share."""
+def _window(window: tuple[int, int]) -> tuple[int, int]:
     if not isinstance(window, (tuple, list)):
         raise wrong("window", type(window).__name__, "a tuple (left, right)", TypeError)
     if len(window) != 2:
         raise wrong("window", window, "two integers, left and right")
     left, right = (_integer("window", n, -1) for n in window)
-    return {
-        "softmax_scale": _scale(softmax_scale),
-        "window_left": left,
-        "window_right": right,
-        "softcap": _number("softcap", softcap),
-        "sinks": sinks,
-    }
+    return left, right
 
 
-def _dropout(dropout_p: float, seed: int | None, offset: int) -> dict[str, float | int]:
-    """The dropout arguments of the ops; a seed that is not given comes from torch's default generator on the CPU."""
-    offset = _integer("offset", offset, 0, 2**32 - 1)
+def _drawn(dropout_p: float, seed: int | None) -> int:
+    """The seed of a call; one that is not given comes from torch's default generator on the CPU."""
     if seed is not None:
         seed = _integer("seed", seed, -(2**63))
-    dropout_p = _number("dropout_p", dropout_p)
     if dropout_p == 0:
-        seed = 0
-    elif seed is None:
+        return 0
+    if seed is None:
         if torch.compiler.is_compiling():
             raise wrong("seed", None, "an int where torch.compile traces dropout: it cannot draw one for each call")
         seed = int(torch.randint(2**63 - 1, (), device="cpu"))
-    return {"dropout_p": dropout_p, "seed": seed, "offset": offset}
+    return seed
+
+
+def _attention_options(
+    causal: bool,
+    softmax_scale: float | None,
+    window: tuple[int, int],
+    softcap: float,
+    sinks: Tensor | None,
+    kv_start: Tensor | None,
+    kv_end: Tensor | None,
+    dropout_p: float,
+    seed: int | None,
+    offset: int,
+) -> AttentionOptions:
+    offset = _integer("offset", offset, 0, 2**32 - 1)
+    dropout_p = _number("dropout_p", dropout_p)
+    scores = _scale(softmax_scale), *_window(window), _number("softcap", softcap)
+    return AttentionOptions(causal, *scores, sinks, kv_start, kv_end, dropout_p, _drawn(dropout_p, seed), offset)
 
 
 # ---- ops -------------------------------------------------------------------------------------------------------------
@@ -259,18 +266,14 @@ def flash_attention(
         NotImplementedError: the gradient of a gradient is asked for.
     """
     run = _uses_kernel("flash_attention", "q", q, k, v, sinks)
-    options = {
-        "causal": causal,
-        "kv_start": kv_start,
-        "kv_end": kv_end,
-        **_logits(softmax_scale, window, softcap, sinks),
-        **_dropout(dropout_p, seed, offset),
-    }
+    options = _attention_options(
+        causal, softmax_scale, window, softcap, sinks, kv_start, kv_end, dropout_p, seed, offset
+    )
     if run:
         _refuse_forward_mode("flash_attention", q, k, v)
-        out, lse = _call(_FLASH, q, k, v, **options)
+        out, lse = _call(_FLASH, q, k, v, *options)
     else:
-        out, lse = composed.flash_attention(q, k, v, need_lse=return_lse, **options)
+        out, lse = composed.flash_attention(q, k, v, need_lse=return_lse, **options._asdict())
     return (out, lse) if return_lse else out
 
 
@@ -321,18 +324,14 @@ def flash_attention_varlen(
     max_seqlen_q = _integer("max_seqlen_q", max_seqlen_q, 0)
     max_seqlen_k = _integer("max_seqlen_k", max_seqlen_k, 0)
     args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    options = {
-        "causal": causal,
-        "kv_start": kv_start,
-        "kv_end": kv_end,
-        **_logits(softmax_scale, window, softcap, sinks),
-        **_dropout(dropout_p, seed, offset),
-    }
+    options = _attention_options(
+        causal, softmax_scale, window, softcap, sinks, kv_start, kv_end, dropout_p, seed, offset
+    )
     if run:
         _refuse_forward_mode("flash_attention_varlen", q, k, v)
-        out, lse = _call(_VARLEN, *args, **options)
+        out, lse = _call(_VARLEN, *args, *options)
     else:
-        out, lse = composed.flash_attention_varlen(*args, need_lse=return_lse, **options)
+        out, lse = composed.flash_attention_varlen(*args, need_lse=return_lse, **options._asdict())
     return (out, lse) if return_lse else out
 
 
@@ -376,16 +375,12 @@ def decode_attention(
         ValueError, TypeError: an argument is wrong, or requires a gradient in grad mode. The contents of
             cache_seqlens, cache_start and block_table are checked on the CPU.
     """
-    layout = _choice("k_layout", k_layout, _LAYOUTS)
+    layout = _choice("k_layout", k_layout, LAYOUTS)
     run = _uses_kernel("decode_attention", "q", q, k_layout=layout)
     if torch.is_grad_enabled():
         _refuse_gradients("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache, sinks=sinks)
-    options = {
-        "cache_start": cache_start,
-        "block_table": block_table,
-        "k_layout": layout,
-        **_logits(softmax_scale, window, softcap, sinks),
-    }
+    scores = _scale(softmax_scale), layout, *_window(window), _number("softcap", softcap), sinks
+    options = DecodeOptions(cache_start, block_table, *scores)._asdict()
     if run:
         out, lse = _call(_DECODE, q, k_cache, v_cache, cache_seqlens, **options)
     else:
@@ -425,11 +420,11 @@ def kv_cache_update(
             position outside the cache and an unmapped block; on CUDA such a token is not written, unless
             DIFFQKV_DEBUG=1 asks for the check, which synchronises.
     """
-    layout = _choice("k_layout", k_layout, _LAYOUTS)
+    layout = _choice("k_layout", k_layout, LAYOUTS)
     run = _uses_kernel("kv_cache_update", "k_cache", k_cache, k_layout=layout)
     if torch.is_grad_enabled():
         _refuse_gradients("kv_cache_update", k_cache=k_cache, v_cache=v_cache, k=k, v=v, cos=cos, sin=sin)
-    options = {"cos": cos, "sin": sin, "block_table": block_table, "v_stats": v_stats, "k_layout": layout}
+    options = UpdateOptions(cos, sin, block_table, v_stats, layout)._asdict()
     if run:
         _write(_UPDATE, (k_cache, v_cache, v_stats), k_cache, v_cache, k, v, positions, **options)
     else:
@@ -487,33 +482,20 @@ def selective_v_attention(
     """
     if max_error is not None:
         max_error = _number("max_error", max_error)
-    layout = _choice("k_layout", k_layout, _LAYOUTS)
-    tail_mode = _choice("tail", tail, _TAILS)
+    layout = _choice("k_layout", k_layout, LAYOUTS)
+    tail_mode = _choice("tail", tail, TAILS)
     top_k = _integer("top_k", top_k, 1)
     keep_first = _integer("keep_first", keep_first, 0)
     keep_last = _integer("keep_last", keep_last, 0)
     run = _uses_kernel("selective_v_attention", "q", q, k_layout=layout)
     if torch.is_grad_enabled():
         _refuse_gradients("selective_v_attention", q=q, k_cache=k_cache, v_cache=v_cache, v_stats=v_stats)
-    out, *stats = _call(
-        _SELECTIVE if run else composed.selective_v_attention,
-        q,
-        k_cache,
-        v_cache,
-        cache_seqlens,
-        top_k,
-        tail=tail_mode,
-        keep_first=keep_first,
-        keep_last=keep_last,
-        v_stats=v_stats,
-        cache_start=cache_start,
-        block_table=block_table,
-        softmax_scale=_scale(softmax_scale),
-        k_layout=layout,
-        max_error=max_error,
-        return_bound=return_stats,
-        return_indices=return_stats,
-    )
+    options = SelectiveVOptions(
+        tail_mode, keep_first, keep_last, v_stats, cache_start, block_table, _scale(softmax_scale), layout, max_error,
+        return_stats, return_stats,
+    )  # fmt: skip
+    op = _SELECTIVE if run else composed.selective_v_attention
+    out, *stats = _call(op, q, k_cache, v_cache, cache_seqlens, top_k, **options._asdict())
     return (out, SelectiveVStats(*stats)) if return_stats else out
 
 

@@ -706,6 +706,6 @@ def test_missing_library_is_explained():
 
 
 def test_a_library_of_an_older_version_is_refused(library, monkeypatch):
-    monkeypatch.setattr(library, "_NEWEST_OP", "op_of_tomorrow")
-    path, reason = library._load()
+    monkeypatch.setattr(compiled, "_NEWEST_OP", "op_of_tomorrow")
+    path, reason = compiled._load()
     assert path is None and reason.endswith("is older than this package: it has no op_of_tomorrow; run make build")

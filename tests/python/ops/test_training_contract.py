@@ -85,11 +85,11 @@ def loss_of(q, k, v, sinks, kv_end, cu_seqlens):
 def test_training_step_compiles(backend):
     """With the library, one graph for all shapes; here no size happens to be another one too."""
     torch._dynamo.reset()
-    compiled = torch.compile(loss_of, fullgraph=True, dynamic=True, backend=backend)
+    fast = torch.compile(loss_of, fullgraph=True, dynamic=True, backend=backend)
     for batch, tokens in ((5, 13), (7, 21)):
         inputs = step_inputs(batch, tokens)
         with torch._dynamo.config.patch(error_on_recompile=compiled.loaded):
-            loss, expected = compiled(*inputs), loss_of(*inputs)
+            loss, expected = fast(*inputs), loss_of(*inputs)
         assert_same(loss, expected)
         assert_same(torch.autograd.grad(loss, inputs[:4]), torch.autograd.grad(expected, inputs[:4]))
 
@@ -104,10 +104,10 @@ def test_lengths_and_seeds_are_not_compiled_in(library):
 
     (q, k, v), _ = packed_qkv()
     torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    fast = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     for longest, seed in ((19, 5), (20, 7), (25, 8)):
         with torch._dynamo.config.patch(error_on_recompile=True):
-            out = compiled(q, k, v, int32(0, 11, 30), longest, seed)
+            out = fast(q, k, v, int32(0, 11, 30), longest, seed)
         assert_same(out, step(q, k, v, int32(0, 11, 30), longest, seed))
 
 
@@ -221,10 +221,10 @@ def test_autocast_compiles(backend):
             return diffqkv.flash_attention(q, k, v, causal=True)
 
     torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
+    fast = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
     for tokens in (5, 9):
         leaves = [x.requires_grad_() for x in qkv(2, HEADS, tokens, tokens, DIMS)]
-        out, expected = compiled(*leaves), step(*leaves)
+        out, expected = fast(*leaves), step(*leaves)
         assert out.dtype == torch.bfloat16
         assert_same(out, expected)
         assert_same(torch.autograd.grad(out.sum(), leaves), torch.autograd.grad(expected.sum(), leaves))
