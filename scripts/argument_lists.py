@@ -1,7 +1,8 @@
 """Counts how often the argument lists of the ops are written out between Python and the kernels.
 
-A list is a group in parentheses, brackets or braces, a macro or the fields of a NamedTuple, that names three quarters of
-an op's arguments or more. Comments and docstrings do not count, nor does flash_attn_interface.py, whose signatures are another project's.
+A list is a group in parentheses, brackets or braces, a macro or the fields of a NamedTuple, that names three quarters
+of an op's arguments or more. Comments and docstrings do not count, nor does flash_attn_interface.py, whose signatures
+are those of another project.
 
     argument_lists.py [--most N] [FOLDER]    the places, and their number; exit status 1 if it is more than N
 """
@@ -13,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LISTS = {
-    "attention options": "causal softmax_scale window_left window_right softcap sinks kv_start kv_end dropout_p seed offset",
+    "attention options": "causal softmax_scale window_left window_right softcap sinks kv_start kv_end dropout_p "
+    "seed offset",
     "decode_attention": "q k_cache v_cache cache_seqlens cache_start block_table softmax_scale k_layout window_left "
     "window_right softcap sinks",
     "selective_v_attention": "q k_cache v_cache cache_seqlens top_k tail keep_first keep_last v_stats cache_start "

@@ -26,7 +26,7 @@ from torch.autograd.forward_ad import unpack_dual
 from ..reference import LAYOUTS, TAILS, SelectiveVStats
 from . import composed, dispatch, library
 from .checks import ArgumentError, refused_kind, wrong
-from .options import ROWS, AttentionOptions, DecodeOptions, SelectiveVOptions, UpdateOptions
+from .options import ROWS, AttentionOptions
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -379,8 +379,17 @@ def decode_attention(
     run = _uses_kernel("decode_attention", "q", q, k_layout=layout)
     if torch.is_grad_enabled():
         _refuse_gradients("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache, sinks=sinks)
-    scores = _scale(softmax_scale), layout, *_window(window), _number("softcap", softcap), sinks
-    options = DecodeOptions(cache_start, block_table, *scores)._asdict()
+    left, right = _window(window)
+    options = {
+        "cache_start": cache_start,
+        "block_table": block_table,
+        "softmax_scale": _scale(softmax_scale),
+        "k_layout": layout,
+        "window_left": left,
+        "window_right": right,
+        "softcap": _number("softcap", softcap),
+        "sinks": sinks,
+    }
     if run:
         out, lse = _call(_DECODE, q, k_cache, v_cache, cache_seqlens, **options)
     else:
@@ -424,7 +433,7 @@ def kv_cache_update(
     run = _uses_kernel("kv_cache_update", "k_cache", k_cache, k_layout=layout)
     if torch.is_grad_enabled():
         _refuse_gradients("kv_cache_update", k_cache=k_cache, v_cache=v_cache, k=k, v=v, cos=cos, sin=sin)
-    options = UpdateOptions(cos, sin, block_table, v_stats, layout)._asdict()
+    options = {"cos": cos, "sin": sin, "block_table": block_table, "v_stats": v_stats, "k_layout": layout}
     if run:
         _write(_UPDATE, (k_cache, v_cache, v_stats), k_cache, v_cache, k, v, positions, **options)
     else:
@@ -490,12 +499,21 @@ def selective_v_attention(
     run = _uses_kernel("selective_v_attention", "q", q, k_layout=layout)
     if torch.is_grad_enabled():
         _refuse_gradients("selective_v_attention", q=q, k_cache=k_cache, v_cache=v_cache, v_stats=v_stats)
-    options = SelectiveVOptions(
-        tail_mode, keep_first, keep_last, v_stats, cache_start, block_table, _scale(softmax_scale), layout, max_error,
-        return_stats, return_stats,
-    )  # fmt: skip
+    options = {
+        "tail": tail_mode,
+        "keep_first": keep_first,
+        "keep_last": keep_last,
+        "v_stats": v_stats,
+        "cache_start": cache_start,
+        "block_table": block_table,
+        "softmax_scale": _scale(softmax_scale),
+        "k_layout": layout,
+        "max_error": max_error,
+        "return_bound": return_stats,
+        "return_indices": return_stats,
+    }
     op = _SELECTIVE if run else composed.selective_v_attention
-    out, *stats = _call(op, q, k_cache, v_cache, cache_seqlens, top_k, **options._asdict())
+    out, *stats = _call(op, q, k_cache, v_cache, cache_seqlens, top_k, **options)
     return (out, SelectiveVStats(*stats)) if return_stats else out
 
 
