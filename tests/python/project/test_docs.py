@@ -17,6 +17,7 @@ from diffqkv.__main__ import main
 from diffqkv._version import NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS
 from diffqkv.models.sigma.configuration_sigma import PRESETS
 from diffqkv.models.sigma.modeling_sigma import AUTO_CLASSES
+from diffqkv.ops import dispatch
 
 MODELS, CACHES, OPS, SETTINGS, TRAINING = (
     PAGES[f"docs/{name}.md"] for name in ("models", "caches-and-generation", "ops", "settings", "training")
@@ -184,3 +185,43 @@ def test_settings_are_all_that_the_sources_read():
 def test_result_files_are_on_the_page_of_benchmarks():
     results = {f"../benchmarks/results/{path.name}" for path in (ROOT / "benchmarks" / "results").glob("*.md")}
     assert results <= set(links(PAGES["docs/benchmarks.md"]))
+
+
+# ---------------------------------------------------------------- places
+
+CONTRIBUTING = PAGES["CONTRIBUTING.md"]
+# What an op does without, or shares with another, as the list below the table says.
+ELSEWHERE = {
+    "csrc/ops/flash_attention_backward.cpp",
+    "csrc/plan/cpu/flash_attention.cpp",
+    "csrc/plan/cpu/decode_attention.cpp",
+    "csrc/plan/cpu/kv_cache_update.cpp",
+    "csrc/plan/cpu/swiglu.cpp",
+    "csrc/plan/cuda/swiglu.cpp",
+    "tests/cpp/plan/cuda/test_kv_cache_update.cpp",
+    "tests/cpp/plan/cuda/test_swiglu.cpp",
+    "tests/cpp/cpu/test_flash_attention.cpp",
+    "tests/cpp/cpu/test_decode_attention.cpp",
+    "tests/cpp/cpu/test_kv_cache_update.cpp",
+    "benchmarks/gpu/calls/flash_attention_backward.py",
+}
+
+
+def test_parts_of_an_op_are_where_its_name_says():
+    table = CONTRIBUTING.partition("| part | file |")[2].partition("\n\n")[0]
+    patterns = re.findall(r"`([^`]+)`", table)
+    ops = ["flash_attention", "flash_attention_backward", *dispatch.OPS[2:]]
+    paths = {re.sub(r"\bx\b|(?<=test_)x\b", op, pattern) for pattern in patterns for op in ops}
+    assert {path for path in paths if not (ROOT / path).exists()} == ELSEWHERE
+
+
+def test_folders_and_files_of_the_tree_exist():
+    named = [
+        name for page in ("CONTRIBUTING.md", "docs/architecture.md") for name in re.findall(r"`([^`\s]+)`", PAGES[page])
+    ]
+    paths = {name for name in named if re.match(r"(csrc|python|tests|benchmarks|scripts|cmake|docs)/", name)}
+    paths |= {f"python/diffqkv/{name}" for name in named if re.match(r"(ops|rules|models)/\w+\.py", name)}
+    paths = {path.replace("diffqkv/rules/", "diffqkv/ops/rules/") for path in paths}
+    paths -= {path for path in paths if re.search(r"\b(test_)?x\b|[{]|\.so$|/test_\w+\.py$", path)}
+    assert len(paths) > 40
+    assert {path for path in paths if not (ROOT / path).exists()} == set()
