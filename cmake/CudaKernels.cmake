@@ -39,11 +39,8 @@ endif()
 if(NOT DEFINED CMAKE_CUDA_RUNTIME_LIBRARY)
   set(CMAKE_CUDA_RUNTIME_LIBRARY Static)  # the library must load beside any CUDA version of torch, or none
 endif()
-if(NOT DEFINED CMAKE_CUDA_COMPILER_LAUNCHER)
-  find_program(DIFFQKV_CCACHE ccache)
-  if(DIFFQKV_CCACHE)
-    set(CMAKE_CUDA_COMPILER_LAUNCHER "${DIFFQKV_CCACHE}")
-  endif()
+if(CCACHE AND NOT CMAKE_CUDA_COMPILER_LAUNCHER)
+  set(CMAKE_CUDA_COMPILER_LAUNCHER "${CCACHE}")
 endif()
 enable_language(CUDA)
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.0)
@@ -75,26 +72,22 @@ foreach(_diffqkv_dims "32, 64" "64, 64" "64, 128" "128, 128" "256, 256")
 endforeach()
 foreach(_diffqkv_dtype F32 F16 BF16)
   _diffqkv_instance(selective_v_attention "${_diffqkv_dtype}"
-    "cudaError_t selective::run<${_diffqkv_dtype}>(const SelectiveVAttentionParams&, const CudaSelectiveVAttentionPlan&, \
+    "cudaError_t selective_v_attention::run<${_diffqkv_dtype}>(const SelectiveVAttentionParams&, const CudaSelectiveVAttentionPlan&, \
 void*, cudaStream_t)")
 endforeach()
 
 add_library(diffqkv_cuda STATIC ${_diffqkv_cuda_sources})
 target_include_directories(diffqkv_cuda PUBLIC "${PROJECT_SOURCE_DIR}/csrc")
-target_compile_features(diffqkv_cuda PRIVATE cxx_std_20)
 set_target_properties(diffqkv_cuda PROPERTIES
-  POSITION_INDEPENDENT_CODE ON
-  CXX_VISIBILITY_PRESET hidden CUDA_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON
-  CXX_EXTENSIONS OFF
+  CUDA_VISIBILITY_PRESET hidden
   CUDA_STANDARD_REQUIRED OFF)  # CMake before 3.26 does not know that nvcc has C++20; -std below asks for it
 list(JOIN CMAKE_CUDA_ARCHITECTURES "," _diffqkv_archs)
 # -Werror makes ptxas's warnings errors too: no kernel spills registers or indexes an array in local memory (a build
 # with -G has to drop it). -lineinfo: profilers and compute-sanitizer name the source line; compressed, it costs
 # little.
 target_compile_options(diffqkv_cuda PRIVATE
-  $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 -lineinfo -Xfatbin=-compress-all -Werror=all-warnings -Xcompiler=-Wall,-Wextra
-  -Xptxas=--warn-on-spills,--warn-on-local-memory-usage>
-  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>)
+  -std=c++20 -lineinfo -Xfatbin=-compress-all -Werror=all-warnings -Xcompiler=-Wall,-Wextra
+  -Xptxas=--warn-on-spills,--warn-on-local-memory-usage)
 
 set(DIFFQKV_HAVE_CUDA ON)
 message(STATUS "CUDA kernels: nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${_diffqkv_archs}")

@@ -1,4 +1,4 @@
-// diffqkv._core: the pure functions of the core, for diffqkv.explain and for tests.
+// diffqkv._core: the planners and what is installed, for diffqkv.explain, diffqkv.show_config and tests.
 #include <fmt/format.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -99,12 +99,4 @@ PYBIND11_MODULE(_core, m) {
         return names;
       },
       "What the CUDA kernels were compiled for; empty without them.");
-  m.def(
-      "head_map",
-      [](int64_t n_q, int64_t n_k, int64_t n_v, int64_t q_head) {
-        const HeadGroups heads{n_q, n_k, n_v};
-        if (!heads.valid()) throw py::value_error("n_q: got counts that do not divide, want n_k | n_q and n_v | n_q");
-        return std::tuple{heads.groups(), q_head / heads.q_per_group(), heads.k_head(q_head), heads.v_head(q_head)};
-      },
-      "(G, group, K head, V head) of a q head.");
 }

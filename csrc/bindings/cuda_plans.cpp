@@ -25,7 +25,7 @@ py::dict common(const DeviceFacts& facts, int64_t threads, int64_t shared_bytes,
 
 const char* element_name(const AttentionParams& p) { return p.q.dtype == DType::f16 ? "F16" : "BF16"; }
 
-py::dict decode(const AttentionParams& p, const DeviceFacts& facts) {
+py::dict decode_attention(const AttentionParams& p, const DeviceFacts& facts) {
   const CudaDecodeAttentionPlan plan = plan_cuda_decode_attention(p, facts);
   py::dict result = common(facts, kDecodeThreads, plan.shared_bytes, plan.blocks);
   result["kernel"] = plan.bulk ? "decode, bulk copies" : "decode";
@@ -47,7 +47,7 @@ py::dict decode(const AttentionParams& p, const DeviceFacts& facts) {
   return result;
 }
 
-py::dict prefill(const AttentionParams& p, const DeviceFacts& facts) {
+py::dict flash_attention(const AttentionParams& p, const DeviceFacts& facts) {
   const CudaFlashAttentionPlan plan = plan_cuda_flash_attention(p, facts);
   py::dict result = common(facts, plan.threads, plan.shared_bytes, plan.blocks);
   result["kernel"] = plan.variant < 0 ? "plain" : "prefill";
@@ -90,7 +90,7 @@ void bind_cuda_plans(py::module_& m) {
       [](const DeviceFacts& facts, int64_t n_q, int64_t n_k, int64_t n_v, int64_t d_k, int64_t d_v, int64_t s_q,
          int64_t s_k, int64_t batch, const std::string& dtype, bool causal) {
         const AttentionParams p = checked_shape(n_q, n_k, n_v, d_k, d_v, s_q, s_k, batch, dtype, causal);
-        return cuda_decode_attention_takes(p) ? decode(p, facts) : prefill(p, facts);
+        return cuda_decode_attention_takes(p) ? decode_attention(p, facts) : flash_attention(p, facts);
       },
       py::arg("facts"), py::arg("n_q"), py::arg("n_k"), py::arg("n_v"), py::arg("d_k"), py::arg("d_v"), py::arg("s_q"),
       py::arg("s_k"), py::arg("batch"), py::arg("dtype"), py::arg("causal") = true,

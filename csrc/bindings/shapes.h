@@ -1,4 +1,4 @@
-// Shapes that Python names, checked.
+// What the files of this module share: checked shapes, and the function that binds the CUDA planners.
 #pragma once
 #include <pybind11/pybind11.h>
 

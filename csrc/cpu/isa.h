@@ -1,6 +1,5 @@
 // Which build of the CPU kernels runs on this machine.
 #pragma once
-#include <string>
 #include <vector>
 
 namespace diffqkv {

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "cpu/kernels/dropout.h"
+#include "params/key_range.h"
 #include "params/layout.h"
 
 namespace diffqkv {
@@ -41,7 +42,7 @@ struct Row {
   double& lse() const { return static_cast<double*>(p.lse)[lse_of(p, entry, head, query)]; }
   double sink() const { return p.sinks ? static_cast<const double*>(p.sinks)[head] : -kInfinity; }
 
-  // Capped and scaled; slope: what a change of the dot product does to it.
+  // The capped and scaled score of a key; slope: what a change of the dot product does to it.
   double score(int64_t j, double* slope = nullptr) const {
     const double scaled = dot(at(p.q), key(j), p.d_k) * p.softmax_scale;
     if (slope) *slope = p.softmax_scale;
@@ -50,7 +51,7 @@ struct Row {
     if (slope) *slope *= 1.0 - t * t;
     return p.softcap * t;
   }
-  // 0 for what dropout takes, else what makes up for it.
+  // The factor of a key's probability: 0 for what dropout takes, else what makes up for it.
   double kept(int64_t j) const {
     if (p.dropout.threshold == 0) return 1.0;
     uint16_t bits[kDraws * kKeysPerDraw];
@@ -82,7 +83,7 @@ void attention_f64(const AttentionParams& p, int64_t item, double* scores) {
   }
 }
 
-void attention_backward_f64(const FlashAttentionBackwardParams& bp, int64_t item, double* dsinks) {
+void flash_attention_backward_f64(const FlashAttentionBackwardParams& bp, int64_t item, double* dsinks) {
   const AttentionParams& p = bp.forward;
   const HeadGroups& heads = p.heads;
   const int64_t group = item % heads.groups();

@@ -5,9 +5,9 @@
 
 namespace diffqkv {
 
-// A q head of a batch entry. scores: room for s_k.
+// An item is a q head of a batch entry. scores: room for s_k.
 void attention_f64(const AttentionParams& params, int64_t item, double* scores);
-// A KV group of a batch entry. dsinks: [batch, n_q].
-void attention_backward_f64(const FlashAttentionBackwardParams& params, int64_t item, double* dsinks);
+// An item is a KV group of a batch entry. dsinks: [batch, n_q].
+void flash_attention_backward_f64(const FlashAttentionBackwardParams& params, int64_t item, double* dsinks);
 
 }  // namespace diffqkv

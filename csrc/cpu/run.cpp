@@ -11,6 +11,7 @@
 #include "cpu/reference_f64.h"
 #include "params/key_range.h"
 #include "params/layout.h"
+#include "plan/cpu/scratch.h"
 
 namespace diffqkv {
 
@@ -22,8 +23,6 @@ const CpuKernels& cpu_kernels() {
 
 namespace cpu {
 namespace {
-
-int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // Runs item(i, worker) for all i < items. Workers take the next item when they are free, since causal items differ in
 // cost; which worker runs an item never changes its result.
@@ -48,11 +47,11 @@ void for_items(int64_t items, int64_t threads, Parallel parallel, const Item& it
       &context);
 }
 
-// Elementwise work in ranges of at least this many elements.
+// Elementwise work is handed out in ranges of this many elements.
 constexpr int64_t kElementsPerItem = 16384;
-// Cache rows written by a thread before a second one pays off.
+// Cache rows that a thread writes before a second one pays off.
 constexpr int64_t kRowsPerThread = 64;
-// Partial results merged by a thread before a second one pays off.
+// Partial results that a thread merges before a second one pays off.
 constexpr int64_t kFloatsPerThread = 8192;
 // New tokens of a group that one item writes, whole panels.
 constexpr int64_t kTokensPerItem = 4 * kPanelTokens;
@@ -81,6 +80,7 @@ bool in_order(const KvCacheUpdateParams& p) {
   return true;
 }
 
+// Whether the result of an entry is dense attention: all its keys are among the best.
 bool dense(const SelectiveVAttentionParams& p, int64_t b) {
   const KeyRange keys = entry_of(p.attention, b).keys;
   return p.top_k >= keys.hi - keys.lo;
@@ -117,15 +117,16 @@ void attention(const AttentionParams& p, const AttentionPlan& plan, void* worksp
 
 namespace {
 
-struct BackwardPieces {
+struct FlashAttentionBackwardPieces {
   char* scratch;
-  BackwardWorkspace shared;
+  FlashAttentionBackwardWorkspace shared;
   int64_t bytes;
 };
-BackwardPieces pieces_of(const FlashAttentionBackwardParams& bp, const FlashAttentionBackwardPlan& plan, char* base) {
+FlashAttentionBackwardPieces pieces_of(const FlashAttentionBackwardParams& bp, const FlashAttentionBackwardPlan& plan,
+                                       char* base) {
   const AttentionParams& p = bp.forward;
   Workspace work{base};
-  BackwardPieces pieces;
+  FlashAttentionBackwardPieces pieces;
   pieces.scratch = static_cast<char*>(work.take(plan.threads * aligned(plan.scratch_bytes)));
   pieces.shared.delta = static_cast<float*>(work.take(p.total_queries() * p.heads.n_q * 4));
   pieces.shared.dsinks = static_cast<double*>(work.take(p.batch * p.heads.n_q * 8));
@@ -153,19 +154,19 @@ void flash_attention_backward(const FlashAttentionBackwardParams& bp, const Flas
                               void* workspace, Parallel parallel) {
   const AttentionParams& p = bp.forward;
   const CpuKernels& kernels = cpu_kernels();
-  BackwardPieces pieces = pieces_of(bp, plan, static_cast<char*>(workspace));
-  BackwardWorkspace& shared = pieces.shared;
+  FlashAttentionBackwardPieces pieces = pieces_of(bp, plan, static_cast<char*>(workspace));
+  FlashAttentionBackwardWorkspace& shared = pieces.shared;
   const int64_t q_heads = p.batch * p.heads.n_q;
   if (p.q.dtype == DType::f64) {
     for_items(plan.items, plan.threads, parallel,
-              [&](int64_t i, int64_t) { attention_backward_f64(bp, i, shared.dsinks); });
+              [&](int64_t i, int64_t) { flash_attention_backward_f64(bp, i, shared.dsinks); });
   } else {
     shared.wait = wait_until;
     std::fill_n(shared.ready, q_heads * plan.query_blocks, 0);
     for_items(q_heads, plan.threads, parallel,
-              [&](int64_t i, int64_t) { kernels.attention_backward_rows(bp, plan, shared, i); });
+              [&](int64_t i, int64_t) { kernels.flash_attention_backward_rows(bp, plan, shared, i); });
     for_items(plan.items, plan.threads, parallel, [&](int64_t i, int64_t w) {
-      kernels.attention_backward_block(bp, plan, shared, i, pieces.scratch + w * aligned(plan.scratch_bytes));
+      kernels.flash_attention_backward_block(bp, plan, shared, i, pieces.scratch + w * aligned(plan.scratch_bytes));
     });
   }
   for (int64_t h = 0; bp.dsinks != nullptr && h < p.heads.n_q; ++h) {
@@ -180,20 +181,21 @@ void flash_attention_backward(const FlashAttentionBackwardParams& bp, const Flas
 
 namespace {
 
-struct SelectivePieces {
+struct SelectiveVAttentionPieces {
   char* scratch;
   float* partials;
-  SelectiveVWorkspace shared;
+  SelectiveVAttentionWorkspace shared;
   int64_t bytes;
 };
-SelectivePieces pieces_of(const SelectiveVAttentionParams& sp, const SelectiveVAttentionPlan& plan, char* base) {
+SelectiveVAttentionPieces pieces_of(const SelectiveVAttentionParams& sp, const SelectiveVAttentionPlan& plan,
+                                    char* base) {
   const AttentionParams& p = sp.attention;
   const int64_t rows = p.batch * p.heads.n_q * p.s_q, lists = rows * plan.chunks;
   Workspace work{base};
-  SelectivePieces pieces;
+  SelectiveVAttentionPieces pieces;
   pieces.scratch = static_cast<char*>(work.take(plan.dense.threads * aligned(plan.scratch_bytes)));
   pieces.partials = static_cast<float*>(work.take(plan.dense.items * plan.dense.rows * (kPartialHeader + p.d_v) * 4));
-  SelectiveVWorkspace& shared = pieces.shared;
+  SelectiveVAttentionWorkspace& shared = pieces.shared;
   shared.mass = static_cast<float*>(work.take(rows * plan.dense.splits * 8));
   shared.scores = static_cast<float*>(work.take(lists * plan.candidates * 4));
   shared.indices = static_cast<uint32_t*>(work.take(lists * plan.candidates * 4));
@@ -225,7 +227,7 @@ void selective_v_attention(const SelectiveVAttentionParams& sp, const SelectiveV
   // Entries with no more than top_k keys are dense attention, to the last bit.
   for_items(plan.items, threads, parallel, [&](int64_t i, int64_t w) {
     const int64_t batch_group = i / plan.chunks, chunk = i % plan.chunks;
-    if (!dense(sp, batch_group / groups)) return kernels.selective_v_score(sp, plan, shared, i, scratch(w));
+    if (!dense(sp, batch_group / groups)) return kernels.selective_v_attention_score(sp, plan, shared, i, scratch(w));
     const int64_t first = chunk * plan.chunk_splits, last = std::min(splits, first + plan.chunk_splits);
     for (int64_t split = first; split < last; ++split)
       kernels.attention_split(p, dense_plan, batch_group * splits + split, scratch(w), partials);
@@ -235,10 +237,10 @@ void selective_v_attention(const SelectiveVAttentionParams& sp, const SelectiveV
       for (int64_t row = 0; row < dense_plan.rows; ++row) kernels.attention_merge(p, dense_plan, i, row, partials);
   if (shared.v_stats != nullptr)
     for_items(p.batch * p.heads.n_v, threads, parallel, [&](int64_t i, int64_t) {
-      if (!dense(sp, i / p.heads.n_v)) kernels.selective_v_stats(sp, shared, i);
+      if (!dense(sp, i / p.heads.n_v)) kernels.selective_v_attention_stats(sp, shared, i);
     });
   for_items(plan.fetch_items, threads, parallel,
-            [&](int64_t i, int64_t w) { kernels.selective_v_gather(sp, plan, shared, i, scratch(w)); });
+            [&](int64_t i, int64_t w) { kernels.selective_v_attention_gather(sp, plan, shared, i, scratch(w)); });
   if (sp.max_error < 0) return;
 
   // Rows whose candidates could not keep max_error: their groups once more, with all of V.
@@ -258,7 +260,7 @@ void selective_v_attention(const SelectiveVAttentionParams& sp, const SelectiveV
 void kv_cache_update(const KvCacheUpdateParams& p, int64_t threads, Parallel parallel) {
   const int64_t rows = p.batch * p.s_new * (p.heads.n_k + p.heads.n_v), groups = p.heads.groups();
   const int64_t useful = std::clamp<int64_t>(rows / kRowsPerThread, 1, std::max<int64_t>(1, threads));
-  // v_stats are a sum in the order of the tokens.
+  // v_stats are summed up in the order of the tokens, by one item.
   const bool cuts = p.s_new > kTokensPerItem && p.v_stats == nullptr && in_order(p);
   const int64_t ranges = cuts ? (p.s_new + kPanelTokens + kTokensPerItem - 1) / kTokensPerItem : 1;
   // Groups innermost: their heads often lie side by side in the new tokens.

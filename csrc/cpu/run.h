@@ -4,6 +4,8 @@
 
 #include "params/params.h"
 #include "plan/cpu/attention.h"
+#include "plan/cpu/flash_attention_backward.h"
+#include "plan/cpu/selective_v_attention.h"
 
 namespace diffqkv::cpu {
 

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "params/arithmetic.h"
 #include "params/params.h"
 
 #if !defined(__CUDACC__)
@@ -54,7 +55,7 @@ DIFFQKV_DEVICE T shuffle_xor(T x, int mask) {
 
 // ---- between blocks -------------------------------------------------------------------------------------------------
 
-// Writes of this thread before it are seen by whoever sees its writes after it.
+// What this thread wrote before is seen by whoever sees what it writes afterwards.
 DIFFQKV_DEVICE void fence() { __threadfence(); }
 // Returns how many have taken a ticket before; the last of `tickets` resets the counter to 0.
 DIFFQKV_DEVICE uint32_t take_ticket(uint32_t* counter, uint32_t tickets) { return atomicInc(counter, tickets - 1); }
@@ -62,7 +63,7 @@ DIFFQKV_DEVICE uint32_t atomic_add(uint32_t* counter, uint32_t x) { return atomi
 struct alignas(16) Float4 {
   float x[4];
 };
-// Past the first-level cache, which does not see what other blocks wrote.
+// These load past the first-level cache, which does not see what other blocks wrote.
 DIFFQKV_DEVICE float load_shared_by_blocks(const float* p) { return __ldcg(p); }
 DIFFQKV_DEVICE Float4 load_shared_by_blocks(const Float4* p) {
   const float4 y = __ldcg(reinterpret_cast<const float4*>(p));
@@ -73,7 +74,7 @@ DIFFQKV_DEVICE uint64_t load_shared_by_blocks(const uint64_t* p) {
   return __ldcg(reinterpret_cast<const unsigned long long*>(p));
 }
 
-// 16 bytes at once, aligned to as many.
+// Loads 16 bytes at once, aligned to as many.
 template <class Vector>
 DIFFQKV_DEVICE Vector load_vector(const void* p) {
   static_assert(sizeof(Vector) == 16 && alignof(Vector) == 16);
@@ -92,12 +93,12 @@ DIFFQKV_DEVICE float log2(float x) { return __log2f(x); }
 DIFFQKV_DEVICE double exp2(double x) { return ::exp2(x); }
 DIFFQKV_DEVICE double log2(double x) { return ::log2(x); }
 DIFFQKV_DEVICE double tanh(double x) { return ::tanh(x); }
-// To about 2e-7: a softcap's rounding, at a few instructions.
-DIFFQKV_DEVICE float tanh(float x) { return 1.0f - __fdividef(2.0f, exp2(2.88539008177792681f * x) + 1.0f); }
+// tanh to about 2e-7: a softcap's rounding, at a few instructions.
+DIFFQKV_DEVICE float tanh(float x) { return 1.0f - __fdividef(2.0f, exp2(2.0f * kLog2e<float> * x) + 1.0f); }
 DIFFQKV_DEVICE float sqrt(float x) { return __fsqrt_rn(x); }
 DIFFQKV_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 DIFFQKV_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
-// Each rounded by itself, never contracted to a multiply-add.
+// These are rounded by themselves, never contracted to a multiply-add.
 DIFFQKV_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 DIFFQKV_DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
 DIFFQKV_DEVICE double mul(double a, double b) { return __dmul_rn(a, b); }
@@ -124,7 +125,7 @@ DIFFQKV_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) 
                : "r"(shared_address(row))
                : "memory");
 }
-// Two: lanes 0 to 15 give the rows, every lane must give a valid address.
+// Two matrices: lanes 0 to 15 give the rows, every lane must give a valid address.
 DIFFQKV_DEVICE void load_matrices_transposed(uint32_t (&r)[2], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                : "=r"(r[0]), "=r"(r[1])
@@ -193,13 +194,13 @@ struct BF16 {
 
 // ---- copies to shared memory that do not wait ----------------------------------------------------------------------
 
-// 16 bytes, both sides aligned to as many; zeros where `valid` is false, and then the source is not read.
+// Copies 16 bytes, both sides aligned to as many; zeros where `valid` is false, and then the source is not read.
 DIFFQKV_DEVICE void copy_async(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(valid ? 16 : 0)
                : "memory");
 }
-// 8 bytes, aligned to as many.
+// Copies 8 bytes, aligned to as many.
 DIFFQKV_DEVICE void copy_async_8(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(valid ? 8 : 0)
@@ -236,7 +237,7 @@ DIFFQKV_DEVICE void barrier_arrive_expecting(Barrier* b, int bytes) {
   DIFFQKV_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)),
                "r"(bytes) : "memory");
 }
-// Until the phase of this parity has ended.
+// Waits until the phase of this parity has ended.
 DIFFQKV_DEVICE void barrier_wait(Barrier* b, int parity) {
   DIFFQKV_SM90(
       "{\n"
@@ -247,7 +248,7 @@ DIFFQKV_DEVICE void barrier_wait(Barrier* b, int parity) {
       "}\n" ::"r"(shared_address(b)),
       "r"(parity) : "memory");
 }
-// A multiple of 16 bytes, both sides aligned to 16; counts at the barrier when they have come.
+// Copies a multiple of 16 bytes, both sides aligned to 16; they count at the barrier when they have come.
 DIFFQKV_DEVICE void copy_bulk(void* shared, const void* global, int bytes, Barrier* b) {
   DIFFQKV_SM90("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(shared)),

@@ -1,7 +1,8 @@
-// Dropout on the device: the bits of csrc/cpu/dropout.h. A draw decides over 8 neighbouring keys of a query, 16 bits
-// each; row: batch entry * n_q + q head; draw: key / 8.
+// Dropout on the device: the bits of csrc/cpu/kernels/dropout.h. A draw decides over 8 neighbouring keys of a query, 16
+// bits each; row: batch entry * n_q + q head; draw: key / 8.
 #pragma once
 #include "cuda/tile.cuh"
+#include "params/params.h"
 #include "params/philox.h"
 
 namespace diffqkv::device {

@@ -1,7 +1,8 @@
-// From a kernel struct (device.cuh) to a launch.
+// Launches of kernel structs (device.cuh).
 #pragma once
 #include <cuda_runtime.h>
 
+#include <climits>
 #include <cstdint>
 
 #include "cuda/device.cuh"
@@ -29,9 +30,10 @@ cudaError_t launch(const typename Kernel::Params& params, dim3 grid, int64_t sha
   return cudaGetLastError();
 }
 
-// A grid of one dimension; none without blocks, and an error for more than a grid can have.
-template <class Kernel, class Params>
-cudaError_t launch_blocks(const Params& params, int64_t blocks, int64_t shared_bytes, cudaStream_t stream) {
+// Launches a grid of one dimension: none without blocks, and an error for more than a grid can have.
+template <class Kernel>
+cudaError_t launch_blocks(const typename Kernel::Params& params, int64_t blocks, int64_t shared_bytes,
+                          cudaStream_t stream) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
   return launch<Kernel>(params, dim3(static_cast<unsigned>(blocks)), shared_bytes, stream);

@@ -17,20 +17,21 @@ namespace diffqkv {
 // exceeds kMaxHeadDim.
 int cuda_kv_cache_update(const KvCacheUpdateParams& p, void* stream);
 
-// Contiguous operands of fp32, fp16 or bf16.
+// Both take contiguous operands of fp32, fp16 or bf16.
 int cuda_swiglu(const SwigluParams& p, const DeviceFacts& facts, void* stream);
 int cuda_swiglu_backward(const SwigluParams& p, const DeviceFacts& facts, void* stream);
 
-// fp16 and bf16, up to kMaxDecodeQueries queries. plan: plan_cuda_decode_attention of the same params. workspace:
+// Takes fp16 and bf16, up to kMaxDecodeQueries queries. plan: plan_cuda_decode_attention of the same params. workspace:
 // plan.workspace_floats floats, aligned to 16 bytes. tickets: plan.tickets zeros, which are zeros again afterwards.
 int cuda_decode_attention(const AttentionParams& p, const CudaDecodeAttentionPlan& plan, void* workspace,
                           uint32_t* tickets, void* stream);
 
-// K in rows. plan: plan_cuda_flash_attention of the same params. Head dimensions up to kMaxHeadDim, sequences up to
-// kMaxFlashAttentionTokens; cudaErrorInvalidValue beyond them, cudaErrorInvalidConfiguration for 2^31 blocks or more.
+// Takes K in rows. plan: plan_cuda_flash_attention of the same params. Head dimensions up to kMaxHeadDim, sequences up
+// to kMaxFlashAttentionTokens; cudaErrorInvalidValue beyond them, cudaErrorInvalidConfiguration for 2^31 blocks or
+// more.
 int cuda_flash_attention(const AttentionParams& p, const CudaFlashAttentionPlan& plan, void* stream);
 
-// A cache in rows, of fp32, fp16 or bf16. plan: plan_cuda_selective_v_attention of the same params. workspace:
+// Takes a cache in rows, of fp32, fp16 or bf16. plan: plan_cuda_selective_v_attention of the same params. workspace:
 // plan.workspace_bytes, aligned to 256, of any content. cudaErrorInvalidConfiguration for 2^31 blocks or more.
 int cuda_selective_v_attention(const SelectiveVAttentionParams& p, const CudaSelectiveVAttentionPlan& plan,
                                void* workspace, void* stream);
@@ -40,14 +41,14 @@ int cuda_selective_v_attention(const SelectiveVAttentionParams& p, const CudaSel
 int cuda_flash_attention_backward(const FlashAttentionBackwardParams& p, const CudaFlashAttentionBackwardPlan& plan,
                                   void* workspace, void* stream);
 
-// Zeros for the tickets of a kernel about to be launched on the current device, whose number this is; null where the
-// caller has to bring zeros of its own. captured: the launch becomes part of a graph.
+// Finds zeros for the tickets of a kernel about to be launched on the current device, whose number this is; null where
+// the caller has to bring zeros of its own. captured: the launch becomes part of a graph.
 int cuda_tickets(int device, int64_t count, bool captured, uint32_t** first);
 
-// Of the device with this number.
+// The facts that planners ask for, of the device with this number.
 int cuda_device_facts(int device, DeviceFacts* facts);
 
-// Text of an error that a function of this header returned.
+// The text of an error that a function of this header returned.
 const char* cuda_error_string(int error);
 
 // Whether the stream is being captured, when host-side checks of device data are impossible.

@@ -1,12 +1,11 @@
 // Tiles of rows in shared memory.
 #pragma once
 #include "cuda/device.cuh"
-#include "params/key_range.h"
 #include "plan/cuda/tile_stride.h"
 
 namespace diffqkv::device {
 
-// The elements of a piece one by one, at once; zeros where it is not valid.
+// Copies the elements of a piece one by one, without delay; zeros where it is not valid.
 template <class T>
 DIFFQKV_DEVICE void copy_elements(T* shared, const T* global, bool valid) {
   DIFFQKV_UNROLL_BY(1)

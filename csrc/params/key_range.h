@@ -30,7 +30,7 @@ DIFFQKV_INLINE Entry entry_of(const AttentionParams& p, int64_t b) {
   const int64_t position = (p.length ? p.length[b] : s_k) - s_q;
   return {b, s_q, s_k, cu_q ? cu_q[b] : 0, cu_k ? cu_k[b] : 0, position, {lo, hi}};
 }
-// lo <= hi. Neither end moves backwards from a query to the next.
+// The keys that a query sees, lo <= hi. Neither end moves backwards from a query to the next.
 DIFFQKV_INLINE KeyRange keys_of_query(const AttentionParams& p, const Entry& entry, int64_t query) {
   const int64_t position = entry.position + query;
   KeyRange keys = entry.keys;
@@ -58,14 +58,15 @@ DIFFQKV_INLINE T* head_at(const KvView& view, int64_t page, int64_t head, int64_
   return (T*)view.data + page * view.stride_page + head / heads_per_group * view.stride_group +
          head % heads_per_group * view.stride_head;
 }
-// Element offset of a token of a head in q, out or their gradients.
+// The element offset of a token of a head in q, out or their gradients.
 DIFFQKV_INLINE int64_t row_of(const TokenView& view, const Entry& entry, int64_t head, int64_t query) {
   return entry.b * view.stride_batch + head * view.stride_head + (entry.first_query + query) * view.stride_token;
 }
-// The same for the gradients of K and V.
+// The element offset of a key of a head in the gradients of K and V.
 DIFFQKV_INLINE int64_t key_row_of(const TokenView& view, const Entry& entry, int64_t head, int64_t key) {
   return entry.b * view.stride_batch + head * view.stride_head + (entry.first_key + key) * view.stride_token;
 }
+// The place of a query and head in lse.
 DIFFQKV_INLINE int64_t lse_of(const AttentionParams& p, const Entry& entry, int64_t head, int64_t query) {
   if (p.cu_seqlens_q != nullptr) return head * p.total_queries() + entry.first_query + query;
   return (entry.b * p.heads.n_q + head) * p.s_q + query;

@@ -7,7 +7,7 @@
 
 namespace diffqkv {
 
-// Element (token in panel, dim) of one panel: [d, 32]; bf16: [d / 2, 32, 2].
+// The offset of element (token in panel, dim) in its panel: [d, 32]; bf16: [d / 2, 32, 2].
 DIFFQKV_INLINE int64_t panel_element(int64_t token_in_panel, int64_t dim, DType dtype) {
   return dtype == DType::bf16 ? dim / 2 * (2 * kPanelTokens) + token_in_panel * 2 + dim % 2
                               : dim * kPanelTokens + token_in_panel;
@@ -55,7 +55,7 @@ DIFFQKV_INLINE int64_t new_token_position(const KvCacheUpdateParams& p, int64_t 
   return p.positions_int64 ? static_cast<const int64_t*>(p.positions)[i] : static_cast<const int32_t*>(p.positions)[i];
 }
 
-// Where that token is written; page -1: nowhere.
+// The slot that this token is written to; page -1: none.
 DIFFQKV_INLINE KvSlot new_token_slot(const KvCacheUpdateParams& p, int64_t entry, int64_t token) {
   return kv_page_checked(p.paging, p.pages, p.capacity, entry, new_token_position(p, entry, token));
 }

@@ -8,6 +8,7 @@
 namespace diffqkv {
 
 enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2, f64 = 3 };
+constexpr int64_t dtype_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 // How K lies in a cache. Panels are the CPU's fast layout: 32 tokens side by side for each dimension, so that a score
 // needs no horizontal sum; bf16 keeps two neighbouring dimensions in one 32-bit word, as a bf16 dot product wants them.
@@ -42,7 +43,7 @@ struct KvView {
 };
 
 // Where the tokens of batch entry b lie: in page b, in pages block_table[b][token / page_size], or, where sequences are
-// packed one behind the other, from token first_token[b] on of page 0.
+// packed one after the other, from token first_token[b] on of page 0.
 struct Paging {
   const int32_t* block_table = nullptr;  // [batch, max_blocks] or null
   int64_t stride = 0;                    // of a block table row
@@ -50,7 +51,7 @@ struct Paging {
   const int32_t* first_token = nullptr;  // [batch] or null
 };
 
-// Which probabilities are dropped: a function of the position alone, the same on every device (dropout.h).
+// Which probabilities are dropped: a function of the position alone, the same on every device (philox.h).
 struct Dropout {
   uint32_t threshold = 0;  // an element is kept if its 16 random bits reach this; 0: no dropout
   uint32_t offset = 0;
@@ -106,7 +107,7 @@ struct SelectiveVAttentionParams {
   bool want_bound = false;
   float max_error = -1.0f;       // L2, per result; below 0: no guarantee asked for
   float* kept_mass = nullptr;    // [batch, n_q, s_q]
-  int64_t* indices = nullptr;    // [batch, n_q, s_q, indices_per_row] or null: ascending, -1 behind the last
+  int64_t* indices = nullptr;    // [batch, n_q, s_q, indices_per_row] or null: ascending, -1 after the last
   int64_t indices_per_row = 0;   // top_k as it was given, which may exceed the capacity
   int32_t* rows_used = nullptr;  // [batch, n_q, s_q]
   float* error_bound = nullptr;  // [batch, n_q, s_q], L2; +inf where want_bound is false

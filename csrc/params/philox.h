@@ -1,12 +1,12 @@
 // Philox4x32-10 (Salmon et al., SC 2011): a round of it, and what a draw is. Shared by the kernels of every device.
 #pragma once
-#include "params/key_range.h"
+#include "params/arithmetic.h"
 
 namespace diffqkv {
 namespace {
 
 constexpr int kPhiloxRounds = 10;
-// From a round's key to the next one's.
+// What is added to a round's key for the next one's.
 constexpr uint32_t kPhiloxKeyStep0 = 0x9E3779B9u, kPhiloxKeyStep1 = 0xBB67AE85u;
 constexpr int64_t kKeysPerDraw = 8;  // a draw's 128 bits, 16 a key
 

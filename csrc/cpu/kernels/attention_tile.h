@@ -1,6 +1,6 @@
 // The steps of attention over one tile of keys, shared by the kernels for prefill (flash_attention.cpp), decode
-// (decode_attention.cpp) and selective V. Scores of a query row lie in a row of kTile floats; softmax overwrites
-// them with probabilities.
+// (decode_attention.cpp) and selective_v_attention. Scores of a query row lie in a row of kTile floats; softmax
+// overwrites them with probabilities.
 //
 // K always arrives as compute panels of 32 tokens, [W][32] words of 32 bits: one fp32 per word (W = d_k), or, where the
 // CPU has a bf16 dot product and the data is bf16, two neighbouring dimensions per word (W = d_k / 2). kDot names the
@@ -8,6 +8,7 @@
 #pragma once
 #include "cpu/kernels/dropout.h"
 #include "cpu/kernels/simd.h"
+#include "params/key_range.h"
 #include "params/layout.h"
 #include "plan/cpu/attention.h"
 
@@ -21,8 +22,7 @@ constexpr int kQkRows = 12, kPvRows = 6, kPvVectors = 4;  // 24 accumulators of 
 #else
 constexpr int kQkRows = 6, kPvRows = 6, kPvVectors = 2;  // 12 of 16
 #endif
-constexpr int64_t kRandomBits = kKeyTile + kDraws * kKeysPerDraw;  // room for those of a row's tile
-constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+constexpr int64_t kRandomBits = kKeyTile + kDraws * kKeysPerDraw;  // room for the random bits of a row's tile
 
 DIFFQKV_INLINE int64_t padded_dim(int64_t d) { return round_up(d, 16); }
 
@@ -165,7 +165,7 @@ DIFFQKV_INLINE const void* row_at(const TokenView& view, const Entry& entry, int
   return (const char*)view.data + row_of(view, entry, head, query) * (view.dtype == DType::f32 ? 4 : 2);
 }
 
-// Rows [t0, t0 + n) of a head as fp32 rows, or with kDot as pairs of rows; rows outside `valid` become zeros.
+// Packs rows [t0, t0 + n) of a head as fp32 rows, or with kDot as pairs of rows; rows outside `valid` become zeros.
 template <bool kDot>
 void pack_rows(const KvHead& head, int64_t t0, int64_t n, KeyRange valid, word* dst, int64_t stride) {
   const auto row = [&](int64_t t) { return t < valid.lo || t >= valid.hi ? kZeroRow : head.row(t); };
@@ -176,7 +176,7 @@ void pack_rows(const KvHead& head, int64_t t0, int64_t n, KeyRange valid, word* 
       row_to_float(row(t), head.view.dtype, head.dim, (float*)dst);
 }
 
-// A query row as words, [W]; `negate` turns the smallest score into the largest.
+// Copies a query row as words, [W]; `negate` turns the smallest score into the largest.
 template <bool kDot>
 inline void copy_query(const void* src, DType dtype, int64_t d, bool negate, word* words) {
   if (kDot)
@@ -245,7 +245,7 @@ DIFFQKV_INLINE void score_rows(int64_t rows, const word* q, int64_t stride_q, co
     score_part<kDot, true, kTile>(rows, q + w, stride_q, panel + w * kPanelTokens, min_of(W - w, kSumWords), s);
 }
 
-// What a score becomes before it is scaled for the exponential; see exp2_scale.
+// Caps scores, before they are scaled for the exponential; see exp2_scale.
 DIFFQKV_INLINE void cap_scores(const AttentionParams& p, int64_t rows, float* s, int64_t stride, int64_t begin,
                                int64_t end) {
   const vf scale = vset(float(__builtin_fabs(p.softmax_scale) / p.softcap)), cap = vset(float(p.softcap));
@@ -291,11 +291,11 @@ DIFFQKV_INLINE float masked_maximum(float* s, KeyRange own, int64_t first, int64
   return vgt_bits(m0, vset(least)) == 0 ? least : vmaximum(m0);  // most tiles of a long row hold no new maximum
 }
 
-// The shift of a row's exponents of 2, score * c + shift. If the maximum is large, its scores in the columns
-// [first, last), whole vectors, become differences from it.
 [[gnu::noinline, gnu::cold]] inline void subtract(float* s, int64_t first, int64_t last, float x) {
   for (int64_t j = first; j < last; j += VL) vstore(s + j, vsub(vload(s + j), vset(x)));
 }
+// The shift of a row's exponents of 2, score * c + shift. If the maximum is large, its scores in the columns
+// [first, last), whole vectors, become differences from it.
 DIFFQKV_INLINE float shift_of(float* s, int64_t first, int64_t last, float maximum, float c) {
   const float shift = -maximum * c;
   if (!(__builtin_fabsf(shift) > kLargeExponent)) return shift;
@@ -565,10 +565,10 @@ inline void store_row(const TokenView& view, int64_t at, int64_t d, const float*
 DIFFQKV_INLINE float score_scale(const AttentionParams& p) {
   return p.softcap > 0 ? 1.0f : float(__builtin_fabs(p.softmax_scale));
 }
-// And times this exponents of 2. 0 becomes a number that makes nothing of any score, but not a NaN of the -inf in
-// masked columns.
+// Scores times this are exponents of 2. A scale of 0 becomes a number that makes nothing of any score, but not a NaN of
+// the -inf in masked columns.
 DIFFQKV_INLINE float exp2_scale(const AttentionParams& p) {
-  const float c = score_scale(p) * kLog2e;
+  const float c = score_scale(p) * kLog2e<float>;
   return c < 1e-37f ? 1e-37f : c;
 }
 
@@ -577,16 +577,16 @@ DIFFQKV_INLINE float exp2_scale(const AttentionParams& p) {
 inline void store_result(const AttentionParams& p, const Entry& entry, int64_t q_head, int64_t query, const float* o,
                          RowState state) {
   const float top = state.max * score_scale(p);
-  float lse = state.sum == 0.0f ? -kInf : top + __builtin_log2f(state.sum) * kLn2;
+  float lse = state.sum == 0.0f ? -kInf : top + __builtin_log2f(state.sum) * kLn2<float>;
   if (p.sinks != nullptr) {
     const float sink = ((const float*)p.sinks)[q_head];
     if (state.sum == 0.0f) {
       lse = sink;
     } else if (sink > -kInf) {
-      const float above = (sink - top) * kLog2e;
+      const float above = (sink - top) * kLog2e<float>;
       const bool all = above > 126.0f;  // what the row has found itself, at least 1, is nothing beside that
       const float weight = exp2_of(all ? 126.0f : above);
-      lse = all ? sink : top + __builtin_log2f(state.sum + weight) * kLn2;
+      lse = all ? sink : top + __builtin_log2f(state.sum + weight) * kLn2<float>;
       state.norm += weight;
     }
   }

@@ -1,5 +1,5 @@
-// Attention of the few newest queries over a range of cached keys. An item holds all query rows of one KV group, so
-// each byte of K and V is read once; ranges of keys are merged from left to right.
+// decode_attention: the few newest queries over a range of cached keys. An item holds all query rows of one KV group,
+// so each byte of K and V is read once; ranges of keys are merged from left to right.
 #include "cpu/kernels/group_split.h"
 #include "cpu/kernels/kernels.h"
 

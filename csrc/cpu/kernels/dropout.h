@@ -1,6 +1,7 @@
 // Counter-based dropout: whether a probability is dropped depends on the seed and its place alone, so that no tile
 // size, thread count or device changes it.
 #pragma once
+#include "params/params.h"
 #include "params/philox.h"
 
 namespace diffqkv {
@@ -8,8 +9,8 @@ namespace {
 
 constexpr int64_t kDraws = 16;  // computed side by side
 
-// Random numbers of the keys [begin, end) of a query into bits[key - begin / 8 * 8]; writes whole runs of 128.
-// row: batch entry * n_q + q head.
+// Draws the random numbers of the keys [begin, end) of a query into bits[key - begin / 8 * 8]; writes whole runs of
+// 128. row: batch entry * n_q + q head.
 inline void draw_bits(const Dropout& dropout, int64_t row, int64_t query, int64_t begin, int64_t end, uint16_t* bits) {
   for (int64_t draw = begin / kKeysPerDraw; draw * kKeysPerDraw < end; draw += kDraws) {
     uint32_t x0[kDraws], x1[kDraws], x2[kDraws], x3[kDraws];

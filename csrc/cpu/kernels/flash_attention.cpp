@@ -1,4 +1,4 @@
-// Attention of a block of queries over all their keys. An item holds the queries [i0, i1) of some heads of one KV
+// flash_attention: a block of queries over all their keys. An item holds the queries [i0, i1) of some heads of one KV
 // group, so a tile of K packed once serves every q head of its K head, and a tile of V every q head of its V head.
 #include "cpu/kernels/attention_tile.h"
 #include "cpu/kernels/kernels.h"
@@ -21,7 +21,7 @@ void attention_block(const AttentionParams& p, const AttentionPlan& plan, int64_
   const int64_t rest = item % per_block, b = rest / (plan.groups * plan.head_chunks);
   const Entry entry = entry_of(p, b);
   const int64_t rows = min_of(plan.block_q, entry.s_q - i0);
-  if (rows <= 0) return;  // of packed sequences, not the longest
+  if (rows <= 0) return;  // a packed sequence that is not the longest
   const int64_t group = rest / plan.head_chunks % plan.groups, chunk = rest % plan.head_chunks;
   const int64_t group_end = (group + 1) * p.heads.q_per_group();
   const int64_t h0 = group * p.heads.q_per_group() + chunk * plan.heads_per_item;

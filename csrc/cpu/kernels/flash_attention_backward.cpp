@@ -1,6 +1,7 @@
-// The gradients of attention. An item is a block of keys of a KV group: it recomputes the probabilities of the queries
-// that see them from the lse, keeps dK and dV of its keys in fp32 until all q heads of the group have added to them,
-// and adds its share to dQ when the blocks of earlier keys have added theirs, so that no sum depends on who is first.
+// The gradients of flash_attention. An item is a block of keys of a KV group: it recomputes the probabilities of the
+// queries that see them from the lse, keeps dK and dV of its keys in fp32 until all q heads of the group have added to
+// them, and adds its share to dQ when the blocks of earlier keys have added theirs, so that no sum depends on who is
+// first.
 //
 //   P = exp(S - lse)   dV = P^T dO   dP = dO V^T   dS = P (dP - delta) scale   dQ = dS K   dK = dS^T Q
 #include "cpu/kernels/attention_tile.h"
@@ -59,7 +60,7 @@ struct ScoreFactors {
   float keep_scale;
   explicit ScoreFactors(const AttentionParams& p)
       : scale(float(p.softmax_scale)),
-        exponent(scale * kLog2e),
+        exponent(scale * kLog2e<float>),
         inner(p.softcap > 0 ? float(p.softmax_scale / p.softcap) : 0.0f),
         cap(float(p.softcap)),
         keep_scale(float(p.dropout.keep_scale())) {}
@@ -75,10 +76,10 @@ struct ScoreFactors {
 template <bool kDot, bool kCapped, bool kDropout>
 DIFFQKV_INLINE void row_gradients(const ScoreFactors& f, const RowFacts& row, KeyRange all, const float* keep, float* s,
                                   float* dp) {
-  float factor = f.exponent, base = -row.lse * kLog2e;
+  float factor = f.exponent, base = -row.lse * kLog2e<float>;
   if (!kCapped && row.own.lo < row.own.hi && __builtin_fabsf(base) > kLargeExponent) {
     subtract_lse(s, row.own.lo / VL * VL, row.own.hi, f.scale, row.lse);
-    factor = kLog2e, base = 0.0f;
+    factor = kLog2e<float>, base = 0.0f;
   }
   const vf exponent = vset(factor), shift = vset(base), delta = vset(row.delta), scale = vset(f.scale);
   if (row.own.lo < row.own.hi)
@@ -87,7 +88,7 @@ DIFFQKV_INLINE void row_gradients(const ScoreFactors& f, const RowFacts& row, Ke
       if (kCapped) {
         x = vtanh(vmul(x, vset(f.inner)));
         slope = vfma(vmul(x, x), vsub(vset(0.0f), scale), scale);
-        x = vmul(vsub(vrounded(vmul(x, vset(f.cap))), vset(row.lse)), vset(kLog2e));
+        x = vmul(vsub(vrounded(vmul(x, vset(f.cap))), vset(row.lse)), vset(kLog2e<float>));
       } else {
         x = vfma(x, exponent, shift);
       }
@@ -116,7 +117,7 @@ void row_gradients(const AttentionParams& p, const ScoreFactors& f, const RowFac
 }
 
 #if defined(__AVX512BF16__)
-// Words (even[j], odd[j]), rounded to bf16, for the columns of `all`, whole vectors of them.
+// Writes words (even[j], odd[j]), rounded to bf16, for the columns of `all`, whole vectors of them.
 DIFFQKV_INLINE void store_pairs(const float* even, const float* odd, KeyRange all, word* words) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -132,7 +133,7 @@ template <bool kDot>
 struct KeyBlock {
   const FlashAttentionBackwardParams& bp;
   const FlashAttentionBackwardPlan& plan;
-  const BackwardWorkspace& work;
+  const FlashAttentionBackwardWorkspace& work;
   const AttentionParams& p = bp.forward;
   const ScoreFactors factors{p};
   Entry entry;
@@ -155,7 +156,7 @@ struct KeyBlock {
   uint16_t *ds16, *bits;
 
   KeyBlock(const FlashAttentionBackwardParams& params, const FlashAttentionBackwardPlan& backward_plan,
-           const BackwardWorkspace& workspace, int64_t item, void* memory)
+           const FlashAttentionBackwardWorkspace& workspace, int64_t item, void* memory)
       : bp(params), plan(backward_plan), work(workspace) {
     // Causal blocks of early keys are seen by most queries: they come first. All groups of a block stand side by side,
     // so that few items wait for one another.
@@ -191,7 +192,7 @@ struct KeyBlock {
   }
 
   void run() {
-    if (keys <= 0) return;  // of packed sequences, not the longest
+    if (keys <= 0) return;  // a packed sequence that is not the longest
     const int64_t h0 = group * p.heads.q_per_group(), h1 = h0 + p.heads.q_per_group();
     for (int64_t h = h0; h < h1; ++h) {
       take_heads(p.heads.k_head(h), p.heads.v_head(h));
@@ -238,7 +239,7 @@ struct KeyBlock {
     }
   }
 
-  // Block x of the queries of a head.
+  // Adds what block x of the queries of a head contributes.
   void take_queries(int64_t h, int64_t x) {
     const int64_t i0 = x * plan.block_q, rows = min_of(plan.block_q, entry.s_q - i0);
     if (rows <= 0) return;
@@ -282,7 +283,7 @@ struct KeyBlock {
     return {{min_of(hi, max_of(valid.lo, seen.lo)) - j0, hi - j0}, lse == -kInf ? kInf : lse, work.delta[at]};
   }
 
-  // P and dS of the rows [r0, r0 + count), of which some see keys of `tile`.
+  // Computes P and dS of the rows [r0, r0 + count), of which some see keys of `tile`.
   void differentiate(int64_t h, int64_t i0, int64_t r0, int64_t count, KeyRange tile, const QueryTile& q,
                      const QueryTile& dout) {
     const KeyRange seen = {facts[r0].own.lo, facts[r0 + count - 1].own.hi};
@@ -366,8 +367,8 @@ float dot(const void* a, const void* b, DType dtype, int64_t d) {
 
 namespace DIFFQKV_ISA {
 
-void attention_backward_rows(const FlashAttentionBackwardParams& bp, const FlashAttentionBackwardPlan& plan,
-                             const BackwardWorkspace& work, int64_t item) {
+void flash_attention_backward_rows(const FlashAttentionBackwardParams& bp, const FlashAttentionBackwardPlan& plan,
+                                   const FlashAttentionBackwardWorkspace& work, int64_t item) {
   const AttentionParams& p = bp.forward;
   const int64_t h = item % p.heads.n_q;
   const Entry entry = entry_of(p, item / p.heads.n_q);
@@ -379,7 +380,7 @@ void attention_backward_rows(const FlashAttentionBackwardParams& bp, const Flash
     if (bp.dlse != nullptr) delta -= ((const float*)bp.dlse)[at];
     work.delta[at] = delta;
     const float lse = ((const float*)p.lse)[at];
-    if (sink > -kInf) dsink -= double(exp2_of((sink - lse) * kLog2e)) * delta;
+    if (sink > -kInf) dsink -= double(exp2_of((sink - lse) * kLog2e<float>)) * delta;
   }
   work.dsinks[item] = dsink;
   // Blocks of queries that see no key have no item to write their dq.
@@ -391,8 +392,8 @@ void attention_backward_rows(const FlashAttentionBackwardParams& bp, const Flash
   }
 }
 
-void attention_backward_block(const FlashAttentionBackwardParams& bp, const FlashAttentionBackwardPlan& plan,
-                              const BackwardWorkspace& work, int64_t item, void* scratch) {
+void flash_attention_backward_block(const FlashAttentionBackwardParams& bp, const FlashAttentionBackwardPlan& plan,
+                                    const FlashAttentionBackwardWorkspace& work, int64_t item, void* scratch) {
 #if defined(__AVX512BF16__)
   if (bp.forward.q.dtype == DType::bf16) return KeyBlock<true>(bp, plan, work, item, scratch).run();
 #endif

@@ -1,5 +1,5 @@
-// All query rows of one KV group over one range of its keys: what decode and selective V have in common. Rows are
-// (q head of the group, query); those of a K head are neighbours, and so are those of a V head.
+// All query rows of one KV group over one range of its keys: what decode_attention and selective_v_attention have in
+// common. Rows are (q head of the group, query); those of a K head are neighbours, and so are those of a V head.
 #pragma once
 #include "cpu/kernels/attention_tile.h"
 
@@ -41,7 +41,7 @@ struct GroupSplit {
   int64_t q_head(int64_t row) const { return h0 + row / entry.s_q; }
   int64_t query(int64_t row) const { return row % entry.s_q; }
 
-  // Scores of all rows with the keys of a split that starts at t0, into s.
+  // Writes the scores of all rows with the keys of a split that starts at t0 into s.
   void score(int64_t t0, KeyRange keys) const {
     const int64_t rows_k = p.heads.q_per_k() * entry.s_q;
     for (int64_t k = 0; k < p.heads.k_per_group(); ++k) {

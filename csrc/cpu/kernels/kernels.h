@@ -1,15 +1,17 @@
-// The functions that exist once per instruction set. Each does one work item on one thread; csrc/core cuts the work and
-// hands out items.
+// The functions that exist once per instruction set level. Each does one work item on one thread: plan/cpu cuts the
+// work, cpu/run.cpp hands out the items.
 #pragma once
 #include <stdint.h>
 
 #include "params/params.h"
 #include "plan/cpu/attention.h"
+#include "plan/cpu/flash_attention_backward.h"
+#include "plan/cpu/selective_v_attention.h"
 
 namespace diffqkv {
 
 // Workspace of selective_v_attention, shared by its items. Rows are (batch, q head, query), lists (row, chunk).
-struct SelectiveVWorkspace {
+struct SelectiveVAttentionWorkspace {
   float* mass;                // [rows, splits, 2]: maximum and sum of exponentials of a split
   float* scores;              // [lists, candidates] raw dot products, signed so that larger is better
   uint32_t* indices;          // [lists, candidates] their cache positions, ascending
@@ -20,7 +22,7 @@ struct SelectiveVWorkspace {
 };
 
 // Workspace of flash_attention_backward, shared by its items.
-struct BackwardWorkspace {
+struct FlashAttentionBackwardWorkspace {
   float* delta;    // as lse: rowsum(dO * O) - dlse
   double* dsinks;  // [batch, n_q]
   float* dq;       // as dq: its sum so far, of 16-bit inputs
@@ -29,30 +31,52 @@ struct BackwardWorkspace {
   void (*wait)(const int32_t* ready, int32_t count);
 };
 
+// Every kernel, listed once: KERNEL(result, name, (parameters)). The functions below and the members of the table are
+// made of this list. `row` of attention_merge counts the rows of a group; the probes return the FLOPs that `rounds` of
+// multiply-adds on registers do, in fp32 and by bf16 dot products (0 where there are none).
+// clang-format off
+#define DIFFQKV_CPU_KERNELS(KERNEL)                                                                                    \
+  KERNEL(void, attention_block, (const AttentionParams&, const AttentionPlan&, int64_t item, void* scratch))           \
+  KERNEL(void, attention_split,                                                                                        \
+         (const AttentionParams&, const AttentionPlan&, int64_t item, void* scratch, float* partials))                 \
+  KERNEL(void, attention_merge,                                                                                        \
+         (const AttentionParams&, const AttentionPlan&, int64_t batch_group, int64_t row, const float* partials))      \
+  KERNEL(void, flash_attention_backward_rows,                                                                          \
+         (const FlashAttentionBackwardParams&, const FlashAttentionBackwardPlan&,                                      \
+          const FlashAttentionBackwardWorkspace&, int64_t batch_q_head))                                               \
+  KERNEL(void, flash_attention_backward_block,                                                                         \
+         (const FlashAttentionBackwardParams&, const FlashAttentionBackwardPlan&,                                      \
+          const FlashAttentionBackwardWorkspace&, int64_t item, void* scratch))                                        \
+  KERNEL(void, selective_v_attention_score,                                                                            \
+         (const SelectiveVAttentionParams&, const SelectiveVAttentionPlan&, const SelectiveVAttentionWorkspace&,       \
+          int64_t item, void* scratch))                                                                                \
+  KERNEL(void, selective_v_attention_stats,                                                                            \
+         (const SelectiveVAttentionParams&, const SelectiveVAttentionWorkspace&, int64_t batch_v_head))                \
+  KERNEL(void, selective_v_attention_gather,                                                                           \
+         (const SelectiveVAttentionParams&, const SelectiveVAttentionPlan&, const SelectiveVAttentionWorkspace&,       \
+          int64_t item, void* scratch))                                                                                \
+  KERNEL(void, kv_cache_update,                                                                                        \
+         (const KvCacheUpdateParams&, int64_t entry, int64_t group, int64_t begin, int64_t end))                       \
+  KERNEL(void, swiglu, (const SwigluParams&, int64_t begin, int64_t end))                                              \
+  KERNEL(void, swiglu_backward, (const SwigluParams&, int64_t begin, int64_t end))                                     \
+  KERNEL(double, probe_fma, (int64_t rounds, float* sink))                                                             \
+  KERNEL(double, probe_dot, (int64_t rounds, float* sink))                                                             \
+  KERNEL(void, probe_read, (const void* data, int64_t bytes, float* sink))
+// clang-format on
+
 struct CpuKernels {
-  const char* isa;
-  void (*attention_block)(const AttentionParams&, const AttentionPlan&, int64_t item, void* scratch);
-  void (*attention_split)(const AttentionParams&, const AttentionPlan&, int64_t item, void* scratch, float* partials);
-  // row: of the group
-  void (*attention_merge)(const AttentionParams&, const AttentionPlan&, int64_t batch_group, int64_t row,
-                          const float* partials);
-  void (*attention_backward_rows)(const FlashAttentionBackwardParams&, const FlashAttentionBackwardPlan&,
-                                  const BackwardWorkspace&, int64_t batch_q_head);
-  void (*attention_backward_block)(const FlashAttentionBackwardParams&, const FlashAttentionBackwardPlan&,
-                                   const BackwardWorkspace&, int64_t item, void* scratch);
-  void (*selective_v_score)(const SelectiveVAttentionParams&, const SelectiveVAttentionPlan&,
-                            const SelectiveVWorkspace&, int64_t item, void* scratch);
-  void (*selective_v_stats)(const SelectiveVAttentionParams&, const SelectiveVWorkspace&, int64_t batch_v_head);
-  void (*selective_v_gather)(const SelectiveVAttentionParams&, const SelectiveVAttentionPlan&,
-                             const SelectiveVWorkspace&, int64_t item, void* scratch);
-  void (*kv_cache_update)(const KvCacheUpdateParams&, int64_t entry, int64_t group, int64_t begin, int64_t end);
-  void (*swiglu)(const SwigluParams&, int64_t begin, int64_t end);
-  void (*swiglu_backward)(const SwigluParams&, int64_t begin, int64_t end);
-  // FLOPs done by `rounds` of multiply-adds on registers, in fp32 and by bf16 dot products (0 where there are none).
-  double (*probe_fma)(int64_t rounds, float* sink);
-  double (*probe_dot)(int64_t rounds, float* sink);
-  void (*probe_read)(const void* data, int64_t bytes, float* sink);
+#define DIFFQKV_MEMBER(result, name, parameters) result(*name) parameters;
+  DIFFQKV_CPU_KERNELS(DIFFQKV_MEMBER)
+#undef DIFFQKV_MEMBER
 };
+
+#if defined(DIFFQKV_ISA)  // in a build of the kernels for one instruction set level
+namespace DIFFQKV_ISA {
+#define DIFFQKV_FUNCTION(result, name, parameters) result name parameters;
+DIFFQKV_CPU_KERNELS(DIFFQKV_FUNCTION)
+#undef DIFFQKV_FUNCTION
+}  // namespace DIFFQKV_ISA
+#endif
 
 extern const CpuKernels kernels_v2, kernels_v3, kernels_v4, kernels_v4_bf16;
 

@@ -1,5 +1,5 @@
-// Writes new K and V rows to their cache slots, rotating K on the way (RoPE, half-split convention). Tokens are taken
-// in runs whose slots follow each other in one panel: a whole panel is a transpose.
+// kv_cache_update: writes new K and V rows to their cache slots, rotating K on the way (RoPE, half-split convention).
+// Tokens are taken in runs whose slots follow each other in one panel: a whole panel is a transpose.
 #include "cpu/kernels/attention_tile.h"
 #include "cpu/kernels/kernels.h"
 #include "params/layout.h"
@@ -38,7 +38,7 @@ void rotate(const KvCacheUpdateParams& p, int64_t b, int64_t t, const typename E
   __builtin_memcpy(out + p.d_rot, row + p.d_rot, (p.d_k - p.d_rot) * sizeof(out[0]));
 }
 
-// Rows [n, d] of the tokens first, first + 1, ... of a panel.
+// Writes rows [n, d] of the tokens first, first + 1, ... of a panel.
 template <class E>
 void write_panel(const typename E::T* rows, int64_t stride, int64_t n, int64_t d, int64_t first, typename E::T* panel) {
   using T = typename E::T;
@@ -68,7 +68,7 @@ void write_panel(const typename E::T* rows, int64_t stride, int64_t n, int64_t d
   }
 }
 
-// Writes the n tokens from t on to slot and the places behind it.
+// Writes the n tokens from t on to slot and the places after it.
 template <class E, class Rope>
 void write_run(const KvCacheUpdateParams& p, int64_t b, int64_t group, int64_t t, int64_t n, KvSlot slot) {
   using T = typename E::T;

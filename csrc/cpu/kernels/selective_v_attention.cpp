@@ -1,18 +1,19 @@
-// Selective V (the paper's Table 3): all scores, softmax over all of them, then only the V rows of the best ones.
-// Three kinds of items: scores of a range of keys for the rows of a group, which leave each row's best candidates and
-// the mass of every split; sum and largest norm of a V head's rows, where the caller does not keep them; selection and
-// fetch for a few query rows of one V head.
+// selective_v_attention (the paper's Table 3): all scores, softmax over all of them, then only the V rows of the best
+// ones. Three kinds of items: scores of a range of keys for the rows of a group, which leave each row's best candidates
+// and the mass of every split; sum and largest norm of a V head's rows, where the caller does not keep them; selection
+// and fetch for a few query rows of one V head.
+#include "params/selective_v_attention.h"
+
 #include "cpu/kernels/group_split.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/top_k.h"
-#include "params/selective.h"
 
 namespace diffqkv {
 namespace {
 
 // ---- scores and candidates ------------------------------------------------------------------------------------------
 
-// Maximum and sum of exponentials of the columns `own` of a row of scores, which it may change.
+// The maximum and sum of exponentials of the columns `own` of a row of scores, which it may change.
 inline RowState mass_of(float* s, KeyRange own, float c) {
   const int64_t first = own.lo / VL * VL, last = round_up(own.hi, VL);
   const float maximum = masked_maximum(s, own, first, last, -kInf);
@@ -29,8 +30,8 @@ inline RowState mass_of(float* s, KeyRange own, float c) {
 }
 
 template <bool kDot>
-void score(const SelectiveVAttentionParams& sp, const SelectiveVAttentionPlan& plan, const SelectiveVWorkspace& work,
-           int64_t item, void* workspace) {
+void score(const SelectiveVAttentionParams& sp, const SelectiveVAttentionPlan& plan,
+           const SelectiveVAttentionWorkspace& work, int64_t item, void* workspace) {
   const AttentionParams& p = sp.attention;
   const int64_t chunk = item % plan.chunks, group = item / plan.chunks % plan.dense.groups;
   const int64_t b = item / plan.chunks / plan.dense.groups, chunk_tokens = plan.chunk_splits * kSplitTokens;
@@ -78,7 +79,7 @@ void score(const SelectiveVAttentionParams& sp, const SelectiveVAttentionPlan& p
 }
 
 template <class E>
-void v_stats(const SelectiveVAttentionParams& sp, const SelectiveVWorkspace& work, int64_t batch_v_head) {
+void v_stats(const SelectiveVAttentionParams& sp, const SelectiveVAttentionWorkspace& work, int64_t batch_v_head) {
   const AttentionParams& p = sp.attention;
   const int64_t b = batch_v_head / p.heads.n_v, head = batch_v_head % p.heads.n_v;
   float* stats = work.v_stats + batch_v_head * (p.d_v + 1);
@@ -99,7 +100,7 @@ struct SelectedRow {
   using T = typename E::T;
   const SelectiveVAttentionParams& sp;
   const SelectiveVAttentionPlan& plan;
-  const SelectiveVWorkspace& work;
+  const SelectiveVAttentionWorkspace& work;
   const AttentionParams& p = sp.attention;
   Candidates best;
   float* weight;
@@ -115,7 +116,7 @@ struct SelectedRow {
   alignas(64) float own_sum[kMaxHeadDim + VL];
 
   SelectedRow(const SelectiveVAttentionParams& params, const SelectiveVAttentionPlan& selective,
-              const SelectiveVWorkspace& shared, Scratch& scratch)
+              const SelectiveVAttentionWorkspace& shared, Scratch& scratch)
       : sp(params), plan(selective), work(shared) {
     best.score = scratch.take<float>(plan.listed_room);
     best.index = scratch.take<uint32_t>(plan.listed_room);
@@ -123,7 +124,8 @@ struct SelectedRow {
     value = scratch.take<const T*>(plan.used_room);
   }
 
-  // Finds the rows to fetch and their weights, and starts to fetch them. False: the row is complete without.
+  // Finds the rows to fetch and their weights, and starts to fetch them. Returns false where the row is complete
+  // without.
   bool select(int64_t which) {
     row = which;
     query = row % p.s_q;
@@ -212,7 +214,7 @@ struct SelectedRow {
     for (int64_t i = 0; i < top_k; ++i) indices[i] = token(i);
     for (int64_t i = top_k; i < sp.indices_per_row; ++i) indices[i] = -1;
   }
-  // stats are of all keys of the entry: this takes away the rows behind the query, fewer than s_q.
+  // stats sum up all keys of the entry: this takes away the rows after the query, fewer than s_q.
   void sum_what_is_seen() {
     seen_sum = stats;
     if (keys.hi == entry.keys.hi) return;
@@ -276,18 +278,18 @@ struct SelectedRow {
     }
     kept = vsum(sum);
   }
-  // All rows used: the dense sum, whose mass is 1 whatever the rounding.
+  // Where all rows are used the sum is the dense one, and the mass 1 whatever the rounding.
   float kept_mass() const {
     if (state.sum == 0.0f) return 0.0f;
     return best.count == n && state.sum == state.sum ? 1.0f : kept / state.sum;
   }
-  // At least the mass of the rows that are not read.
+  // An upper bound of the mass of the rows that are not read.
   float unread_mass() const {
     const float mass = kept_mass();
     if (best.count == n || mass != mass) return mass == mass ? 0.0f : mass;
     return (mass < 1.0f ? 1.0f - mass : 0.0f) + kMassRounding;
   }
-  // Largest distance of a V row that was not read from what stands for it, where that is known before the fetch.
+  // The largest distance of a V row that is not read from what stands for it, where that is known before the fetch.
   float radius() const {
     const float norm = stats[p.d_v];
     if (sp.tail != Tail::mean) return norm;
@@ -295,12 +297,13 @@ struct SelectedRow {
     for (int64_t i = 0; i < p.d_v; ++i) square += seen_sum[i] * seen_sum[i];
     return norm + __builtin_sqrtf(square) / float(n);
   }
-  // What error_bound cannot exceed.
+  // An upper bound of error_bound, known before the fetch.
   float guaranteed() const {
     const float rest = unread_mass();
     return state.sum == 0.0f || rest == 0.0f ? 0.0f : rest * (sp.tail == Tail::renorm ? 2.0f : 1.0f) * radius();
   }
-  // The fewest best rows, from top_k to what the candidates are good for, that keep the guarantee; false: too few are.
+  // Uses the fewest best rows that keep the guarantee, from top_k to what the candidates are good for; returns false
+  // where those are too few.
   bool add_rows() {
     const auto use = [&](int64_t k) {
       list_best(k);
@@ -335,8 +338,8 @@ struct SelectedRow {
 // The query rows [item * kRowsPerFetch, ...) of a V head. V rows that several of them use are in the cache after the
 // first; while one row selects, the V rows of the one before are on their way.
 template <class E>
-void gather(const SelectiveVAttentionParams& sp, const SelectiveVAttentionPlan& plan, const SelectiveVWorkspace& work,
-            int64_t item, void* workspace) {
+void gather(const SelectiveVAttentionParams& sp, const SelectiveVAttentionPlan& plan,
+            const SelectiveVAttentionWorkspace& work, int64_t item, void* workspace) {
   const AttentionParams& p = sp.attention;
   const int64_t rows = p.heads.q_per_v() * p.s_q, blocks = (rows + kRowsPerFetch - 1) / kRowsPerFetch;
   const int64_t first = item % blocks * kRowsPerFetch, end = min_of(rows, first + kRowsPerFetch);
@@ -356,20 +359,21 @@ void gather(const SelectiveVAttentionParams& sp, const SelectiveVAttentionPlan& 
 }  // namespace
 
 namespace DIFFQKV_ISA {
-void selective_v_score(const SelectiveVAttentionParams& p, const SelectiveVAttentionPlan& plan,
-                       const SelectiveVWorkspace& work, int64_t item, void* scratch) {
+void selective_v_attention_score(const SelectiveVAttentionParams& p, const SelectiveVAttentionPlan& plan,
+                                 const SelectiveVAttentionWorkspace& work, int64_t item, void* scratch) {
 #if defined(__AVX512BF16__)
   if (p.attention.q.dtype == DType::bf16) return score<true>(p, plan, work, item, scratch);
 #endif
   score<false>(p, plan, work, item, scratch);
 }
-void selective_v_stats(const SelectiveVAttentionParams& p, const SelectiveVWorkspace& work, int64_t batch_v_head) {
+void selective_v_attention_stats(const SelectiveVAttentionParams& p, const SelectiveVAttentionWorkspace& work,
+                                 int64_t batch_v_head) {
   if (p.attention.v.dtype == DType::f32) return v_stats<F32>(p, work, batch_v_head);
   if (p.attention.v.dtype == DType::bf16) return v_stats<BF16>(p, work, batch_v_head);
   v_stats<F16>(p, work, batch_v_head);
 }
-void selective_v_gather(const SelectiveVAttentionParams& p, const SelectiveVAttentionPlan& plan,
-                        const SelectiveVWorkspace& work, int64_t item, void* scratch) {
+void selective_v_attention_gather(const SelectiveVAttentionParams& p, const SelectiveVAttentionPlan& plan,
+                                  const SelectiveVAttentionWorkspace& work, int64_t item, void* scratch) {
   if (p.attention.v.dtype == DType::f32) return gather<F32>(p, plan, work, item, scratch);
   if (p.attention.v.dtype == DType::bf16) return gather<BF16>(p, plan, work, item, scratch);
   gather<F16>(p, plan, work, item, scratch);

@@ -5,7 +5,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
-#include "params/key_range.h"
+#include "params/arithmetic.h"
+#include "params/params.h"
 
 // GCC leaves loops of more than 16 iterations rolled, and then keeps an accumulator array in memory.
 #define DIFFQKV_UNROLL _Pragma("GCC unroll 64")
@@ -272,7 +273,7 @@ DIFFQKV_INLINE vf vtanh(vf x) {
   p = vfma(p, square, vset(0.13332601482206535f));
   p = vfma(p, square, vset(-0.33333318038641363f));
   const vf small = vfma(vmul(p, square), x, x);
-  const vf e = vexp2(vmul(size, vset(-2.88539008177792681f)));  // e^(-2 |x|)
+  const vf e = vexp2(vmul(size, vset(-2.0f * kLog2e<float>)));  // e^(-2 |x|)
   const vf large = vcopysign(vdiv(vsub(vset(1.0f), e), vadd(vset(1.0f), e)), x);
   return vselect_less(size, vset(0.55f), small, large);
 }

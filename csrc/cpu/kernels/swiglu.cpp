@@ -5,11 +5,9 @@
 namespace diffqkv {
 namespace {
 
-constexpr float kLog2e = 1.44269504088896341f;
-
 DIFFQKV_INLINE vf sigmoid(vf x) {
   // 2^128, which vexp2 makes infinite: the sigmoid is 0 from there on, or its product with a huge x were not small.
-  const vf y = vmax(vset(-128.0f), vmul(x, vset(kLog2e)));
+  const vf y = vmax(vset(-128.0f), vmul(x, vset(kLog2e<float>)));
   return vdiv(vset(1.0f), vadd(vset(1.0f), vexp2(vsub(vset(0.0f), y))));
 }
 

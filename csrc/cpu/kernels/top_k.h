@@ -67,7 +67,7 @@ struct Candidates {
 };
 
 // Appends the columns [lo, hi) of s that may be among the best; column j has the index first_index + j. s is readable
-// to a multiple of VL. True if one of them is NaN.
+// to a multiple of VL. Returns whether one of them is NaN.
 inline bool append_candidates(Candidates& best, const float* s, int64_t lo, int64_t hi, uint32_t first_index) {
   uint32_t unordered = 0;
   const vf least = vset(best.least);
@@ -92,8 +92,8 @@ DIFFQKV_INLINE int64_t count_at_least(const float* s, int64_t n, float threshold
   return count;
 }
 
-// Of n scores, none below the float before `least`, no NaN; 1 <= k <= n. What follows them up to a multiple of VL is
-// overwritten.
+// The cut that keeps the k best of n scores, 1 <= k <= n. None of them is below the float before `least`, and none is
+// NaN. What follows them up to a multiple of VL is overwritten.
 inline Cut cut_at(float* s, int64_t n, float least, int64_t k) {
   const int64_t padded = round_up(n, VL);
   for (int64_t i = n; i < padded; ++i) s[i] = -kInf;

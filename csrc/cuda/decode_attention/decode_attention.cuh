@@ -4,6 +4,7 @@
 // to end merges the splits, in their order.
 #pragma once
 #include "cuda/tile.cuh"
+#include "params/key_range.h"
 #include "params/layout.h"
 #include "plan/cuda/decode_attention.h"
 
@@ -24,7 +25,6 @@ struct DecodeAttention {
   static constexpr int kThreads = kDecodeThreads, kMinBlocks = 2;
   static constexpr int kTiles = kSize.tiles, kJobs = kSize.jobs;
   static constexpr int kRows = 16, kStep = 16;  // tokens of a matrix product, dimensions of a step
-  static constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
   // ---- a block's share ---------------------------------------------------------------------------------------------
 
@@ -84,7 +84,8 @@ struct DecodeAttention {
     DIFFQKV_DEVICE T* v(int stage) const { return k(stage) + v_offset; }
   };
 
-  // What never changes: the queries, the keys that each column sees, and zeros where a head is padded to whole steps.
+  // Writes what never changes: the queries, the keys that each column sees, and zeros where a head is padded to whole
+  // steps.
   static DIFFQKV_DEVICE void prepare(const Block& b, const Shared& s) {
     const AttentionParams& p = b.p;
     const int d = static_cast<int>(p.d_k), padded = b.plan.q_stride, all = b.plan.column_tiles * kDecodeColumns;
@@ -111,7 +112,7 @@ struct DecodeAttention {
     }
   }
 
-  // Where the rows of the chunk's first K or V head begin in a page, and how many heads lie behind one another.
+  // Where the rows of the chunk's first K or V head begin in a page, and how many heads follow one another.
   struct Rows {
     const T* first;
     int64_t stride_page, stride_token, stride_head;
@@ -204,7 +205,7 @@ struct DecodeAttention {
       copy_commit();
     }
   }
-  // Until the copies of the oldest tile under way have come.
+  // Waits until the copies of the oldest tile under way have come.
   static DIFFQKV_DEVICE void wait_for_tile(const Block& b, const Shared& s, int tile) {
     const int stages = b.plan.stages;
     if constexpr (kBulk) return barrier_wait(s.arrived + tile % stages, tile / stages % 2);
@@ -218,7 +219,7 @@ struct DecodeAttention {
   // ---- one tile ----------------------------------------------------------------------------------------------------
 
   // e^x of a difference x of scores.
-  static DIFFQKV_DEVICE float exp(float x) { return exp2(x * kLog2e); }
+  static DIFFQKV_DEVICE float exp(float x) { return exp2(x * kLog2e<float>); }
 
   // scores[t]: of this warp's 16 tokens and the 8 columns of tile t; -inf where a column does not see a token.
   static DIFFQKV_DEVICE void score(const Block& b, const Shared& s, int64_t first, int stage,
@@ -262,7 +263,7 @@ struct DecodeAttention {
     }
   }
 
-  // The maximum of each column over this warp's tokens, for all warps to see.
+  // Writes the maximum of each column over this warp's tokens, for all warps to see.
   static DIFFQKV_DEVICE void share_maxima(const Block& b, const Shared& s, const float (&scores)[kTiles][4]) {
     const int columns = b.plan.column_tiles * kDecodeColumns;
     DIFFQKV_UNROLL
@@ -284,8 +285,10 @@ struct DecodeAttention {
     float sum[kTiles][2];   // of the probabilities of this lane's tokens
   };
 
-  static DIFFQKV_DEVICE void soften(const Block& b, const Shared& s, bool scoring, float (&scores)[kTiles][4],
-                                    Columns& state) {
+  // Takes the tile's scores to powers of e, divided by that of the largest so far, and writes them as operands for the
+  // product with V; s.alpha becomes what each column had accumulated before is multiplied by.
+  static DIFFQKV_DEVICE void softmax(const Block& b, const Shared& s, bool scoring, float (&scores)[kTiles][4],
+                                     Columns& state) {
     const int columns = b.plan.column_tiles * kDecodeColumns, warps = b.plan.tile_tokens / kRows;
     DIFFQKV_UNROLL
     for (int t = 0; t < kTiles; ++t) {
@@ -377,7 +380,7 @@ struct DecodeAttention {
     const float total = sum * exp(most - base) + exp(sink - base);
     shift = base;
     static_cast<float*>(p.lse)[lse_of(p, b.entry, head, b.query_of(column))] =
-        total == 0.0f ? -INFINITY : base + log2(total) * kLn2;
+        total == 0.0f ? -INFINITY : base + log2(total) * kLn2<float>;
     return total == 0.0f ? 0.0f : 1.0f / total;
   }
   static DIFFQKV_DEVICE T* out_row(const Block& b, int column) {
@@ -436,7 +439,7 @@ struct DecodeAttention {
     }
   }
 
-  // A chunk without keys: nothing but the sinks.
+  // Writes the results of a chunk without keys: nothing but the sinks.
   static DIFFQKV_DEVICE void write_nothing(const Block& b) {
     for (int column = thread(); column < b.columns; column += kThreads) {
       float shift;
@@ -445,7 +448,7 @@ struct DecodeAttention {
     }
   }
 
-  // The sum of each column over lanes and warps, in their order, into s.alpha; the maximum into s.most.
+  // Writes the sum of each column over lanes and warps, in their order, into s.alpha; the maximum into s.most.
   static DIFFQKV_DEVICE void gather_columns(const Block& b, const Shared& s, const Columns& state) {
     const int columns = b.plan.column_tiles * kDecodeColumns;
     sync_block();  // nobody reads the maxima of the last tile any more
@@ -532,7 +535,7 @@ struct DecodeAttention {
         share_maxima(b, s, scores);
       }
       sync_block();
-      soften(b, s, scoring, scores, state);
+      softmax(b, s, scoring, scores, state);
       sync_block();
       accumulate(b, s, stage, jobs);
     }

@@ -7,13 +7,13 @@
 
 namespace diffqkv::device {
 
-// T: of the softmax, and of lse and sinks.
+// T: the type of the softmax, of lse and of sinks.
 template <class T>
 struct FlashAttentionParams {
   AttentionParams p;
   CudaFlashAttentionPlan plan;
   SoftmaxFactors<T> factors{p};
-  // Of the head map, whose greatest common divisor is no work for every block.
+  // Numbers of the head map, whose greatest common divisor is no work for every block.
   int32_t q_per_k = static_cast<int32_t>(p.heads.q_per_k()), q_per_v = static_cast<int32_t>(p.heads.q_per_v());
   int32_t k_per_group = static_cast<int32_t>(p.heads.k_per_group());
   int32_t v_per_group = static_cast<int32_t>(p.heads.v_per_group());

@@ -1,5 +1,3 @@
-#include <climits>
-
 #include "cuda/flash_attention/instances.h"
 #include "cuda/flash_attention/plain_attention.cuh"
 #include "cuda/launch.cuh"
@@ -10,8 +8,7 @@ namespace {
 
 template <class T>
 cudaError_t launch_plain(const AttentionParams& p, const CudaFlashAttentionPlan& plan, cudaStream_t stream) {
-  return device::launch<device::PlainAttention<T>>({p, plan}, dim3(static_cast<unsigned>(plan.blocks)),
-                                                   plan.shared_bytes, stream);
+  return device::launch_blocks<device::PlainAttention<T>>({p, plan}, plan.blocks, plan.shared_bytes, stream);
 }
 
 cudaError_t launch_variant(const AttentionParams& p, const CudaFlashAttentionPlan& plan, cudaStream_t stream) {
@@ -26,11 +23,9 @@ cudaError_t launch_variant(const AttentionParams& p, const CudaFlashAttentionPla
 }  // namespace
 
 int cuda_flash_attention(const AttentionParams& p, const CudaFlashAttentionPlan& plan, void* stream) {
-  if (plan.blocks == 0) return cudaSuccess;
   if (p.d_k > kMaxHeadDim || p.d_v > kMaxHeadDim || p.k.layout != KLayout::rows || p.s_q > kMaxFlashAttentionTokens ||
       p.s_k > kMaxFlashAttentionTokens)
     return cudaErrorInvalidValue;
-  if (plan.blocks > INT_MAX) return cudaErrorInvalidConfiguration;
   const auto s = static_cast<cudaStream_t>(stream);
   switch (p.q.dtype) {
     case DType::f32: return launch_plain<float>(p, plan, s);

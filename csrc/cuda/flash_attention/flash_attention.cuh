@@ -29,7 +29,7 @@ struct FlashAttention {
   // The largest kernel serves dimensions far below its own: it passes over those that are not there.
   static constexpr bool kPartial = kDk == 256;
 
-  // Of the first row in a tile of 16 that this lane holds; the second one is 8 further.
+  // The first row in a tile of 16 that this lane holds; the second one is 8 further.
   static DIFFQKV_DEVICE int row_of_lane(int row_tile) { return (warp() * kRowTiles + row_tile) * 16 + lane() / 4; }
 
   // ---- shared memory ------------------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ struct FlashAttention {
           block(reinterpret_cast<Block*>(rows + 2 * kBlockN)) {}
   };
 
-  // The rows of the keys [first_key, first_key + kBlockN): found once for all pieces of a row, however tokens are
+  // Finds the rows of the keys [first_key, first_key + kBlockN), once for all pieces of a row, however tokens are
   // paged.
   static DIFFQKV_DEVICE void find_rows(const AttentionParams& p, const Block& b, int first_key, KeyRows* rows) {
     if (thread() < kBlockN) rows[thread()] = key_rows(p, b, first_key + thread());
@@ -91,7 +91,7 @@ struct FlashAttention {
   using Probabilities = uint32_t[kRowTiles][kKeyTiles / 2][4];
   using Sums = float[kRowTiles][kDimTiles][4];
 
-  // Dimensions [16 * step, 16 * step + 16) of this warp's queries.
+  // Loads dimensions [16 * step, 16 * step + 16) of this warp's queries.
   static DIFFQKV_DEVICE void load_fragments(const uint16_t* q, int step, QueryFragments& fragments) {
     q += (warp() * kVariant.warp_rows + lane() % 16) * kStrideK + lane() / 16 * kPiece + step * 16;
     DIFFQKV_UNROLL

@@ -3,6 +3,7 @@
 #pragma once
 #include "cuda/dropout.cuh"
 #include "cuda/flash_attention/block.cuh"
+#include "cuda/warp.cuh"
 
 namespace diffqkv::device {
 
@@ -25,7 +26,7 @@ struct PlainAttention {
           stride(static_cast<int>(max_of(p.d_k, p.d_v) | 1)) {}
   };
 
-  // Rows of the keys [first_key, first_key + kPlainKeys), zeros for keys that the block does not see.
+  // Loads the rows of the keys [first_key, first_key + kPlainKeys), zeros for keys that the block does not see.
   template <bool kValues>
   static DIFFQKV_DEVICE void load(const AttentionParams& p, const Shared& s, int first_key) {
     const FlashAttentionBlock& b = *s.block;
@@ -71,11 +72,7 @@ struct PlainAttention {
       T score = dot(q, s.tile + lane() * s.stride, static_cast<int>(p.d_k));
       if (factors.capped) score = tanh(score * factors.inner);
       if (key < keys.lo || key >= keys.hi) score = T(-INFINITY);
-      T top = score > most ? score : most;
-      for (int step = 16; step > 0; step /= 2) {
-        const T other = shuffle_xor(top, step);
-        top = other > top ? other : top;
-      }
+      const T top = warp_max(score > most ? score : most);
       T base;
       if (factors.base_of(top, base)) score -= top, most -= top;
       const T scale = exp2(most * factors.exponent - base);
@@ -97,9 +94,8 @@ struct PlainAttention {
           if (lane() + 32 * i < p.d_v) o[i] += weight * s.tile[j * s.stride + lane() + 32 * i];
       }
     }
-    for (int step = 16; step > 0; step /= 2) sum += shuffle_xor(sum, step);
     T lse;
-    const T scale = factors.finish(p, b.head, most, sum, lse);
+    const T scale = factors.finish(p, b.head, most, warp_sum(sum), lse);
     if (warp() >= b.queries) return;
     if (lane() == 0) static_cast<T*>(p.lse)[lse_of(p, entry, b.head, query)] = lse;
     T* out = static_cast<T*>(p.out.data) + row_of(p.out, entry, b.head, query);

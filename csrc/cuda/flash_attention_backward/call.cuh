@@ -1,4 +1,4 @@
-// What the kernels of the backward pass share.
+// What the kernels of flash_attention_backward share.
 //
 //   P = exp(S - lse)   dV = P^T dO   dP = dO V^T   dS = P (dP - delta)   dQ = scale dS K   dK = scale dS^T Q
 //
@@ -8,14 +8,13 @@
 #pragma once
 #include <algorithm>
 
-#include "cuda/dropout.cuh"
 #include "cuda/flash_attention_backward/products.cuh"
+#include "params/key_range.h"
 #include "plan/cuda/flash_attention_backward_tiles.h"
 
 namespace diffqkv::device {
 
 inline constexpr int kBackwardThreads = 32 * kBackwardWarps;
-inline constexpr double kLog2e = 1.44269504088896341;
 inline constexpr float kInfinity = __builtin_huge_valf();
 
 template <int kDk, int kDv>
@@ -47,7 +46,7 @@ struct ScoreFactors {
   bool capped;
 
   explicit ScoreFactors(const AttentionParams& p)
-      : exponent(not_zero(p.softmax_scale * kLog2e)),
+      : exponent(not_zero(p.softmax_scale * kLog2e<double>)),
         score(not_zero(p.softcap > 0 ? p.softcap : p.softmax_scale)),
         inner(p.softcap > 0 ? not_zero(p.softmax_scale / p.softcap) : 0.0f),
         scale(float(p.softmax_scale)),
@@ -67,11 +66,12 @@ struct ScoreFactors {
     if (kFeatures && capped) {
       const float t = tanh(x * inner);
       slope -= t * t;
-      return exp2((mul(x == hidden ? x : t, score) - of_row.base) * float(kLog2e));
+      return exp2((mul(x == hidden ? x : t, score) - of_row.base) * kLog2e<float>);
     }
     return exp2(x * of_row.factor - of_row.base);
   }
-  // What the dot products of a row with a large lse, here itself, become first; their Exponent is {log2(e), 0} then.
+  // What the dot products of a row with a large lse, given here itself, become first; their Exponent is {log2(e), 0}
+  // then.
   DIFFQKV_DEVICE float difference(float x, float lse) const { return mul(x, score) - lse; }
 
  private:
@@ -91,7 +91,7 @@ struct BackwardCall {
   }
 };
 
-// As RowFacts has it.
+// The lse of a row as RowFacts has it.
 template <class T>
 DIFFQKV_DEVICE T lse_or_infinity(const AttentionParams& p, int64_t row) {
   const T lse = static_cast<const T*>(p.lse)[row];

@@ -1,5 +1,5 @@
 #include "cuda/flash_attention_backward/instances.h"
-#include "cuda/flash_attention_backward/plain_backward.cuh"
+#include "cuda/flash_attention_backward/plain_gradients.cuh"
 #include "cuda/flash_attention_backward/sums.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/launch_api.h"

@@ -1,6 +1,7 @@
 // dK and dV: a block owns keys of a KV group and walks the queries that see them, q head by q head. When the V head
 // changes, dV of the last one is done, when the K head changes, dK.
 #pragma once
+#include "cuda/dropout.cuh"
 #include "cuda/flash_attention_backward/call.cuh"
 
 namespace diffqkv::device {
@@ -59,7 +60,7 @@ struct KeyGradients {
     DIFFQKV_DEVICE void run(int64_t x) const {
       if (thread() == 0) shared.block = block_of(x);
       sync_block();
-      if (block.j0 >= block.entry.s_k) return;  // of packed sequences, not the longest
+      if (block.j0 >= block.entry.s_k) return;  // a packed sequence that is not the longest
       float dk[kM][kWantsK ? kDk / 8 : 1][4], dv[kM][kWantsV ? kDv / 8 : 1][4];
       clear(dk), clear(dv);
       const bool two = call.plan.key_stages == 2;
@@ -100,7 +101,7 @@ struct KeyGradients {
       copy_commit();
     }
 
-    // K and V, where they are not those of the q head before.
+    // Loads K and V, where they are not those of the q head before.
     DIFFQKV_DEVICE void load_heads(int64_t head) const {
       const HeadGroups& h = p.heads;
       const bool first = head == block.h0;
@@ -185,7 +186,7 @@ struct KeyGradients {
       }
     }
 
-    // In the two columns of tile n, those with a large lse.
+    // Takes the lse from the scores in those of tile n's two columns where it is large.
     DIFFQKV_DEVICE void take_differences(float (&s)[kM][kN][4], int n, int64_t head, int64_t i,
                                          Exponent (&exponents)[2]) const {
       DIFFQKV_UNROLL
@@ -197,7 +198,7 @@ struct KeyGradients {
           DIFFQKV_UNROLL
           for (int e = odd; e < 4; e += 2) s[m][n][e] = call.factors.difference(s[m][n][e], lse);
         }
-        exponents[odd] = {float(kLog2e), 0.0f};
+        exponents[odd] = {kLog2e<float>, 0.0f};
       }
     }
 
@@ -244,7 +245,7 @@ struct KeyGradients {
       }
     }
 
-    // Gradients of heads that the next q head does not belong to.
+    // Stores the gradients of heads that the next q head does not belong to.
     template <int kK8, int kV8>
     DIFFQKV_DEVICE void store_heads(float (&dk)[kM][kK8][4], float (&dv)[kM][kV8][4], int64_t head) const {
       const HeadGroups& h = p.heads;

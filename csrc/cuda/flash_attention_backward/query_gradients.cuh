@@ -1,5 +1,6 @@
 // dQ: a block owns queries of a head and walks the keys that they see.
 #pragma once
+#include "cuda/dropout.cuh"
 #include "cuda/flash_attention_backward/call.cuh"
 
 namespace diffqkv::device {
@@ -44,7 +45,7 @@ struct QueryGradients {
     const int64_t x = block_x() / p.heads.n_q, blocks = grid_x() / p.heads.n_q / p.batch;
     Block b{entry_of(p, x % p.batch), block_x() % p.heads.n_q, (blocks - 1 - x / p.batch) * kQueries, 0, 0, 0};
     b.queries = min_of(kQueries, b.entry.s_q - b.i0);
-    if (b.queries <= 0) return b;  // of packed sequences, not the longest
+    if (b.queries <= 0) return b;  // a packed sequence that is not the longest
     b.lo = keys_of_query(p, b.entry, b.i0).lo;
     b.hi = keys_of_query(p, b.entry, b.i0 + b.queries - 1).hi;
     if (b.lo < b.hi) b.lo -= b.lo % kKeysPerDraw;
@@ -126,7 +127,7 @@ struct QueryGradients {
           const float lse = lse_or_infinity<float>(p, lse_of(p, block.entry, block.head, i + product_row(m, e)));
           DIFFQKV_UNROLL
           for (int n = 0; n < kN; ++n) s[m][n][e] = call.factors.difference(s[m][n][e], lse);
-          exponent = {float(kLog2e), 0.0f};
+          exponent = {kLog2e<float>, 0.0f};
         }
         DIFFQKV_UNROLL
         for (int n = 0; n < kN; ++n) {

@@ -1,10 +1,11 @@
 // The small kernels around the gradients: the facts of rows before, sums of slots and the gradients of sinks after.
 #pragma once
 #include "cuda/flash_attention_backward/call.cuh"
+#include "cuda/warp.cuh"
 
 namespace diffqkv::device {
 
-// Queries and heads in the order of lse.
+// The batch entry, head and token of a row in the order of lse.
 struct LseRow {
   int64_t b, head, token;
   DIFFQKV_DEVICE LseRow(const AttentionParams& p, int64_t row) {
@@ -18,7 +19,7 @@ struct LseRow {
   }
 };
 
-// lse and rowsum(dO * O) - dlse of every row. The workspace holds fp32, for fp64 fp64.
+// Computes lse and rowsum(dO * O) - dlse of every row. The workspace holds fp32, for fp64 inputs fp64.
 template <class E>
 struct RowSums {
   using Params = BackwardCall;
@@ -53,7 +54,7 @@ struct RowSums {
     if (thread() % lanes != 0 || index >= rows) return;
     const Sum lse = lse_or_infinity<Sum>(p, index);
     if (call.p.dlse != nullptr) sum -= static_cast<const Sum*>(call.p.dlse)[index];
-    call.rows<Sum>()[index] = {sizeof(T) > 2 || call.factors.capped ? lse : lse * Sum(kLog2e), sum};
+    call.rows<Sum>()[index] = {sizeof(T) > 2 || call.factors.capped ? lse : lse * kLog2e<Sum>, sum};
   }
 };
 
@@ -73,11 +74,11 @@ struct SinkGradients {
     if (sink > -kInfinity) {
       for (int64_t i = thread(); i < p.total_queries(); i += kThreads) {
         const int64_t row = (i / queries * p.heads.n_q + head) * queries + i % queries;
-        sum -= exp2((sink - static_cast<const Sum*>(p.lse)[row]) * Sum(kLog2e)) * call.rows<Sum>()[row].delta;
+        sum -= exp2((sink - static_cast<const Sum*>(p.lse)[row]) * kLog2e<Sum>) * call.rows<Sum>()[row].delta;
       }
     }
     double* sums = reinterpret_cast<double*>(shared);
-    for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    sum = warp_sum(sum);
     if (lane() == 0) sums[warp()] = sum;
     sync_block();
     if (thread() != 0) return;
@@ -86,7 +87,7 @@ struct SinkGradients {
   }
 };
 
-// A gradient of K or V from the slots of its chunks.
+// Adds up a gradient of K or V from the slots of its chunks.
 template <class E, bool kOfV>
 struct SlotSums {
   using Params = BackwardCall;

@@ -1,5 +1,3 @@
-#include <climits>
-
 #include "cuda/kv_cache_update/kv_cache_update.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/launch_api.h"
@@ -10,8 +8,7 @@ namespace {
 template <class E, int N>
 cudaError_t launch(const KvCacheUpdateParams& p, const CudaKvCacheUpdatePlan& plan, void* stream) {
   using Kernel = device::KvCacheUpdate<E, N>;
-  return device::launch<Kernel>({p, plan}, dim3(static_cast<unsigned>(plan.blocks)), Kernel::kSharedBytes,
-                                static_cast<cudaStream_t>(stream));
+  return device::launch_blocks<Kernel>({p, plan}, plan.blocks, Kernel::kSharedBytes, static_cast<cudaStream_t>(stream));
 }
 
 template <class E>
@@ -28,8 +25,6 @@ int cuda_kv_cache_update(const KvCacheUpdateParams& p, void* stream) {
     return cudaErrorInvalidValue;
   }
   const CudaKvCacheUpdatePlan plan = plan_cuda_kv_cache_update(p);
-  if (plan.blocks == 0) return cudaSuccess;
-  if (plan.blocks > INT_MAX) return cudaErrorInvalidConfiguration;
   switch (p.k_new.dtype) {
     case DType::f32: return launch<device::F32>(p, plan, stream);
     case DType::f16: return launch<device::F16>(p, plan, stream);

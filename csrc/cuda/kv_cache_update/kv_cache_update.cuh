@@ -1,11 +1,11 @@
 // kv_cache_update in one launch: K (rotated) and V of the new tokens to their slots, and v_stats.
 #pragma once
-#include "cuda/device.cuh"
+#include "cuda/warp.cuh"
 #include "params/layout.h"
 #include "plan/cuda/kv_cache_update.h"
 
 namespace diffqkv::device {
-namespace cache_update {
+namespace kv_cache_update {
 
 template <class T, int N>
 struct __attribute__((may_alias, aligned(N * sizeof(T)))) Vector {
@@ -21,10 +21,10 @@ DIFFQKV_DEVICE void store(void* data, int64_t i, const Vector<T, N>& v) {
   *reinterpret_cast<Vector<T, N>*>(static_cast<T*>(data) + i) = v;
 }
 
-// x * cos + y * sin: the bits of the same formula in plain torch.
+// x * cos + y * sin with the bits of the same formula in plain torch.
 DIFFQKV_DEVICE float rotate(float x, float cos, float y, float sin) { return add(mul(x, cos), mul(y, sin)); }
 
-// N values of cos or sin: fp32, or the element type E.
+// Loads N values of cos or sin: fp32, or the element type E.
 template <class E, int N>
 DIFFQKV_DEVICE void load_rope(const void* table, DType dtype, int64_t i, float (&out)[N]) {
   if (dtype == DType::f32) {
@@ -61,8 +61,8 @@ DIFFQKV_DEVICE void store_k(const KvView& cache, int64_t group, int64_t head, Kv
   }
 }
 
-// K: unit of one (batch entry, group, new token). The first units of a head rotate, the others copy. Rows are loaded
-// before the slot is known, to have both on their way at once.
+// Writes a unit of K of one (batch entry, group, new token). The first units of a head rotate, the others copy. Rows
+// are loaded before the slot is known, to have both on their way at once.
 template <class E, int N>
 DIFFQKV_DEVICE void write_k(const KvCacheUpdateParams& p, const CudaKvCacheUpdatePlan& plan, int64_t entry,
                             int64_t group, int64_t token, int32_t unit) {
@@ -131,16 +131,13 @@ DIFFQKV_DEVICE void write_tile(const KvCacheUpdateParams& p, const CudaKvCacheUp
   }
 }
 
-// The larger one, and NaN where there is one: a bound that hides a NaN is none.
-DIFFQKV_DEVICE float max_norm(float a, float b) { return b > a || b != b ? b : a; }
-
 struct StatsShared {
   bool written[kKvCacheUpdateThreads];
   float warp_norms[kKvCacheUpdateThreads / 32];
 };
 
-// v_stats of one (batch entry, V head). Thread c adds dimension c token after token, so the sum does not depend on how
-// tokens are spread over calls; a warp takes a row for its norm.
+// Updates v_stats of one (batch entry, V head). Thread c adds dimension c token after token, so the sum does not depend
+// on how tokens are spread over calls; a warp takes a row for its norm.
 template <class E>
 DIFFQKV_DEVICE void update_stats(const KvCacheUpdateParams& p, const CudaKvCacheUpdatePlan& plan, uint32_t block,
                                  StatsShared& shared) {
@@ -172,9 +169,7 @@ DIFFQKV_DEVICE void update_stats(const KvCacheUpdateParams& p, const CudaKvCache
         const float x = E::get(chunk[t * p.v_new.stride_token + i]);
         square += x * x;
       }
-      DIFFQKV_UNROLL
-      for (int mask = 16; mask > 0; mask /= 2) square += shuffle_xor(square, mask);
-      norm = max_norm(norm, sqrt(square));
+      norm = max_norm(norm, sqrt(warp_sum(square)));
     }
     sync_block();  // before written is overwritten
   }
@@ -188,7 +183,7 @@ DIFFQKV_DEVICE void update_stats(const KvCacheUpdateParams& p, const CudaKvCache
   }
 }
 
-}  // namespace cache_update
+}  // namespace kv_cache_update
 
 // N: elements that a thread moves at once.
 template <class E, int N>
@@ -198,15 +193,15 @@ struct KvCacheUpdate {
     CudaKvCacheUpdatePlan plan;
   };
   static constexpr int kThreads = kKvCacheUpdateThreads, kMinBlocks = 4;
-  static constexpr int kSharedBytes = sizeof(cache_update::StatsShared);
+  static constexpr int kSharedBytes = sizeof(kv_cache_update::StatsShared);
 
   static DIFFQKV_DEVICE void run(const Params& params, char* shared) {
     const auto block = static_cast<uint32_t>(block_x()), stats_blocks = static_cast<uint32_t>(params.plan.stats_blocks);
     if (block < stats_blocks) {
-      auto& stats = *reinterpret_cast<cache_update::StatsShared*>(shared);
-      return cache_update::update_stats<E>(params.p, params.plan, block, stats);
+      auto& stats = *reinterpret_cast<kv_cache_update::StatsShared*>(shared);
+      return kv_cache_update::update_stats<E>(params.p, params.plan, block, stats);
     }
-    cache_update::write_tile<E, N>(params.p, params.plan, block - stats_blocks);
+    kv_cache_update::write_tile<E, N>(params.p, params.plan, block - stats_blocks);
   }
 };
 

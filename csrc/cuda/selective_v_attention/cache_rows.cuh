@@ -1,9 +1,9 @@
-// Rows of K and V caches for selective V.
+// Rows of K and V caches for selective_v_attention.
 #pragma once
 #include "cuda/device.cuh"
 #include "params/key_range.h"
 
-namespace diffqkv::device::selective {
+namespace diffqkv::device::selective_v_attention {
 
 // Element types of 16 bytes, what a lane reads at once.
 template <class E>
@@ -91,28 +91,6 @@ DIFFQKV_DEVICE uint64_t key_of(uint32_t ordered, uint32_t token) { return uint64
 DIFFQKV_DEVICE uint32_t token_of(uint64_t key) { return ~uint32_t(key); }
 DIFFQKV_DEVICE float score_of(uint64_t key) { return float_of_ordered(uint32_t(key >> 32)); }
 
-// The larger one, and NaN where there is one: a bound that hides a NaN is none.
-DIFFQKV_DEVICE float max_norm(float a, float b) { return b > a || b != b ? b : a; }
-
-// In every lane.
-DIFFQKV_DEVICE float warp_sum(float x) {
-  DIFFQKV_UNROLL
-  for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
-  return x;
-}
-DIFFQKV_DEVICE int warp_sum(int x) {
-  DIFFQKV_UNROLL
-  for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
-  return x;
-}
-DIFFQKV_DEVICE float warp_max(float x) {
-  DIFFQKV_UNROLL
-  for (int mask = 16; mask > 0; mask /= 2) {
-    const float y = shuffle_xor(x, mask);
-    x = y > x ? y : x;
-  }
-  return x;
-}
 DIFFQKV_DEVICE uint32_t lanes_below() { return (1u << lane()) - 1; }
 
-}  // namespace diffqkv::device::selective
+}  // namespace diffqkv::device::selective_v_attention

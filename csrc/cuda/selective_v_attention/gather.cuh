@@ -3,27 +3,27 @@
 #pragma once
 #include "cuda/selective_v_attention/cache_rows.cuh"
 #include "cuda/selective_v_attention/params.cuh"
-#include "plan/cpu/attention.h"
+#include "cuda/warp.cuh"
 
-namespace diffqkv::device::selective {
+namespace diffqkv::device::selective_v_attention {
 
 struct GatherShared {
-  uint32_t digits[kSelectThreads];
+  uint32_t digits[kSelectiveVThreads];
   float q[kMaxHeadDim];
-  float stats[kMaxHeadDim + 4];   // of the V head: sum of its rows, for tail mean of those seen; largest norm
-  float weights[kSelectThreads];  // of the keys that a row computed densely takes at a time
-  float sums[kSelectWarps][kMaxHeadDim];
-  float reduce[kSelectWarps];
-  int chosen[kSelectWarps], listed[kSelectWarps];
+  float stats[kMaxHeadDim + 4];       // of the V head: sum of its rows, for tail mean of those seen; largest norm
+  float weights[kSelectiveVThreads];  // of the keys that a row computed densely takes at a time
+  float sums[kSelectiveVWarps][kMaxHeadDim];
+  float reduce[kSelectiveVWarps];
+  int chosen[kSelectiveVWarps], listed[kSelectiveVWarps];
 };
-static_assert(sizeof(GatherShared) <= kSelectGatherBytes);
+static_assert(sizeof(GatherShared) <= kSelectiveVGatherBytes);
 
 template <class E>
 struct SelectedRow {
   using T = typename E::T;
   using Lanes = RowLanes<E>;
   using P = Piece<E>;
-  static constexpr int kThreads = kSelectThreads, kAtOnce = 4 / Lanes::kPieces;
+  static constexpr int kThreads = kSelectiveVThreads, kAtOnce = 4 / Lanes::kPieces;
 
   const Params& params;
   const SelectiveVAttentionParams& sp;
@@ -44,7 +44,7 @@ struct SelectedRow {
   const uint64_t* candidates;  // of all chunks, by ascending token, with zeros between
   int candidate_count;
 
-  // The rows to read: forced keys, listed ones, forced ones.
+  // The rows to read are forced keys, listed ones, forced ones again.
   ForcedKeys forced;
   const float* forced_scores;
   uint32_t* list_tokens;
@@ -72,7 +72,7 @@ struct SelectedRow {
         forced_scores(params.forced(row)) {
     out_row = lse_of(p, entry, head, query);
     char* list = params.list(row);
-    char* next = memory + kSelectGatherBytes;
+    char* next = memory + kSelectiveVGatherBytes;
     if (plan.keys_in_shared) next += int64_t(plan.chunks) * plan.candidates * 8;
     if (plan.list_in_shared) list = next;
     list_tokens = reinterpret_cast<uint32_t*>(list);
@@ -82,7 +82,7 @@ struct SelectedRow {
     candidates = params.keys(row) + first * plan.candidates;
     candidate_count = int(end - first) * plan.candidates;
     if (plan.keys_in_shared) {
-      auto* copy = reinterpret_cast<uint64_t*>(memory + kSelectGatherBytes);
+      auto* copy = reinterpret_cast<uint64_t*>(memory + kSelectiveVGatherBytes);
       for (int i = 2 * thread(); i < candidate_count; i += 2 * kThreads) copy_async(copy + i, candidates + i, true);
       candidates = copy;
     }
@@ -95,7 +95,7 @@ struct SelectedRow {
     sync_block();
     x = 0.0f;
     DIFFQKV_UNROLL
-    for (int w = 0; w < kSelectWarps; ++w) x += shared.reduce[w];
+    for (int w = 0; w < kSelectiveVWarps; ++w) x += shared.reduce[w];
     sync_block();
     return x;
   }
@@ -104,13 +104,13 @@ struct SelectedRow {
     if (lane() == 0) shared.reduce[warp()] = x;
     sync_block();
     DIFFQKV_UNROLL
-    for (int w = 0; w < kSelectWarps; ++w) x = shared.reduce[w] > x ? shared.reduce[w] : x;
+    for (int w = 0; w < kSelectiveVWarps; ++w) x = shared.reduce[w] > x ? shared.reduce[w] : x;
     sync_block();
     return x;
   }
 
   DIFFQKV_DEVICE void softmax() {
-    const int64_t first = keys.lo / kSelectQuantum, end = n > 0 ? (keys.hi - 1) / kSelectQuantum + 1 : first;
+    const int64_t first = keys.lo / kSelectiveVQuantum, end = n > 0 ? (keys.hi - 1) / kSelectiveVQuantum + 1 : first;
     const float* mass = params.mass(row);
     float most = -__builtin_inff(), total = 0.0f;
     bool unordered = false;
@@ -128,7 +128,7 @@ struct SelectedRow {
   }
   DIFFQKV_DEVICE float weight_of(float score) const { return exp2((score - base) * plan.exp2_scale); }
 
-  // The k-th largest candidate, by its digits of 8 bits from the top; or a lower one with as many above it.
+  // Finds the k-th largest candidate by its digits of 8 bits from the top; or a lower one with as many above it.
   DIFFQKV_DEVICE uint64_t kth(int k) const {
     static_assert(kThreads == 256);
     uint64_t prefix = 0;
@@ -176,7 +176,7 @@ struct SelectedRow {
     sync_block();
     chosen = own = listed = 0;
     DIFFQKV_UNROLL
-    for (int w = 0; w < kSelectWarps; ++w) {
+    for (int w = 0; w < kSelectiveVWarps; ++w) {
       chosen += w < warp() ? shared.chosen[w] : 0;
       own += w < warp() ? shared.listed[w] : 0;
       listed += shared.listed[w];
@@ -212,33 +212,33 @@ struct SelectedRow {
     return {uint32_t(key), weight_of(forced_scores[forced.place(key)])};
   }
 
-  // All rows used: the dense sum, whose mass is 1 whatever the rounding.
+  // Where all rows are used the sum is the dense one, and the mass 1 whatever the rounding.
   DIFFQKV_DEVICE float kept_mass() const {
     if (sum == 0.0f) return 0.0f;
     return used == n && sum == sum ? 1.0f : kept / sum;
   }
-  // At least the mass of the rows that are not read.
+  // An upper bound of the mass of the rows that are not read.
   DIFFQKV_DEVICE float unread_mass() const {
     const float mass = kept_mass();
     if (mass != mass) return mass;
     return used == n ? 0.0f : (mass < 1.0f ? 1.0f - mass : 0.0f) + kMassRounding;
   }
-  // What error_bound cannot exceed.
+  // An upper bound of error_bound, known before the fetch.
   DIFFQKV_DEVICE float guaranteed() const {
     const float rest = unread_mass();
     return sum == 0.0f || rest == 0.0f ? 0.0f : rest * (sp.tail == Tail::renorm ? 2.0f : 1.0f) * radius;
   }
 
   DIFFQKV_DEVICE void load_stats(const HeadRows<T>& rows) {
-    const int64_t batch_v_head = entry.b * p.heads.n_v + v_head, first = entry.keys.lo / kSelectPartTokens;
-    const int64_t end = (entry.keys.hi - 1) / kSelectPartTokens + 1;
+    const int64_t batch_v_head = entry.b * p.heads.n_v + v_head, first = entry.keys.lo / kSelectiveVPartTokens;
+    const int64_t end = (entry.keys.hi - 1) / kSelectiveVPartTokens + 1;
     for (int c = thread(); c <= p.d_v; c += kThreads) {
       float x = sp.v_stats != nullptr ? sp.v_stats[batch_v_head * (p.d_v + 1) + c] : 0.0f;
       for (int64_t i = first; sp.v_stats == nullptr && i < end; ++i) {
         const float part = params.part(batch_v_head, i)[c];
         x = c == p.d_v ? max_norm(x, part) : x + part;
       }
-      // Without the rows behind the query, fewer than s_q.
+      // The rows after the query, fewer than s_q, do not count.
       for (int64_t t = keys.hi; sp.tail == Tail::mean && c < p.d_v && t < entry.keys.hi; ++t)
         x -= E::get(rows[uint32_t(t)][c]);
       shared.stats[c] = x;
@@ -251,7 +251,8 @@ struct SelectedRow {
     }
   }
 
-  // The rows of top_k, or with max_error the fewest best rows, up to `wanted`, that guarantee it. False: too few are.
+  // Lists the rows of top_k, or with max_error the fewest best rows, up to `wanted`, that guarantee it. Returns false
+  // where those are too few.
   DIFFQKV_DEVICE bool select() {
     const int most = plan.wanted < n ? plan.wanted : n;
     int too_few = 0, enough = most + 1;  // of which is known that they are
@@ -280,7 +281,7 @@ struct SelectedRow {
   template <class At>
   DIFFQKV_DEVICE void accumulate(const Lanes& lanes, const HeadRows<T>& rows, int count, At at,
                                  float (&o)[Lanes::kColumns]) const {
-    const int slots = kSelectWarps * lanes.rows, slot = warp() * lanes.rows + lanes.row;
+    const int slots = kSelectiveVWarps * lanes.rows, slot = warp() * lanes.rows + lanes.row;
     for (int first = slot; first < count; first += slots * kAtOnce) {
       typename P::Vector v[kAtOnce][Lanes::kPieces];
       float weight[kAtOnce];
@@ -300,7 +301,7 @@ struct SelectedRow {
     }
   }
 
-  // Attention with all keys, their scores computed once more.
+  // Adds up attention with all keys, their scores computed once more.
   DIFFQKV_DEVICE void accumulate_all(const Lanes& lanes, const HeadRows<T>& rows, float (&o)[Lanes::kColumns]) const {
     const HeadRows<T> k_rows(p.k, p.paging, entry.b, p.heads.k_head(head), p.heads.k_per_group());
     const T* q = static_cast<const T*>(p.q.data) + row_of(p.q, entry, head, query);
@@ -357,7 +358,7 @@ struct SelectedRow {
     float x = 0.0f, norm = sum;
     if (thread() < p.d_v) {
       DIFFQKV_UNROLL
-      for (int w = 0; w < kSelectWarps; ++w) x += shared.sums[w][thread()];
+      for (int w = 0; w < kSelectiveVWarps; ++w) x += shared.sums[w][thread()];
     }
     const float mass = all ? (n > 0 ? 1.0f : 0.0f) : kept_mass(), rest = all ? 0.0f : unread_mass();
     if (sum > 0.0f && used < n) {  // false for NaN
@@ -370,9 +371,8 @@ struct SelectedRow {
       static_cast<T*>(p.out.data)[row_of(p.out, entry, head, query) + thread()] =
           E::put(norm == 0.0f ? 0.0f : x * (1.0f / norm));
     if (thread() != 0) return;
-    constexpr float kLn2 = 0.693147180559945309f;
     const float top = mul(max, std::abs(static_cast<float>(p.softmax_scale)));
-    static_cast<float*>(p.lse)[out_row] = sum == 0.0f ? -__builtin_inff() : top + log2(sum) * kLn2;
+    static_cast<float*>(p.lse)[out_row] = sum == 0.0f ? -__builtin_inff() : top + log2(sum) * kLn2<float>;
     sp.kept_mass[out_row] = mass;
     sp.rows_used[out_row] = used;
     float bound = __builtin_inff();
@@ -386,9 +386,9 @@ struct SelectedRow {
 
 template <class E>
 struct Gather {
-  using Params = selective::Params;
-  static constexpr int kThreads = kSelectThreads, kMinBlocks = 2;
+  using Params = selective_v_attention::Params;
+  static constexpr int kThreads = kSelectiveVThreads, kMinBlocks = 2;
   static DIFFQKV_DEVICE void run(const Params& params, char* shared) { SelectedRow<E>(params, shared).run(); }
 };
 
-}  // namespace diffqkv::device::selective
+}  // namespace diffqkv::device::selective_v_attention

@@ -1,9 +1,9 @@
 #pragma once
 #include "cuda/launch.cuh"
 #include "cuda/selective_v_attention/instances.h"
-#include "cuda/selective_v_attention/launches.cuh"
+#include "cuda/selective_v_attention/launch_order.cuh"
 
-namespace diffqkv::device::selective {
+namespace diffqkv::device::selective_v_attention {
 
 template <class E>
 cudaError_t run(const SelectiveVAttentionParams& p, const CudaSelectiveVAttentionPlan& plan, void* workspace,
@@ -14,4 +14,4 @@ cudaError_t run(const SelectiveVAttentionParams& p, const CudaSelectiveVAttentio
       }));
 }
 
-}  // namespace diffqkv::device::selective
+}  // namespace diffqkv::device::selective_v_attention

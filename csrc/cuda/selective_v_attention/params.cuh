@@ -1,11 +1,10 @@
-// What the kernels of selective V are given.
+// What the kernels of selective_v_attention are given.
 #pragma once
 #include "cuda/device.cuh"
-#include "params/key_range.h"
-#include "params/selective.h"
+#include "params/selective_v_attention.h"
 #include "plan/cuda/selective_v_attention.h"
 
-namespace diffqkv::device::selective {
+namespace diffqkv::device::selective_v_attention {
 
 struct Params {
   SelectiveVAttentionParams sp;
@@ -15,9 +14,9 @@ struct Params {
 
   DIFFQKV_HOST_DEVICE int64_t rows() const { return entries * sp.attention.heads.n_q * queries; }
   DIFFQKV_HOST_DEVICE int64_t columns() const { return sp.attention.heads.q_per_k() * queries; }  // of a K head
-  DIFFQKV_HOST_DEVICE int64_t column_tiles() const { return (columns() + kSelectColumns - 1) / kSelectColumns; }
-  // Of query row `row` of this launch: maximum and sum of every quantum, candidates of every chunk, scores of the
-  // forced keys, tokens and weights of the rows to read.
+  DIFFQKV_HOST_DEVICE int64_t column_tiles() const { return (columns() + kSelectiveVColumns - 1) / kSelectiveVColumns; }
+  // What the workspace holds of query row `row` of this launch: maximum and sum of every quantum, candidates of every
+  // chunk, scores of the forced keys, tokens and weights of the rows to read.
   DIFFQKV_HOST_DEVICE float* mass(int64_t row) const {
     return reinterpret_cast<float*>(workspace) + row * plan.quanta * 2;
   }
@@ -35,4 +34,4 @@ struct Params {
   }
 };
 
-}  // namespace diffqkv::device::selective
+}  // namespace diffqkv::device::selective_v_attention

@@ -9,9 +9,9 @@ int cuda_selective_v_attention(const SelectiveVAttentionParams& p, const CudaSel
   using namespace device;
   const auto s = static_cast<cudaStream_t>(stream);
   switch (p.attention.q.dtype) {
-    case DType::f32: return selective::run<F32>(p, plan, workspace, s);
-    case DType::f16: return selective::run<F16>(p, plan, workspace, s);
-    case DType::bf16: return selective::run<BF16>(p, plan, workspace, s);
+    case DType::f32: return selective_v_attention::run<F32>(p, plan, workspace, s);
+    case DType::f16: return selective_v_attention::run<F16>(p, plan, workspace, s);
+    case DType::bf16: return selective_v_attention::run<BF16>(p, plan, workspace, s);
     case DType::f64: break;
   }
   return cudaErrorInvalidValue;

@@ -17,8 +17,7 @@ cudaError_t launch(const SwigluParams& p, const DeviceFacts& facts, void* stream
   constexpr int64_t kPerBlock = Kernel::kThreads * Kernel::kWidth;
   const int64_t blocks =
       std::clamp<int64_t>((p.numel + kPerBlock - 1) / kPerBlock, 1, int64_t{8} * facts.multiprocessors);
-  return device::launch<Kernel>({p, vectors}, dim3(static_cast<unsigned>(blocks)), 0,
-                                static_cast<cudaStream_t>(stream));
+  return device::launch_blocks<Kernel>({p, vectors}, blocks, 0, static_cast<cudaStream_t>(stream));
 }
 
 template <bool backward>

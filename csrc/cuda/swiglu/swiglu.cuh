@@ -17,7 +17,7 @@ struct Swiglu {
     T x[kWidth];
   };
 
-  static DIFFQKV_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exp2(-1.44269504088896341f * x)); }
+  static DIFFQKV_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exp2(-kLog2e<float> * x)); }
 
   static DIFFQKV_DEVICE void one(T gate, T up, T dout, T& out, T& dgate, T& dup) {
     const float x = E::get(gate), s = sigmoid(x), silu = x * s;

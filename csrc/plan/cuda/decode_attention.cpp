@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "params/key_range.h"
+#include "params/arithmetic.h"
 #include "plan/cuda/rows_aligned.h"
 #include "plan/cuda/tile_stride.h"
 
@@ -39,7 +39,7 @@ Jobs jobs_of(const AttentionParams& p, int64_t heads_per_chunk, int64_t chunks) 
   return most;
 }
 
-// Blocks: enough of one sequence to give every multiprocessor one, whatever the batch.
+// One sequence alone has enough blocks to give every multiprocessor one, whatever the batch.
 void cut(CudaDecodeAttentionPlan& plan, const AttentionParams& p) {
   const int64_t capacity = std::max<int64_t>(p.s_k, 1), chunks = p.heads.groups() * plan.chunks;
   const int64_t wanted = ceil_div(capacity * chunks, kBlocksPerSequence);
@@ -49,7 +49,7 @@ void cut(CudaDecodeAttentionPlan& plan, const AttentionParams& p) {
   plan.blocks = plan.splits * chunks * p.batch;
 }
 
-// Shared memory of a block, and how many tokens it takes at a time.
+// Chooses the shared memory of a block, and how many tokens it takes at a time.
 void lay_out(CudaDecodeAttentionPlan& plan, const AttentionParams& p, const Jobs& jobs, const DeviceFacts& facts) {
   const int64_t d_k = round_up(p.d_k, 16), d_v = round_up(p.d_v, 16), columns = jobs.tiles * kDecodeColumns;
   plan.q_stride = tile_stride(static_cast<int32_t>(d_k));
@@ -82,7 +82,7 @@ void lay_out(CudaDecodeAttentionPlan& plan, const AttentionParams& p, const Jobs
 CudaDecodeAttentionPlan plan_cuda_decode_attention(const AttentionParams& p, const DeviceFacts& facts) {
   CudaDecodeAttentionPlan plan;
   const int64_t group_heads = p.heads.q_per_group();
-  // As many q heads as a block can hold, since each chunk reads its K and V heads by itself.
+  // A block takes as many q heads as it can hold, since each chunk reads its K and V heads by itself.
   for (int64_t chunks = 1; plan.stages == 0; ++chunks) {
     const int64_t heads_per_chunk = ceil_div(group_heads, chunks);
     plan.heads_per_chunk = static_cast<int32_t>(heads_per_chunk);

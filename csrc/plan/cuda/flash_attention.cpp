@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
-#include "params/key_range.h"
-#include "plan/cpu/attention.h"
+#include "params/arithmetic.h"
+#include "plan/cost.h"
 #include "plan/cuda/rows_aligned.h"
 #include "plan/cuda/tile_stride.h"
 

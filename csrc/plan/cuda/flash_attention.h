@@ -30,7 +30,7 @@ inline constexpr int32_t kFlashAttentionVariantCount =
     sizeof(kFlashAttentionVariants) / sizeof(kFlashAttentionVariants[0]);
 inline constexpr int64_t kMaxFlashAttentionTokens = int64_t{1} << 30;  // of a sequence: kernels count them in 32 bits
 
-// Beside its tiles a block has in shared memory: where the rows of two tiles' keys begin, and what it works on.
+// Beside its tiles a block keeps in shared memory where the rows of two tiles' keys begin, and what it works on.
 inline constexpr int64_t kFlashAttentionRowBytes = 16, kFlashAttentionBlockBytes = 48;
 
 // The kernel for fp32 and fp64: a warp to a query, a lane to a key.

@@ -1,14 +1,14 @@
 #include <algorithm>
 
-#include "params/key_range.h"
-#include "plan/cpu/attention.h"
+#include "params/arithmetic.h"
+#include "plan/cost.h"
 #include "plan/cuda/flash_attention_backward_tiles.h"
 #include "plan/cuda/rows_aligned.h"
 
 namespace diffqkv {
 namespace {
 
-// Chunks that the q heads of a head are in, at most.
+// The most chunks that the q heads of a K or V head are in.
 int64_t slots(int64_t chunk_heads, int64_t group_heads, int64_t head_heads) {
   int64_t most = 1;
   for (int64_t first = 0; first < group_heads; first += head_heads)
@@ -73,7 +73,7 @@ CudaFlashAttentionBackwardPlan plan_cuda_flash_attention_backward(const FlashAtt
                                                                   const DeviceFacts& facts) {
   const AttentionParams& p = bp.forward;
   CudaFlashAttentionBackwardPlan plan;
-  plan.flops = plan_flash_attention_backward(p, 1).flops;
+  plan.flops = attention_backward_flops(p);
   const int64_t rows = p.total_queries() * p.heads.n_q, element = dtype_size(p.q.dtype);
   plan.aligned = rows_aligned(p.q, element) && rows_aligned(p.k, element) && rows_aligned(p.v, element) &&
                  rows_aligned(p.out, element) && rows_aligned(bp.dout, element);

@@ -1,4 +1,4 @@
-// What the planner and the kernels of the backward pass have to agree in.
+// What the planner and the kernels of flash_attention_backward have to agree in.
 #pragma once
 #include "plan/cuda/flash_attention_backward.h"
 #include "plan/cuda/tile_stride.h"

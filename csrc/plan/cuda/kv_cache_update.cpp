@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <initializer_list>
 
-#include "params/key_range.h"
+#include "params/arithmetic.h"
 
 namespace diffqkv {
 namespace {
@@ -40,9 +40,9 @@ bool aligned(const KvView& view, int64_t element_bytes, int64_t pages, int64_t g
       {{view.stride_page, pages}, {view.stride_group, groups}, {view.stride_head, heads}, {view.stride_token, tokens}});
 }
 
-// Elements that a thread may move at once.
+// How many elements a thread may move at once.
 int64_t vector_width(const KvCacheUpdateParams& p) {
-  const int64_t size = p.k_new.dtype == DType::f32 ? 4 : 2, width = kVectorBytes / size;
+  const int64_t size = dtype_size(p.k_new.dtype), width = kVectorBytes / size;
   const HeadGroups& h = p.heads;
   const int64_t page_size = p.paging.page_size;
   bool ok = p.d_k % width == 0 && p.d_v % width == 0 && p.d_rot / 2 % width == 0 &&
@@ -50,7 +50,7 @@ int64_t vector_width(const KvCacheUpdateParams& p) {
             aligned(p.k_cache, size, p.pages, h.groups(), h.k_per_group(), page_size) &&
             aligned(p.v_cache, size, p.pages, h.groups(), h.v_per_group(), page_size);
   if (p.d_rot > 0) {
-    const int64_t rope_size = p.rope_dtype == DType::f32 ? 4 : 2;
+    const int64_t rope_size = dtype_size(p.rope_dtype);
     for (const void* table : {p.cos, p.sin}) {
       ok = ok &&
            aligned(table, rope_size, kVectorBytes, {{p.rope_stride_batch, p.batch}, {p.rope_stride_token, p.s_new}});

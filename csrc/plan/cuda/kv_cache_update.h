@@ -6,7 +6,7 @@
 
 namespace diffqkv {
 
-inline constexpr int32_t kKvCacheUpdateThreads = 256;  // per block; v_stats take one per dimension
+inline constexpr int32_t kKvCacheUpdateThreads = 256;  // per block; v_stats take a thread per dimension
 static_assert(kKvCacheUpdateThreads >= kMaxHeadDim);
 
 // A unit is what a thread moves at once: `width` neighbouring dimensions of one head of one token, or of a K head under

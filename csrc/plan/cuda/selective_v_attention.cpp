@@ -3,19 +3,18 @@
 #include <algorithm>
 #include <cmath>
 
-#include "params/key_range.h"
-#include "plan/cpu/attention.h"
+#include "params/selective_v_attention.h"
 #include "plan/cuda/rows_aligned.h"
 
 namespace diffqkv {
 namespace {
 
-// The largest chunk that still gives every multiprocessor its blocks: few chunks leave few candidates. Half as large in
-// fp32, where the registers are short and K is twice as large beside the candidates.
+// The largest chunk that still gives every multiprocessor its blocks: few chunks leave few candidates. They are half as
+// large in fp32, where the registers are short and K is twice as large beside the candidates.
 int32_t chunk_tokens(const AttentionParams& p, const DeviceFacts& facts) {
-  const int64_t blocks = p.batch * p.heads.n_k * ceil_div(p.heads.q_per_k() * p.s_q, kSelectColumns);
-  int32_t tokens = (p.k.dtype == DType::f32 ? 2 : 4) * kSelectQuantum;
-  while (tokens > kSelectQuantum && 2 * blocks * ceil_div(p.s_k, tokens) < 3 * facts.multiprocessors) tokens /= 2;
+  const int64_t blocks = p.batch * p.heads.n_k * ceil_div(p.heads.q_per_k() * p.s_q, kSelectiveVColumns);
+  int32_t tokens = (p.k.dtype == DType::f32 ? 2 : 4) * kSelectiveVQuantum;
+  while (tokens > kSelectiveVQuantum && 2 * blocks * ceil_div(p.s_k, tokens) < 3 * facts.multiprocessors) tokens /= 2;
   return tokens;
 }
 
@@ -27,30 +26,32 @@ CudaSelectiveVAttentionPlan plan_cuda_selective_v_attention(const SelectiveVAtte
   const int64_t element = dtype_size(p.k.dtype);
   const HeadGroups& heads = p.heads;
   CudaSelectiveVAttentionPlan plan;
-  const double scale = std::abs(p.softmax_scale) * 1.44269504088896341;
+  const double scale = std::abs(p.softmax_scale) * kLog2e<double>;
   plan.exp2_scale = std::max(static_cast<float>(scale), 1e-37f);  // 0 times a score of -inf would be NaN
   plan.k_vectors = rows_aligned(p.k, element);
   plan.v_vectors = rows_aligned(p.v, element);
 
   plan.chunk_tokens = chunk_tokens(p, facts);
   plan.chunks = static_cast<int32_t>(ceil_div(p.s_k, plan.chunk_tokens));
-  plan.quanta = static_cast<int32_t>(ceil_div(p.s_k, kSelectQuantum));
+  plan.quanta = static_cast<int32_t>(ceil_div(p.s_k, kSelectiveVQuantum));
   const int64_t top_k = std::min(params.top_k, p.s_k);
   plan.wanted = static_cast<int32_t>(std::min(p.s_k, top_k * (params.max_error >= 0 ? kMaxAdded : 1)));
   plan.candidates = static_cast<int32_t>(round_up(std::min<int64_t>(plan.chunk_tokens, plan.wanted), 2));
   plan.forced = static_cast<int32_t>(std::min(params.keep_first, p.s_k) + std::min(params.keep_last, p.s_k));
   const bool needs_stats = params.tail == Tail::mean || params.want_bound || params.max_error >= 0;
-  if (needs_stats && params.v_stats == nullptr) plan.parts = static_cast<int32_t>(ceil_div(p.s_k, kSelectPartTokens));
+  if (needs_stats && params.v_stats == nullptr)
+    plan.parts = static_cast<int32_t>(ceil_div(p.s_k, kSelectiveVPartTokens));
 
-  plan.score_shared = kSelectColumns * (select_q_bytes(int(p.d_k), int(element)) + 4 * kSelectScoreStride) +
-                      kSelectWarps * kSelectRingBytes;
+  plan.score_shared =
+      kSelectiveVColumns * (selective_v_q_bytes(int(p.d_k), int(element)) + 4 * kSelectiveVScoreStride) +
+      kSelectiveVWarps * kSelectiveVRingBytes;
   // Two blocks a multiprocessor hide each other's latencies.
-  const int64_t room =
-      std::min(facts.shared_per_block, facts.shared_per_multiprocessor / 2 - kSystemSharedBytes) - kSelectGatherBytes;
+  const int64_t room = std::min(facts.shared_per_block, facts.shared_per_multiprocessor / 2 - kSystemSharedBytes) -
+                       kSelectiveVGatherBytes;
   const int64_t keys = int64_t{8} * plan.chunks * plan.candidates, list = int64_t{8} * plan.wanted;
   plan.list_in_shared = list <= room / 4;
   plan.keys_in_shared = keys <= room - (plan.list_in_shared ? list : 0);
-  plan.gather_shared = kSelectGatherBytes + (plan.list_in_shared ? list : 0) + (plan.keys_in_shared ? keys : 0);
+  plan.gather_shared = kSelectiveVGatherBytes + (plan.list_in_shared ? list : 0) + (plan.keys_in_shared ? keys : 0);
 
   const int64_t mass_bytes = int64_t{8} * plan.quanta, forced_bytes = int64_t{4} * plan.forced;
   const int64_t list_bytes = plan.list_in_shared ? 0 : list;

@@ -7,29 +7,31 @@
 
 namespace diffqkv {
 
-inline constexpr int kSelectThreads = 256, kSelectWarps = kSelectThreads / 32;
-// Tokens whose softmax statistics are kept together, and those of a block of the pass over V. Part of the numerics.
-inline constexpr int kSelectQuantum = 512, kSelectPartTokens = 2048;
+inline constexpr int kSelectiveVThreads = 256, kSelectiveVWarps = kSelectiveVThreads / 32;
+// Tokens whose softmax statistics are kept together, and those of a block of the pass over V. Both are part of the
+// numerics.
+inline constexpr int kSelectiveVQuantum = 512, kSelectiveVPartTokens = 2048;
 // Scoring: a block takes a chunk of tokens and this many query rows of a K head, the columns of a matrix product whose
 // rows are tokens. A warp brings a tile of tokens to shared memory slice by slice of the K rows, through a ring.
-inline constexpr int kSelectColumns = 8, kSelectTileTokens = 16;
-inline constexpr int kSelectSliceBytes = 128, kSelectStages = 3;
-inline constexpr int kSelectRowBytes = kSelectSliceBytes + 16;  // an odd number of 16-byte pieces: no bank conflicts
-inline constexpr int kSelectRingBytes = kSelectStages * kSelectTileTokens * kSelectRowBytes;
-// From a column of a quantum's scores to the next: neighbouring columns lie in different banks.
-inline constexpr int kSelectScoreStride = kSelectQuantum + 4;
-inline constexpr int kSelectStep = 32;  // dimensions multiplied at a time, zeros behind the last
-// A query row in shared memory: whole steps, and an odd number of 16-byte pieces.
-DIFFQKV_HOST_DEVICE constexpr int select_q_bytes(int d_k, int element_bytes) {
-  return (d_k + kSelectStep - 1) / kSelectStep * kSelectStep * element_bytes + 16;
+inline constexpr int kSelectiveVColumns = 8, kSelectiveVTileTokens = 16;
+inline constexpr int kSelectiveVSliceBytes = 128, kSelectiveVStages = 3;
+inline constexpr int kSelectiveVRowBytes =
+    kSelectiveVSliceBytes + 16;  // an odd number of 16-byte pieces: no bank conflicts
+inline constexpr int kSelectiveVRingBytes = kSelectiveVStages * kSelectiveVTileTokens * kSelectiveVRowBytes;
+// The distance from a column of a quantum's scores to the next: neighbouring columns lie in different banks.
+inline constexpr int kSelectiveVScoreStride = kSelectiveVQuantum + 4;
+inline constexpr int kSelectiveVStep = 32;  // dimensions multiplied at a time, zeros after the last
+// Bytes of a query row in shared memory: whole steps, and an odd number of 16-byte pieces.
+DIFFQKV_HOST_DEVICE constexpr int selective_v_q_bytes(int d_k, int element_bytes) {
+  return (d_k + kSelectiveVStep - 1) / kSelectiveVStep * kSelectiveVStep * element_bytes + 16;
 }
-// Gathering: what a block needs beside candidates and list.
-inline constexpr int kSelectGatherBytes = 13 * 1024;
+// Bytes of shared memory that a gathering block needs beside candidates and list.
+inline constexpr int kSelectiveVGatherBytes = 13 * 1024;
 
 struct CudaSelectiveVAttentionPlan {
   float exp2_scale = 0;  // scores times this are exponents of 2
-  int32_t chunk_tokens = kSelectQuantum, chunks = 0, quanta = 0;
-  int32_t candidates = 0;                               // that a chunk leaves of a row, zeros behind fewer; even
+  int32_t chunk_tokens = kSelectiveVQuantum, chunks = 0, quanta = 0;
+  int32_t candidates = 0;                               // that a chunk leaves of a row, zeros after fewer; even
   int32_t wanted = 0;                                   // best rows that a result may use
   int32_t forced = 0;                                   // keep_first and keep_last rows of a query row
   int32_t parts = 0;                                    // of a V head in the pass over V; 0: no pass
@@ -46,10 +48,10 @@ struct CudaSelectiveVAttentionPlan {
   bool empty() const { return entries == 0 || queries == 0; }
 };
 
-// workspace_bytes: of a launch, at most; one query of one entry may need more.
-inline constexpr int64_t kSelectWorkspaceBytes = int64_t{256} << 20;
+// workspace_bytes bounds what a launch takes; one query of one entry may need more.
+inline constexpr int64_t kSelectiveVWorkspaceBytes = int64_t{256} << 20;
 CudaSelectiveVAttentionPlan plan_cuda_selective_v_attention(const SelectiveVAttentionParams& params,
                                                             const DeviceFacts& facts,
-                                                            int64_t workspace_bytes = kSelectWorkspaceBytes);
+                                                            int64_t workspace_bytes = kSelectiveVWorkspaceBytes);
 
 }  // namespace diffqkv

@@ -153,7 +153,7 @@ const Case kCases[] = {
 
 }  // namespace
 
-TEST_CASE("gradients equal their definition, on one thread and on three to the last bit") {
+TEST_CASE("flash_attention_backward: gradients equal their definition, on one thread and on three to the last bit") {
   for (const Case& c : kCases) {
     CAPTURE(c.heads.n_q, c.heads.n_k, c.heads.n_v, c.batch, c.s_q, c.s_k, c.d_k, c.d_v, c.left, c.right);
     Problem problem(c);

@@ -1,4 +1,4 @@
-// Selective V against a full sort, without torch: sets, ties, forced rows, chunks, and the guarantee.
+// selective_v_attention against a full sort, without torch: sets, ties, forced rows, chunks, and the guarantee.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -90,7 +90,7 @@ struct Sequence {
 
 }  // namespace
 
-TEST_CASE("selective V chooses what a stable sort chooses, and sums it") {
+TEST_CASE("selective_v_attention chooses what a stable sort chooses, and sums it") {
   const int64_t keys = GENERATE(1, 37, 300, 2100, 6000), top_k = GENERATE(1, 40, 1500);
   for (const int64_t threads : {1, 3})
     for (const int64_t s_q : {1, 3}) {

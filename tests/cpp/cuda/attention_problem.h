@@ -203,7 +203,7 @@ struct AttentionProblem {
       if (!std::isinf(lse64[i])) REQUIRE(std::abs(lse[i] - lse64[i]) <= 2e-5 * std::max(1.0, std::abs(lse64[i])));
     }
   }
-  // Of the rounding of results and probabilities.
+  // The rounding of results and probabilities.
   static constexpr double kTolerance = E::kDType == DType::f32 ? 2e-6 : E::kDType == DType::f16 ? 1e-3 : 6e-3;
 
   int64_t queries(int64_t b) const {

@@ -16,6 +16,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "params/arithmetic.h"
 #include "params/params.h"
 
 #define DIFFQKV_DEVICE inline
@@ -156,7 +157,7 @@ inline float log2(float x) { return std::log2(x); }
 inline double exp2(double x) { return std::exp2(x); }
 inline double log2(double x) { return std::log2(x); }
 inline double tanh(double x) { return std::tanh(x); }
-inline float tanh(float x) { return 1.0f - 2.0f / (exp2(2.88539008177792681f * x) + 1.0f); }
+inline float tanh(float x) { return 1.0f - 2.0f / (exp2(2.0f * kLog2e<float> * x) + 1.0f); }
 inline float sqrt(float x) { return std::sqrt(x); }
 inline uint32_t bits_of(float x) {
   uint32_t bits;

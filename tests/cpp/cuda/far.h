@@ -38,7 +38,7 @@ class Far {
           {heads, x.stride_head, rows},
           {tokens, x.stride_token, rows}});
   }
-  // All that the kernels take with strides.
+  // Moves all that the kernels take with strides.
   template <class E>
   void move(AttentionParams& p, const AttentionProblem<E>& problem) {
     const HeadGroups& h = p.heads;
@@ -67,7 +67,7 @@ class Far {
 
   // Dimensions from the outermost to the innermost.
   void move(void*& data, DType dtype, int64_t row, std::vector<Dim> dims) {
-    const int64_t bytes = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+    const int64_t bytes = dtype_size(dtype);
     // Rows: 16 of them pass 2^31 elements. Blocks: the second one does, beyond all that lies in a block.
     int64_t distance = apart_ == Apart::rows ? (int64_t{1} << 27) + 64 : (int64_t{1} << 31) + (int64_t{1} << 20);
     std::vector<int64_t> near;

@@ -27,7 +27,7 @@ emulator::Counts run(const AttentionParams& p, const DeviceFacts& facts, emulato
   return counts;
 }
 
-// Against the reference, and the same bits however warps and blocks take turns and copies come.
+// Compares with the reference, and asks for the same bits however warps and blocks take turns and copies come.
 template <class E>
 void check(const AttentionCase& c, DeviceFacts facts = DeviceFacts::h200(), float size = 0.0f) {
   std::string text;
@@ -53,7 +53,7 @@ void check(const AttentionCase& c, DeviceFacts facts = DeviceFacts::h200(), floa
 
 }  // namespace
 
-TEST_CASE("emulated decode: head maps, dimensions, lengths") {
+TEST_CASE("emulated decode_attention: head maps, dimensions, lengths") {
   for (const HeadGroups heads :
        {HeadGroups{32, 4, 16}, HeadGroups{32, 16, 4}, HeadGroups{12, 4, 6}, HeadGroups{12, 6, 4}, HeadGroups{8, 8, 8},
         HeadGroups{8, 1, 1}, HeadGroups{8, 1, 8}, HeadGroups{5, 1, 5}})
@@ -64,7 +64,7 @@ TEST_CASE("emulated decode: head maps, dimensions, lengths") {
     check<BF16>({.heads = {8, 2, 4}, .batch = 1, .s_k = s_k, .cached = true});
 }
 
-TEST_CASE("emulated decode: several queries, causal among themselves") {
+TEST_CASE("emulated decode_attention: several queries, causal among themselves") {
   for (const int64_t s_q : {2, 3, 5, 16}) {
     check<BF16>(
         {.heads = {32, 4, 16}, .batch = 2, .s_q = s_q, .s_k = 200, .causal = true, .padded = true, .cached = true});
@@ -76,7 +76,7 @@ TEST_CASE("emulated decode: several queries, causal among themselves") {
   check<BF16>({.heads = {4, 2, 4}, .s_q = 16, .s_k = 7, .causal = true, .cached = true});  // more queries than keys
 }
 
-TEST_CASE("emulated decode: pages, windows, softcap, sinks, unaligned rows") {
+TEST_CASE("emulated decode_attention: pages, windows, softcap, sinks, unaligned rows") {
   const AttentionCase base{
       .heads = {16, 2, 8}, .batch = 3, .s_q = 2, .s_k = 400, .causal = true, .padded = true, .cached = true};
   for (const int64_t page_size : {1, 16, 48, 64}) {
@@ -100,7 +100,7 @@ TEST_CASE("emulated decode: pages, windows, softcap, sinks, unaligned rows") {
   check<F16>(c);
 }
 
-TEST_CASE("emulated decode: huge scores") {
+TEST_CASE("emulated decode_attention: huge scores") {
   AttentionCase c{.heads = {16, 2, 8}, .batch = 2, .s_q = 2, .s_k = 250, .causal = true, .cached = true};
   for (const float size : {0x1p10f, 0x1p20f, 0x1p40f, 0x1p90f}) {
     c.softcap = 0.0, c.sinks = false;
@@ -110,7 +110,7 @@ TEST_CASE("emulated decode: huge scores") {
   }
 }
 
-TEST_CASE("emulated decode: little shared memory, and the bits of an entry do not depend on the batch") {
+TEST_CASE("emulated decode_attention: little shared memory, and the bits of an entry do not depend on the batch") {
   const AttentionCase c{.heads = {32, 4, 16}, .batch = 2, .s_k = 300, .d_k = 128, .d_v = 128, .cached = true};
   check<BF16>(c, DeviceFacts::rtx4090());
   AttentionCase more = c;
@@ -125,14 +125,14 @@ TEST_CASE("emulated decode: little shared memory, and the bits of an entry do no
   REQUIRE(std::equal(one.out.e.begin(), one.out.e.end(), both.out.e.begin() + static_cast<int64_t>(one.out.e.size())));
 }
 
-TEST_CASE("emulated decode reads each row of K and V once for the whole group") {
+TEST_CASE("emulated decode_attention reads each row of K and V once for the whole group") {
   const AttentionCase c{.heads = {32, 4, 16}, .s_k = 1024, .cached = true};
   AttentionProblem<BF16> problem(c);
   const auto counts = run<BF16>(problem.params(), DeviceFacts::h200(), emulator::Schedule::forward);
   CHECK(counts.copied_bytes == 1024 * (4 * 64 + 16 * 64) * 2);
 }
 
-TEST_CASE("emulated decode: offsets beyond 2^31 elements") {
+TEST_CASE("emulated decode_attention: offsets beyond 2^31 elements") {
   for (const Apart apart : {Apart::rows, Apart::blocks})
     for (const int64_t page_size : {0, 16}) {
       AttentionProblem<BF16> problem(

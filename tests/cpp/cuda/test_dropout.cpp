@@ -1,5 +1,4 @@
 // Every bit of the device's dropout against the CPU's.
-#include <vector>
 
 #include "cpu/kernels/dropout.h"
 #include "cuda/dropout.cuh"

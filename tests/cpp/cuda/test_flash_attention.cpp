@@ -38,7 +38,7 @@ emulator::Counts run(const AttentionParams& p, const CudaFlashAttentionPlan& pla
   return counts;
 }
 
-// Against the reference; `all`: under every schedule, with the same bits.
+// Compares with the reference; `all`: under every schedule, which must give the same bits.
 template <class E>
 void check(const AttentionCase& c, const DeviceFacts& facts = DeviceFacts::a100(), bool all = false) {
   std::string text;
@@ -62,13 +62,13 @@ void check(const AttentionCase& c, const DeviceFacts& facts = DeviceFacts::a100(
 
 }  // namespace
 
-TEST_CASE("emulated prefill: head maps") {
+TEST_CASE("emulated flash_attention: head maps") {
   for (const HeadGroups heads : {kSigma, HeadGroups{32, 16, 4}, HeadGroups{12, 4, 6}, HeadGroups{12, 6, 4},
                                  HeadGroups{8, 8, 8}, HeadGroups{8, 1, 1}, HeadGroups{8, 1, 8}, HeadGroups{5, 1, 5}})
     check<BF16>({.heads = heads, .s_q = 20, .s_k = 70, .causal = true});
 }
 
-TEST_CASE("emulated prefill: dimensions") {
+TEST_CASE("emulated flash_attention: dimensions") {
   for (const auto& [d_k, d_v] : {std::pair{32, 64},
                                  {64, 64},
                                  {64, 128},
@@ -87,7 +87,7 @@ TEST_CASE("emulated prefill: dimensions") {
       check<F16>({.heads = kSmall, .s_q = 19, .s_k = 75, .d_k = d_k, .d_v = d_v, .gap = gap});
 }
 
-TEST_CASE("emulated prefill: lengths") {
+TEST_CASE("emulated flash_attention: lengths") {
   for (const auto& [s_q, s_k] : {std::pair{1, 1},
                                  {0, 5},
                                  {5, 0},
@@ -104,7 +104,7 @@ TEST_CASE("emulated prefill: lengths") {
       check<BF16>({.heads = kSmall, .s_q = s_q, .s_k = s_k, .causal = causal}, DeviceFacts::h100());
 }
 
-TEST_CASE("emulated prefill: each feature by itself, then together") {
+TEST_CASE("emulated flash_attention: each feature by itself, then together") {
   const AttentionCase base{.heads = kSmall, .batch = 3, .s_q = 37, .s_k = 140};
   std::vector<AttentionCase> cases(12, base);
   cases[0].causal = true;
@@ -128,7 +128,7 @@ TEST_CASE("emulated prefill: each feature by itself, then together") {
   }
 }
 
-TEST_CASE("emulated prefill: any schedule gives the same bits, with one stage and with two") {
+TEST_CASE("emulated flash_attention: any schedule gives the same bits, with one stage and with two") {
   for (const auto& [d_k, d_v] : {std::pair{32, 64}, {64, 64}, {64, 128}, {128, 128}, {256, 256}})
     for (const DeviceFacts& facts : {DeviceFacts::h100(), DeviceFacts::rtx4090()}) {
       const AttentionCase c{.heads = {2, 1, 2}, .s_q = 140, .s_k = 200, .d_k = d_k, .d_v = d_v, .causal = true};
@@ -142,7 +142,7 @@ TEST_CASE("emulated prefill: any schedule gives the same bits, with one stage an
     }
 }
 
-TEST_CASE("emulated prefill: the bits of a query do not depend on the batch, nor on its place in a block") {
+TEST_CASE("emulated flash_attention: the bits of a query do not depend on the batch, nor on its place in a block") {
   // The second sequence of a packed batch, against the same rows as a batch of one.
   const AttentionCase packed{.heads = kSmall, .batch = 2, .s_q = 150, .s_k = 180, .causal = true, .packed = true};
   AttentionProblem<BF16> many(packed);
@@ -173,7 +173,7 @@ TEST_CASE("emulated prefill: the bits of a query do not depend on the batch, nor
   for (size_t i = 0; i < last.size(); ++i) REQUIRE(last[i] == out[static_cast<size_t>((s_q - few) * h * d) + i]);
 }
 
-TEST_CASE("emulated prefill: a negative softmax scale is that of negative queries, 0 weighs all keys alike") {
+TEST_CASE("emulated flash_attention: a negative softmax scale is that of negative queries, 0 weighs all keys alike") {
   for (const double softcap : {0.0, 3.0}) {
     const AttentionCase c{.heads = kSmall, .s_q = 40, .s_k = 90, .causal = true, .softcap = softcap};
     AttentionProblem<F16> problem(c);
@@ -194,7 +194,8 @@ TEST_CASE("emulated prefill: a negative softmax scale is that of negative querie
   }
 }
 
-TEST_CASE("emulated prefill: NaN stays in its row, and what is infinite is not met by zeros that stand for no key") {
+TEST_CASE(
+    "emulated flash_attention: NaN stays in its row, and what is infinite is not met by zeros that stand for no key") {
   const AttentionCase c{.heads = {1, 1, 1}, .s_q = 40, .s_k = 80, .causal = true};
   AttentionProblem<F16> problem(c);
   const AttentionParams p = problem.params();
@@ -210,7 +211,7 @@ TEST_CASE("emulated prefill: NaN stays in its row, and what is infinite is not m
   REQUIRE(F16::get(problem.out.e[static_cast<size_t>((c.s_q - 1) * c.d_v + bad_dim)]) == INFINITY);
 }
 
-TEST_CASE("emulated prefill: mathematics is done for the tiles in sight alone") {
+TEST_CASE("emulated flash_attention: mathematics is done for the tiles in sight alone") {
   const auto products = [](int64_t left, int64_t d) {
     const AttentionCase c{
         .heads = {1, 1, 1}, .s_q = 128, .s_k = 1024, .d_k = d, .d_v = d, .causal = true, .window_left = left};
@@ -262,7 +263,7 @@ void check_plain(const AttentionCase& c, double tolerance) {
 
 }  // namespace
 
-TEST_CASE("emulated plain attention, fp32 and fp64") {
+TEST_CASE("emulated flash_attention: fp32 and fp64") {
   const AttentionCase base{.heads = {6, 2, 3}, .batch = 3, .s_q = 11, .s_k = 45, .d_k = 24, .d_v = 40};
   std::vector<AttentionCase> cases(8, base);
   cases[1].causal = true, cases[1].s_q = 50;
@@ -278,7 +279,7 @@ TEST_CASE("emulated plain attention, fp32 and fp64") {
   }
 }
 
-TEST_CASE("emulated prefill: huge scores") {
+TEST_CASE("emulated flash_attention: huge scores") {
   AttentionCase base{.heads = kSmall, .batch = 2, .s_q = 70, .s_k = 250};
   std::vector<AttentionCase> cases(4, base);
   cases[1].causal = cases[1].sinks = cases[1].padded = true;
@@ -306,7 +307,7 @@ TEST_CASE("emulated prefill: huge scores") {
     }
 }
 
-TEST_CASE("emulated prefill: offsets beyond 2^31 elements") {
+TEST_CASE("emulated flash_attention: offsets beyond 2^31 elements") {
   const auto check_far = []<class E>(E, const AttentionCase& c, auto run_kernel) {
     for (const Apart apart : {Apart::rows, Apart::blocks}) {
       AttentionProblem<E> problem(c);

@@ -7,7 +7,7 @@
 
 #include "attention_problem.h"
 #include "cuda/flash_attention_backward/key_gradients.cuh"
-#include "cuda/flash_attention_backward/plain_backward.cuh"
+#include "cuda/flash_attention_backward/plain_gradients.cuh"
 #include "cuda/flash_attention_backward/query_gradients.cuh"
 #include "cuda/flash_attention_backward/sums.cuh"
 #include "far.h"
@@ -74,7 +74,7 @@ constexpr double kTolerance = E::kDType == DType::f64   ? 1e-14
                               : E::kDType == DType::f16 ? 5e-4
                                                         : 4e-3;
 
-// Against the reference, and the same bits however warps and blocks take turns and copies come.
+// Compares with the reference, and asks for the same bits however warps and blocks take turns and copies come.
 template <class E>
 CudaFlashAttentionBackwardPlan check(const AttentionCase& c, const DeviceFacts& facts = DeviceFacts::h200(),
                                      double softmax_scale = 0.0) {
@@ -121,14 +121,14 @@ CudaFlashAttentionBackwardPlan check(const AttentionCase& c, const DeviceFacts& 
 
 }  // namespace
 
-TEST_CASE("emulated gradients: head maps") {
+TEST_CASE("emulated flash_attention_backward: head maps") {
   for (const HeadGroups heads :
        {HeadGroups{32, 4, 16}, HeadGroups{32, 16, 4}, HeadGroups{12, 4, 6}, HeadGroups{12, 6, 4}, HeadGroups{8, 8, 8},
         HeadGroups{8, 1, 1}, HeadGroups{8, 1, 8}, HeadGroups{5, 1, 5}})
     check<BF16>({.heads = heads, .s_q = 33, .s_k = 40, .causal = true, .sinks = true});
 }
 
-TEST_CASE("emulated gradients: the walk over a group's heads, and its chunks") {
+TEST_CASE("emulated flash_attention_backward: the walk over a group's heads, and its chunks") {
   DeviceFacts small = DeviceFacts::h200();
   small.multiprocessors = 0;
   for (const HeadGroups heads :
@@ -144,7 +144,7 @@ TEST_CASE("emulated gradients: the walk over a group's heads, and its chunks") {
   }
 }
 
-TEST_CASE("emulated gradients: dimensions") {
+TEST_CASE("emulated flash_attention_backward: dimensions") {
   for (const auto& [d_k, d_v] : {std::pair{64, 64},
                                  {32, 64},
                                  {128, 128},
@@ -160,7 +160,7 @@ TEST_CASE("emulated gradients: dimensions") {
   }
 }
 
-TEST_CASE("emulated gradients: lengths") {
+TEST_CASE("emulated flash_attention_backward: lengths") {
   for (const auto& [s_q, s_k] :
        {std::pair{0, 5}, {5, 0}, {1, 1}, {31, 33}, {33, 31}, {113, 203}, {203, 113}, {1, 300}, {300, 1}})
     check<BF16>({.heads = {4, 2, 4}, .batch = 2, .s_q = s_q, .s_k = s_k, .causal = true});
@@ -171,7 +171,7 @@ TEST_CASE("emulated gradients: lengths") {
   REQUIRE(small.query_stages == 1);
 }
 
-TEST_CASE("emulated gradients: windows, softcap, sinks, dropout") {
+TEST_CASE("emulated flash_attention_backward: windows, softcap, sinks, dropout") {
   const AttentionCase base{.heads = {6, 1, 3}, .s_q = 70, .s_k = 150};
   for (const auto& [left, right] : {std::pair{0, 0}, {5, 3}, {130, 0}, {-1, 7}, {40, -1}}) {
     AttentionCase c = base;
@@ -199,14 +199,14 @@ TEST_CASE("emulated gradients: windows, softcap, sinks, dropout") {
   }
 }
 
-TEST_CASE("emulated gradients: masks at every place in a tile") {
+TEST_CASE("emulated flash_attention_backward: masks at every place in a tile") {
   for (int64_t x = 0; x < 64; ++x) {
     check<BF16>({.heads = {1, 1, 1}, .s_q = 40, .s_k = 40 + x, .d_k = 32, .causal = true});
     check<BF16>({.heads = {1, 1, 1}, .s_q = 40, .s_k = 70, .d_k = 32, .window_left = x});
   }
 }
 
-TEST_CASE("emulated gradients: padding, packing, strides with gaps") {
+TEST_CASE("emulated flash_attention_backward: padding, packing, strides with gaps") {
   const AttentionCase base{.heads = {4, 1, 2}, .batch = 4, .s_q = 41, .s_k = 140, .causal = true, .sinks = true};
   for (const int64_t gap : {0, 3, 8}) {
     AttentionCase c = base;
@@ -222,7 +222,7 @@ TEST_CASE("emulated gradients: padding, packing, strides with gaps") {
   }
 }
 
-TEST_CASE("emulated gradients: fp32 and fp64") {
+TEST_CASE("emulated flash_attention_backward: fp32 and fp64") {
   for (const HeadGroups heads : {HeadGroups{12, 4, 6}, HeadGroups{4, 4, 1}, HeadGroups{3, 1, 3}}) {
     AttentionCase c{
         .heads = heads, .batch = 2, .s_q = 9, .s_k = 14, .d_k = 40, .d_v = 72, .causal = true, .sinks = true};
@@ -238,7 +238,7 @@ TEST_CASE("emulated gradients: fp32 and fp64") {
   check<F64>({.heads = {1, 1, 1}, .s_q = 5, .s_k = 3, .d_k = 8, .d_v = 256, .causal = true});
 }
 
-TEST_CASE("emulated gradients: huge scores") {
+TEST_CASE("emulated flash_attention_backward: huge scores") {
   // The one weight of a row is 1, so that dV is the sum of rows of dO; dQ and dK are the rounding of dP - delta times
   // huge numbers.
   const auto check_dv = []<class E>(E, const AttentionCase& c, float size) {
@@ -266,7 +266,7 @@ TEST_CASE("emulated gradients: huge scores") {
   check_dv(F32{}, base, 0x1p70f);
 }
 
-TEST_CASE("emulated gradients: offsets beyond 2^31 elements") {
+TEST_CASE("emulated flash_attention_backward: offsets beyond 2^31 elements") {
   const auto check_far = []<class E>(E, const AttentionCase& c) {
     for (const Apart apart : {Apart::rows, Apart::blocks}) {
       AttentionProblem<E> problem(c);

@@ -18,7 +18,7 @@ using namespace diffqkv::device;
 
 namespace {
 
-// Of one rounding of a result near 1.
+// One rounding of a result near 1.
 template <class E>
 constexpr double kTolerance = E::kDType == DType::f32   ? 1e-6
                               : E::kDType == DType::f16 ? 1.0 / 2048
@@ -254,9 +254,9 @@ void run_grid() {
 
 }  // namespace
 
-TEST_CASE("emulated: cache update writes every new token to its slot and nothing else: fp32") { run_grid<F32>(); }
-TEST_CASE("emulated: cache update writes every new token to its slot and nothing else: bf16") { run_grid<BF16>(); }
-TEST_CASE("emulated: cache update writes every new token to its slot and nothing else: fp16") {
+TEST_CASE("emulated kv_cache_update writes every new token to its slot and nothing else: fp32") { run_grid<F32>(); }
+TEST_CASE("emulated kv_cache_update writes every new token to its slot and nothing else: bf16") { run_grid<BF16>(); }
+TEST_CASE("emulated kv_cache_update writes every new token to its slot and nothing else: fp16") {
   for (const KLayout layout : {KLayout::rows, KLayout::panels}) {
     Problem<F16> problem({{32, 4, 16}, 64, 64, 32, 2, 7, layout, true, true, true, true, 0});
     problem.run(emulator::Schedule::shuffled);
@@ -264,7 +264,7 @@ TEST_CASE("emulated: cache update writes every new token to its slot and nothing
   }
 }
 
-TEST_CASE("emulated: v_stats of many tokens do not depend on the schedule nor on the calls that bring them") {
+TEST_CASE("emulated kv_cache_update: v_stats do not depend on the schedule nor on the calls that bring the tokens") {
   std::vector<float> first;
   for (const emulator::Schedule schedule : emulator::kSchedules) {
     Problem<BF16> problem({{4, 1, 2}, 8, 256, 0, 1, 128, KLayout::rows, false, true, true, true, 0});
@@ -287,7 +287,7 @@ TEST_CASE("emulated: v_stats of many tokens do not depend on the schedule nor on
   CHECK(first == parts.stats);
 }
 
-TEST_CASE("emulated: v_stats keep a NaN") {
+TEST_CASE("emulated kv_cache_update: v_stats keep a NaN") {
   Problem<F32> problem({{4, 1, 2}, 8, 8, 0, 1, 3, KLayout::rows, false, true, true, true, 0});
   problem.v[8] = std::numeric_limits<float>::quiet_NaN();  // dimension 0 of V head 1 of token 0
   problem.run(emulator::Schedule::forward);
@@ -296,7 +296,7 @@ TEST_CASE("emulated: v_stats keep a NaN") {
   for (int i = 0; i < 9; ++i) CHECK_FALSE(std::isnan(problem.stats[size_t(i)]));
 }
 
-TEST_CASE("cache update plan: width") {
+TEST_CASE("kv_cache_update on CUDA: width") {
   const auto width = [](int64_t d_rot, int64_t offset) {
     const Problem<BF16> problem({{32, 4, 16}, 64, 64, d_rot, 2, 5, KLayout::rows, true, true, true, false, offset});
     return plan_cuda_kv_cache_update(problem.p).width;
@@ -313,7 +313,7 @@ TEST_CASE("cache update plan: width") {
   CHECK(plan_cuda_kv_cache_update(single.p).width == 1);
 }
 
-TEST_CASE("cache update plan: blocks") {
+TEST_CASE("kv_cache_update on CUDA: blocks") {
   Problem<F32> problem({{32, 4, 16}, 64, 64, 64, 2, 100, KLayout::rows, false, true, true, false, 0});
   CudaKvCacheUpdatePlan plan = plan_cuda_kv_cache_update(problem.p);
   CHECK(plan.stats_blocks == 0);
@@ -330,7 +330,7 @@ TEST_CASE("cache update plan: blocks") {
   CHECK(plan_cuda_kv_cache_update(problem.p).blocks == 0);
 }
 
-TEST_CASE("emulated: cache update with offsets beyond 2^31 elements") {
+TEST_CASE("emulated kv_cache_update: offsets beyond 2^31 elements") {
   for (const Apart apart : {Apart::rows, Apart::blocks})
     for (const bool paged : {false, true}) {
       Problem<BF16> problem({{8, 2, 4}, 32, 24, 16, 2, 40, KLayout::rows, paged, true, true, true, 0});

@@ -1,11 +1,11 @@
-// Selective V on the emulated GPU against a stable sort in float64: sets, ties, forced rows, tails, the guarantee, and
-// that no plan and no schedule changes a bit.
+// selective_v_attention on the emulated GPU against a stable sort in float64: sets, ties, forced rows, tails, the
+// guarantee, and that no plan and no schedule changes a bit.
 #include <array>
 #include <cstring>
 #include <set>
 
 #include "attention_problem.h"
-#include "cuda/selective_v_attention/launches.cuh"
+#include "cuda/selective_v_attention/launch_order.cuh"
 #include "far.h"
 
 using namespace diffqkv;
@@ -25,7 +25,7 @@ struct Options {
 DeviceFacts small_chunks() { return {.multiprocessors = 1 << 20}; }
 DeviceFacts large_chunks() { return {.multiprocessors = 1}; }
 DeviceFacts little_shared(DeviceFacts facts) {
-  facts.shared_per_block = 99 * 1024, facts.shared_per_multiprocessor = 2 * (kSelectGatherBytes + 1024 + 64);
+  facts.shared_per_block = 99 * 1024, facts.shared_per_multiprocessor = 2 * (kSelectiveVGatherBytes + 1024 + 64);
   return facts;
 }
 // The fewest multiprocessors that make chunks of so many tokens.
@@ -79,7 +79,7 @@ struct Selection {
   }
 
   void run(const DeviceFacts& facts = small_chunks(), emulator::Schedule schedule = emulator::Schedule::forward,
-           int64_t workspace_bytes = kSelectWorkspaceBytes) {
+           int64_t workspace_bytes = kSelectiveVWorkspaceBytes) {
     plan = plan_cuda_selective_v_attention(sp, facts, workspace_bytes);
     const std::align_val_t alignment{256};
     const auto release = [=](void* p) { ::operator delete(p, alignment); };
@@ -87,9 +87,9 @@ struct Selection {
         ::operator new(size_t(std::max<int64_t>(plan.workspace_bytes, 1)), alignment), release);
     std::memset(workspace.get(), 0xff, size_t(plan.workspace_bytes));
     std::fill(problem.out.e.begin(), problem.out.e.end(), E::put(std::numeric_limits<float>::quiet_NaN()));
-    const int error = selective::launch_all<E>(
+    const int error = selective_v_attention::launch_all<E>(
         sp, plan, workspace.get(),
-        [&]<class Kernel>(const selective::Params& params, int64_t blocks, int64_t shared_bytes) -> int {
+        [&]<class Kernel>(const selective_v_attention::Params& params, int64_t blocks, int64_t shared_bytes) -> int {
           const emulator::Counts counts = emulate<Kernel>(params, {blocks}, shared_bytes, schedule);
           REQUIRE(counts.matrix_wavefronts == counts.matrix_rows);
           return 0;
@@ -304,7 +304,7 @@ AttentionProblem<F32> with_scores(int64_t keys, Steps steps, bool padded = false
 
 }  // namespace
 
-TEST_CASE("emulated: selective V of any head map") {
+TEST_CASE("emulated selective_v_attention: any head map") {
   int turn = 0;
   for (const HeadGroups heads :
        {HeadGroups{32, 4, 16}, {32, 16, 4}, {12, 4, 6}, {12, 6, 4}, {8, 8, 8}, {8, 1, 1}, {8, 1, 8}, {5, 1, 5}}) {
@@ -317,7 +317,7 @@ TEST_CASE("emulated: selective V of any head map") {
   }
 }
 
-TEST_CASE("emulated: selective V of any dimensions, aligned or not") {
+TEST_CASE("emulated selective_v_attention: any dimensions, aligned or not") {
   for (const auto& [d_k, d_v] : {std::array<int64_t, 2>{64, 64},
                                  {32, 64},
                                  {128, 128},
@@ -335,7 +335,7 @@ TEST_CASE("emulated: selective V of any dimensions, aligned or not") {
     }
 }
 
-TEST_CASE("emulated: selective V of any length, more or fewer keys than top_k") {
+TEST_CASE("emulated selective_v_attention: any length, more or fewer keys than top_k") {
   int turn = 0;
   for (const int64_t s_k : {1, 31, 33, 203, 600})
     for (const int64_t top_k : {1, 7, 100, 10000}) {
@@ -346,7 +346,7 @@ TEST_CASE("emulated: selective V of any length, more or fewer keys than top_k") 
     }
 }
 
-TEST_CASE("emulated: selective V with forced rows, which may overlap each other and the best") {
+TEST_CASE("emulated selective_v_attention: forced rows, which may overlap each other and the best") {
   for (const auto& [first, last] : {std::array<int64_t, 2>{3, 0}, {0, 3}, {5, 40}, {100, 100}, {1 << 30, 1}})
     for (const Tail tail : kTails) {
       const Options options{.top_k = 6, .keep_first = first, .keep_last = last, .tail = tail};
@@ -354,7 +354,7 @@ TEST_CASE("emulated: selective V with forced rows, which may overlap each other 
     }
 }
 
-TEST_CASE("emulated: selective V of sorted, equal and huge scores") {
+TEST_CASE("emulated selective_v_attention: sorted, equal and huge scores") {
   const auto check = [](auto steps, double scale) {
     for (const int64_t top_k : {1, 50, 1400}) {
       auto problem = with_scores(3000, steps);
@@ -380,7 +380,7 @@ TEST_CASE("emulated: selective V of sorted, equal and huge scores") {
     for (const double scale : {0.7, -0.7}) check([=](int64_t t) { return float((t * 37) % 251) * size; }, scale);
 }
 
-TEST_CASE("emulated: selective V with scores of -inf, and with nothing else") {
+TEST_CASE("emulated selective_v_attention: scores of -inf, and with nothing else") {
   const float inf = std::numeric_limits<float>::infinity();
   for (const int64_t top_k : {5, 100, 2000}) {
     auto some = with_scores(1500, [&](int64_t t) { return t % 40 == 7 ? 1.0f : -inf; });
@@ -399,7 +399,7 @@ TEST_CASE("emulated: selective V with scores of -inf, and with nothing else") {
   }
 }
 
-TEST_CASE("emulated: a NaN among its scores makes a row NaN, and no other") {
+TEST_CASE("emulated selective_v_attention: a NaN among its scores makes a row NaN, and no other") {
   for (const int64_t top_k : {10, 5000}) {
     AttentionProblem<BF16> problem(cache({8, 2, 4}, 1, 1, 1300, 16, 16, 32, false));
     round_scores(problem);
@@ -423,7 +423,7 @@ TEST_CASE("emulated: a NaN among its scores makes a row NaN, and no other") {
   }
 }
 
-TEST_CASE("emulated: selective V of many keys, the same bits by any plan and schedule") {
+TEST_CASE("emulated selective_v_attention: many keys, the same bits by any plan and schedule") {
   for (const int64_t top_k : {30, 1800}) {
     AttentionProblem<BF16> problem(cache({6, 1, 3}, 2, 2, 4500, 32, 24, top_k == 30 ? 64 : 0));
     round_scores(problem);
@@ -436,9 +436,10 @@ TEST_CASE("emulated: selective V of many keys, the same bits by any plan and sch
       selection.run(facts, schedule, workspace_bytes);
       return selection.bits() == bits;
     };
-    REQUIRE(same(facts_for(selection.sp, 2048), emulator::Schedule::reverse, kSelectWorkspaceBytes));
+    REQUIRE(same(facts_for(selection.sp, 2048), emulator::Schedule::reverse, kSelectiveVWorkspaceBytes));
     REQUIRE(selection.plan.chunks == 3);
-    REQUIRE(same(little_shared(facts_for(selection.sp, 1024)), emulator::Schedule::shuffled, kSelectWorkspaceBytes));
+    REQUIRE(
+        same(little_shared(facts_for(selection.sp, 1024)), emulator::Schedule::shuffled, kSelectiveVWorkspaceBytes));
     REQUIRE_FALSE(selection.plan.keys_in_shared);
     REQUIRE_FALSE(selection.plan.list_in_shared);
     if (top_k > 30) continue;
@@ -448,7 +449,7 @@ TEST_CASE("emulated: selective V of many keys, the same bits by any plan and sch
   }
 }
 
-TEST_CASE("emulated: selective V of an entry does not depend on the others") {
+TEST_CASE("emulated selective_v_attention: an entry does not depend on the others") {
   for (const int64_t page_size : {0, 16}) {
     AttentionProblem<F16> problem(cache({8, 2, 4}, 3, 2, 1100, 16, 16, page_size));
     Selection<F16> selection(problem, {.top_k = 25, .keep_last = 3, .tail = Tail::renorm});
@@ -483,7 +484,7 @@ TEST_CASE("emulated: selective V of an entry does not depend on the others") {
   }
 }
 
-TEST_CASE("emulated: selective V of scores with a rounding") {
+TEST_CASE("emulated selective_v_attention: scores with a rounding") {
   AttentionProblem<BF16> low(cache({8, 2, 4}, 2, 1, 1200, 64, 64, 16));
   Selection<BF16> selection(low, {.top_k = 60, .tail = Tail::mean});
   selection.run(facts_for(selection.sp, 1024));
@@ -494,7 +495,7 @@ TEST_CASE("emulated: selective V of scores with a rounding") {
   exact.check(false);
 }
 
-TEST_CASE("emulated: max_error is kept, by as few rows as it takes or by all of them") {
+TEST_CASE("emulated selective_v_attention: max_error is kept, by as few rows as it takes or by all of them") {
   for (const float max_error : {0.0f, 0.05f, 0.4f, 1.5f, 1e6f})
     for (const Tail tail : kTails)
       for (const bool v_stats : {false, true}) {
@@ -529,7 +530,8 @@ TEST_CASE("emulated: max_error is kept, by as few rows as it takes or by all of 
       }
 }
 
-TEST_CASE("emulated: without a bound asked for, none is computed and V is read by its rows alone") {
+TEST_CASE(
+    "emulated selective_v_attention: without a bound asked for, none is computed and V is read by its rows alone") {
   AttentionProblem<BF16> problem(cache({4, 1, 2}, 1, 1, 900, 16, 16));
   round_scores(problem);
   Selection<BF16> selection(problem, {.top_k = 12, .bound = false});
@@ -550,7 +552,7 @@ TEST_CASE("emulated: without a bound asked for, none is computed and V is read b
   REQUIRE(std::count(selection.indices.begin(), selection.indices.end(), -7) == 4 * 12);
 }
 
-TEST_CASE("emulated: selective V with offsets beyond 2^31 elements") {
+TEST_CASE("emulated selective_v_attention: offsets beyond 2^31 elements") {
   for (const Apart apart : {Apart::rows, Apart::blocks})
     for (const bool v_stats : {false, true}) {
       AttentionProblem<BF16> problem(cache({8, 2, 4}, 2, 2, 300, 16, 16, 32));

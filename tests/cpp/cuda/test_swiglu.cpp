@@ -37,7 +37,7 @@ void check(double tolerance, bool aligned) {
 
 }  // namespace
 
-TEST_CASE("emulated: swiglu and its gradient equal their definitions") {
+TEST_CASE("emulated swiglu and its gradient equal their definitions") {
   for (const bool aligned : {true, false}) {
     check<F32>(2e-6, aligned);
     check<F16>(1e-3, aligned);
@@ -45,7 +45,7 @@ TEST_CASE("emulated: swiglu and its gradient equal their definitions") {
   }
 }
 
-TEST_CASE("emulated: swiglu of huge gates is 0, or NaN where torch has NaN") {
+TEST_CASE("emulated swiglu of huge gates is 0, or NaN where torch has NaN") {
   const int64_t n = 6;
   const std::vector<float> gate = {-1e3f, -1e37f, -3.4e38f, 3.4e38f, -HUGE_VALF, NAN}, up(n, 1.0f), dout(n, 2.0f);
   std::vector<float> out(n), dgate(n), dup(n);

@@ -19,7 +19,8 @@ constexpr HeadGroups kSigma{32, 4, 16};
 
 }  // namespace
 
-TEST_CASE("a sequence of Sigma's gives each multiprocessor a block, up to splits of 1024 tokens") {
+TEST_CASE(
+    "decode_attention on CUDA: a sequence of Sigma's gives each multiprocessor a block, up to splits of 1024 tokens") {
   for (const auto& [capacity, tokens] :
        {std::pair{1024, 128}, {4096, 128}, {8192, 256}, {16384, 512}, {32768, 1024}, {131072, 1024}}) {
     const CudaDecodeAttentionPlan plan =
@@ -34,7 +35,7 @@ TEST_CASE("a sequence of Sigma's gives each multiprocessor a block, up to splits
   }
 }
 
-TEST_CASE("splits depend on the capacity, never on the batch") {
+TEST_CASE("decode_attention on CUDA: splits depend on the capacity, never on the batch") {
   for (const int64_t capacity : {1, 100, 5000, 40000})
     for (const int64_t batch : {1, 7, 64}) {
       const CudaDecodeAttentionPlan one =
@@ -48,7 +49,8 @@ TEST_CASE("splits depend on the capacity, never on the batch") {
     }
 }
 
-TEST_CASE("a block that is alone on its multiprocessor keeps more tiles under way, of the same size") {
+TEST_CASE(
+    "decode_attention on CUDA: a block alone on its multiprocessor keeps more tiles under way, of the same size") {
   const CudaDecodeAttentionPlan alone = plan_cuda_decode_attention(params(kSigma, 32768, 64, 64), DeviceFacts::h200());
   const CudaDecodeAttentionPlan many =
       plan_cuda_decode_attention(params(kSigma, 32768, 64, 64, 1, 8), DeviceFacts::h200());
@@ -59,7 +61,7 @@ TEST_CASE("a block that is alone on its multiprocessor keeps more tiles under wa
   CHECK(alone.tile_tokens == many.tile_tokens);  // which the bits depend on
 }
 
-TEST_CASE("planning comes to an end for a device without shared memory") {
+TEST_CASE("decode_attention on CUDA: planning comes to an end for a device without shared memory") {
   DeviceFacts none = DeviceFacts::a100();
   none.shared_per_block = none.shared_per_multiprocessor = 1;
   const CudaDecodeAttentionPlan plan = plan_cuda_decode_attention(params(kSigma, 4096, 64, 64), none);
@@ -67,7 +69,7 @@ TEST_CASE("planning comes to an end for a device without shared memory") {
   CHECK(plan.shared_bytes > none.shared_per_block);  // which the launch refuses
 }
 
-TEST_CASE("every shape fits the device: shared memory, registers, tiles inside their split") {
+TEST_CASE("decode_attention on CUDA: every shape fits the device: shared memory, registers, tiles inside their split") {
   for (const DeviceFacts& facts : {DeviceFacts::h200(), DeviceFacts::a100(), DeviceFacts::rtx4090()})
     for (const HeadGroups heads :
          {kSigma, HeadGroups{32, 16, 4}, HeadGroups{12, 4, 6}, HeadGroups{8, 8, 8}, HeadGroups{64, 1, 1},
@@ -108,7 +110,7 @@ TEST_CASE("rows of every width lie in different banks, eight at a time") {
   }
 }
 
-TEST_CASE("bulk copies are for the GPUs whose code has them, and for aligned rows") {
+TEST_CASE("decode_attention on CUDA: bulk copies are for the GPUs whose code has them, and for aligned rows") {
   AttentionParams p = params(kSigma, 4096, 64, 64);
   CHECK(plan_cuda_decode_attention(p, DeviceFacts::h200()).bulk);
   CHECK(!plan_cuda_decode_attention(p, DeviceFacts::a100()).bulk);

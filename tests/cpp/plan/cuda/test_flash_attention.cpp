@@ -1,6 +1,3 @@
-#include <algorithm>
-#include <vector>
-
 #include "plan/cuda/flash_attention.h"
 #include "support/catch.h"
 
@@ -21,7 +18,7 @@ AttentionParams params(int64_t d_k, int64_t d_v, DType dtype = DType::bf16) {
 
 }  // namespace
 
-TEST_CASE("prefill takes the smallest variant that holds the dimensions") {
+TEST_CASE("flash_attention on CUDA: takes the smallest variant that holds the dimensions") {
   const auto variant = [](int64_t d_k, int64_t d_v) {
     return kFlashAttentionVariants[plan_cuda_flash_attention(params(d_k, d_v), DeviceFacts::h100()).variant];
   };
@@ -40,7 +37,7 @@ TEST_CASE("prefill takes the smallest variant that holds the dimensions") {
     for (int64_t d_v = 8; d_v <= kMaxHeadDim; d_v += 8) REQUIRE(variant(d_k, d_v).holds(d_k, d_v));
 }
 
-TEST_CASE("prefill fits every device, and a second stage costs no block") {
+TEST_CASE("flash_attention on CUDA: fits every device, and a second stage costs no block") {
   for (const DeviceFacts& facts : kDevices)
     for (const FlashAttentionVariant& v : kFlashAttentionVariants) {
       const CudaFlashAttentionPlan plan = plan_cuda_flash_attention(params(v.d_k, v.d_v), facts);
@@ -61,7 +58,8 @@ TEST_CASE("prefill fits every device, and a second stage costs no block") {
   CHECK(stages(64, 64, DeviceFacts::rtx4090()) == 1);
 }
 
-TEST_CASE("bits of prefill follow from the dimensions: tiles of keys are the same for every shape and device") {
+TEST_CASE(
+    "flash_attention on CUDA: bits follow from the dimensions: tiles of keys are the same for every shape and device") {
   for (const DeviceFacts& facts : kDevices) {
     AttentionParams p = params(64, 128);
     for (const int64_t s_q : {1, 17, 5000})
@@ -72,7 +70,7 @@ TEST_CASE("bits of prefill follow from the dimensions: tiles of keys are the sam
   }
 }
 
-TEST_CASE("prefill: blocks, features, alignment, cost") {
+TEST_CASE("flash_attention on CUDA: blocks, features, alignment, cost") {
   AttentionParams p = params(64, 64);
   CudaFlashAttentionPlan plan = plan_cuda_flash_attention(p, DeviceFacts::h100());
   CHECK(plan.query_blocks == 8);
@@ -96,7 +94,7 @@ TEST_CASE("prefill: blocks, features, alignment, cost") {
   CHECK(plan_cuda_flash_attention(p, DeviceFacts::h100()).blocks == 3200000);
 }
 
-TEST_CASE("fp32 and fp64 take the plain kernel, which fits every device") {
+TEST_CASE("flash_attention on CUDA: fp32 and fp64 take the plain kernel, which fits every device") {
   for (const DType dtype : {DType::f32, DType::f64})
     for (const DeviceFacts& facts : kDevices) {
       const CudaFlashAttentionPlan plan = plan_cuda_flash_attention(params(256, 256, dtype), facts);

@@ -1,6 +1,4 @@
-#include <vector>
-
-#include "plan/cpu/attention.h"
+#include "plan/cost.h"
 #include "plan/cuda/flash_attention_backward_tiles.h"
 #include "support/catch.h"
 
@@ -28,7 +26,7 @@ const HeadGroups kSigma{32, 4, 16};
 
 }  // namespace
 
-TEST_CASE("gradients on CUDA: the smallest variant that holds both dimensions") {
+TEST_CASE("flash_attention_backward on CUDA: the smallest variant that holds both dimensions") {
   const auto dims = [](int64_t d_k, int64_t d_v) {
     const BackwardVariant& v = kBackwardVariants[plan_of(params(kSigma, 1, 128, d_k, d_v)).variant];
     return std::pair<int32_t, int32_t>(v.d_k, v.d_v);
@@ -44,7 +42,7 @@ TEST_CASE("gradients on CUDA: the smallest variant that holds both dimensions") 
   REQUIRE(plan_of(params(kSigma, 1, 128, 64, 64, DType::f64)).variant == -1);
 }
 
-TEST_CASE("gradients on CUDA: every variant fits every device, with two stages where there is room") {
+TEST_CASE("flash_attention_backward on CUDA: every variant fits every device, with two stages where there is room") {
   for (const BackwardVariant& v : kBackwardVariants)
     for (const DeviceFacts& facts :
          {DeviceFacts::h200(), DeviceFacts::h100(), DeviceFacts::a100(), DeviceFacts::rtx4090()}) {
@@ -59,7 +57,7 @@ TEST_CASE("gradients on CUDA: every variant fits every device, with two stages w
     }
 }
 
-TEST_CASE("gradients on CUDA: a long sequence needs no slots, and its workspace is two floats to a query and head") {
+TEST_CASE("flash_attention_backward on CUDA: a long sequence needs no slots, and two floats to a query and head") {
   const CudaFlashAttentionBackwardPlan plan = plan_of(params(kSigma, 1, 16384));
   REQUIRE(plan.chunks == 1);
   REQUIRE(plan.chunk_heads == 8);
@@ -68,10 +66,10 @@ TEST_CASE("gradients on CUDA: a long sequence needs no slots, and its workspace 
   REQUIRE(plan.k_sum_blocks == 0);
   REQUIRE(plan.v_sum_blocks == 0);
   REQUIRE(plan.workspace_bytes == 8 * 32 * 16384);
-  REQUIRE(plan.flops == plan_flash_attention_backward(params(kSigma, 1, 16384).forward, 1).flops);
+  REQUIRE(plan.flops == attention_backward_flops(params(kSigma, 1, 16384).forward));
 }
 
-TEST_CASE("gradients on CUDA: few blocks share the heads of a group, so that dV stays whole") {
+TEST_CASE("flash_attention_backward on CUDA: few blocks share the heads of a group, so that dV stays whole") {
   const CudaFlashAttentionBackwardPlan plan = plan_of(params(kSigma, 1, 2048));
   REQUIRE(plan.chunk_heads == 2);
   REQUIRE(plan.chunks == 4);
@@ -84,7 +82,7 @@ TEST_CASE("gradients on CUDA: few blocks share the heads of a group, so that dV 
   REQUIRE(plan.v_sum_blocks == 0);
 }
 
-TEST_CASE("gradients on CUDA: chunks hold each q head once, slots all chunks of a head") {
+TEST_CASE("flash_attention_backward on CUDA: chunks hold each q head once, slots all chunks of a head") {
   for (const HeadGroups heads : {kSigma, HeadGroups{32, 16, 4}, HeadGroups{12, 4, 6}, HeadGroups{12, 6, 4},
                                  HeadGroups{8, 8, 8}, HeadGroups{31, 1, 1}, HeadGroups{8, 1, 8}, HeadGroups{24, 3, 2}})
     for (int multiprocessors = 1; multiprocessors < 200; multiprocessors = multiprocessors * 3 / 2 + 1) {
@@ -104,7 +102,8 @@ TEST_CASE("gradients on CUDA: chunks hold each q head once, slots all chunks of 
     }
 }
 
-TEST_CASE("gradients on CUDA: softcap and dropout take the kernels with features, unaligned rows are seen") {
+TEST_CASE(
+    "flash_attention_backward on CUDA: softcap and dropout take the kernels with features, unaligned rows are seen") {
   FlashAttentionBackwardParams p = params(kSigma, 1, 256);
   REQUIRE(!plan_of(p).features);
   REQUIRE(plan_of(p).aligned);
@@ -120,7 +119,7 @@ TEST_CASE("gradients on CUDA: softcap and dropout take the kernels with features
   }
 }
 
-TEST_CASE("gradients on CUDA: nothing to do is no blocks") {
+TEST_CASE("flash_attention_backward on CUDA: nothing to do is no blocks") {
   const CudaFlashAttentionBackwardPlan empty = plan_of(params(kSigma, 0, 256));
   REQUIRE(empty.row_blocks + empty.key_blocks + empty.query_blocks + empty.workspace_bytes == 0);
   FlashAttentionBackwardParams no_queries = params(kSigma, 1, 256);

@@ -25,7 +25,8 @@ const DeviceFacts kDevices[] = {DeviceFacts::h100(), DeviceFacts::h200(), Device
 
 }  // namespace
 
-TEST_CASE("selective V on CUDA: chunks and quanta cover the capacity, and chunks leave all that may be wanted") {
+TEST_CASE(
+    "selective_v_attention on CUDA: chunks and quanta cover the capacity, and chunks leave all that may be wanted") {
   for (const DeviceFacts& facts : kDevices)
     for (const int64_t capacity : {1, 511, 512, 2049, 32768, 1000000})
       for (const int64_t top_k : {int64_t{1}, int64_t{99}, int64_t{4096}, int64_t{1} << 40})
@@ -38,14 +39,14 @@ TEST_CASE("selective V on CUDA: chunks and quanta cover the capacity, and chunks
           REQUIRE(plan.wanted == wanted);
           REQUIRE(int64_t{plan.chunks} * plan.chunk_tokens >= capacity);
           REQUIRE((int64_t{plan.chunks} - 1) * plan.chunk_tokens < capacity);
-          REQUIRE(int64_t{plan.quanta} * kSelectQuantum >= capacity);
-          REQUIRE(plan.chunk_tokens % kSelectQuantum == 0);
+          REQUIRE(int64_t{plan.quanta} * kSelectiveVQuantum >= capacity);
+          REQUIRE(plan.chunk_tokens % kSelectiveVQuantum == 0);
           REQUIRE(plan.candidates >= std::min<int64_t>(plan.chunk_tokens, wanted));
           REQUIRE(plan.candidates % 2 == 0);
         }
 }
 
-TEST_CASE("selective V on CUDA: chunks are as large as leave enough blocks") {
+TEST_CASE("selective_v_attention on CUDA: chunks are as large as leave enough blocks") {
   const DeviceFacts h200 = DeviceFacts::h200();
   const auto chunk = [&](int64_t batch, int64_t capacity, DType dtype = DType::bf16) {
     return plan_cuda_selective_v_attention(sigma(batch, capacity, 100, 64, dtype), h200).chunk_tokens;
@@ -59,7 +60,7 @@ TEST_CASE("selective V on CUDA: chunks are as large as leave enough blocks") {
   REQUIRE(chunk(64, 131072, DType::f32) == 1024);
 }
 
-TEST_CASE("selective V on CUDA: shared memory fits every device at every shape") {
+TEST_CASE("selective_v_attention on CUDA: shared memory fits every device at every shape") {
   for (const DeviceFacts& facts : kDevices)
     for (const DType dtype : {DType::f32, DType::f16})
       for (const int64_t d : {8, 64, 104, 256})
@@ -71,18 +72,18 @@ TEST_CASE("selective V on CUDA: shared memory fits every device at every shape")
           REQUIRE(plan.gather_shared <= facts.shared_per_block);
           REQUIRE(2 * (plan.gather_shared + 1024) <= facts.shared_per_multiprocessor);
           const int64_t keys = int64_t{8} * plan.chunks * plan.candidates;
-          REQUIRE(plan.gather_shared == kSelectGatherBytes + (plan.keys_in_shared ? keys : 0) +
+          REQUIRE(plan.gather_shared == kSelectiveVGatherBytes + (plan.keys_in_shared ? keys : 0) +
                                             (plan.list_in_shared ? int64_t{8} * plan.wanted : 0));
         }
   // The rows of q in shared memory lie in different banks: an odd number of 16-byte pieces.
   for (int d = 8; d <= 256; d += 8)
     for (const int bytes : {2, 4}) {
-      REQUIRE(select_q_bytes(d, bytes) / 16 % 2 == 1);
-      REQUIRE(select_q_bytes(d, bytes) >= (d + 31) / 32 * 32 * bytes);
+      REQUIRE(selective_v_q_bytes(d, bytes) / 16 % 2 == 1);
+      REQUIRE(selective_v_q_bytes(d, bytes) >= (d + 31) / 32 * 32 * bytes);
     }
 }
 
-TEST_CASE("selective V on CUDA: the workspace is bounded, by more launches") {
+TEST_CASE("selective_v_attention on CUDA: the workspace is bounded, by more launches") {
   for (const int64_t batch : {1, 64, 1000})
     for (const int64_t s_q : {1, 16, 5000})
       for (const int64_t top_k : {100, 100000}) {
@@ -94,7 +95,7 @@ TEST_CASE("selective V on CUDA: the workspace is bounded, by more launches") {
         REQUIRE_FALSE(plan.empty());
         REQUIRE((plan.queries == s_q || plan.entries == 1));
         const bool one = plan.queries == 1 && plan.entries == 1;
-        REQUIRE(plan.workspace_bytes <= (one ? int64_t{1} << 40 : kSelectWorkspaceBytes + 2048));
+        REQUIRE(plan.workspace_bytes <= (one ? int64_t{1} << 40 : kSelectiveVWorkspaceBytes + 2048));
         const int64_t rows = plan.entries * plan.queries * 32;
         REQUIRE(plan.keys_at >= rows * plan.quanta * 8);
         REQUIRE(plan.forced_at >= plan.keys_at + rows * plan.chunks * plan.candidates * 8);
@@ -107,7 +108,7 @@ TEST_CASE("selective V on CUDA: the workspace is bounded, by more launches") {
   REQUIRE(plan_cuda_selective_v_attention(sigma(1, 32768, 100), DeviceFacts::h200()).workspace_bytes < 2 << 20);
 }
 
-TEST_CASE("selective V on CUDA: more rows than the cache holds ask for no more memory") {
+TEST_CASE("selective_v_attention on CUDA: more rows than the cache holds ask for no more memory") {
   for (const float max_error : {-1.0f, 0.5f}) {
     SelectiveVAttentionParams all = sigma(8, 10000, 10000), more = sigma(8, 10000, INT64_MAX);
     all.max_error = more.max_error = max_error;
@@ -119,7 +120,7 @@ TEST_CASE("selective V on CUDA: more rows than the cache holds ask for no more m
   }
 }
 
-TEST_CASE("selective V on CUDA: a pass over V only for what needs it") {
+TEST_CASE("selective_v_attention on CUDA: a pass over V only for what needs it") {
   std::vector<float> stats(3 * 16 * 65);
   for (const Tail tail : {Tail::drop, Tail::renorm, Tail::mean})
     for (const bool want_bound : {false, true})
@@ -133,7 +134,7 @@ TEST_CASE("selective V on CUDA: a pass over V only for what needs it") {
       }
 }
 
-TEST_CASE("selective V on CUDA: rows are read in vectors where they are aligned to them") {
+TEST_CASE("selective_v_attention on CUDA: rows are read in vectors where they are aligned to them") {
   SelectiveVAttentionParams sp = sigma(1, 100, 10);
   REQUIRE(plan_cuda_selective_v_attention(sp, DeviceFacts::a100()).k_vectors);
   sp.attention.k.stride_token = 65;
@@ -143,7 +144,7 @@ TEST_CASE("selective V on CUDA: rows are read in vectors where they are aligned 
   REQUIRE_FALSE(plan_cuda_selective_v_attention(sp, DeviceFacts::a100()).v_vectors);
 }
 
-TEST_CASE("selective V on CUDA: nothing to launch for nothing") {
+TEST_CASE("selective_v_attention on CUDA: nothing to launch for nothing") {
   REQUIRE(plan_cuda_selective_v_attention(sigma(0, 100, 10), DeviceFacts::a100()).empty());
   SelectiveVAttentionParams sp = sigma(1, 100, 10);
   sp.attention.s_q = 0;

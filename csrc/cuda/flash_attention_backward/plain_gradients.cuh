@@ -1,6 +1,8 @@
 // The gradients in fp32 and fp64, straight from their definition: a warp to a query for dQ, to a key for dK and dV.
 #pragma once
+#include "cuda/dropout.cuh"
 #include "cuda/flash_attention_backward/call.cuh"
+#include "cuda/warp.cuh"
 
 namespace diffqkv::device {
 
@@ -31,9 +33,7 @@ struct PlainWarp {
     T sum = 0;
     DIFFQKV_UNROLL
     for (int i = 0; i < kPerLane; ++i) sum += a.x[i] * b.x[i];
-    DIFFQKV_UNROLL
-    for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-    return sum;
+    return warp_sum(sum);
   }
   static DIFFQKV_DEVICE void add(Row& sum, T factor, const Row& row) {
     DIFFQKV_UNROLL
@@ -59,14 +59,23 @@ struct PlainWarp {
       const T t = tanh(x * T(p.softmax_scale / p.softcap));
       score = mul(t, T(p.softcap)), slope *= 1 - t * t;
     }
-    return exp2((score - lse) * T(kLog2e));
+    return exp2((score - lse) * kLog2e<T>);
   }
-  // 0 for what dropout takes, else what makes up for it.
+  // The factor of a key's probability: 0 for what dropout takes, else what makes up for it.
   DIFFQKV_DEVICE T kept(const Entry& entry, int64_t head, int64_t i, int64_t j) const {
     if (p.dropout.threshold == 0) return 1;
     uint32_t words[4];
     dropout_words(p.dropout, entry.b * p.heads.n_q + head, i, j / kKeysPerDraw, words);
     return keeps(p.dropout, words, static_cast<int>(j % kKeysPerDraw)) ? T(p.dropout.keep_scale()) : T(0);
+  }
+};
+
+// Which of `tokens` queries of a q head, or keys of a K or V head, a warp works on: [batch, tokens, heads].
+struct PlainRow {
+  int64_t b, token, head;
+  DIFFQKV_DEVICE PlainRow(int64_t tokens, int64_t heads) {
+    const int64_t row = block_x() * (kPlainBackwardThreads / 32) + warp();
+    b = row / heads / tokens, token = row / heads % tokens, head = row % heads;
   }
 };
 
@@ -80,9 +89,9 @@ struct PlainQueryGradients {
     const PlainWarp<E> w{call};
     const AttentionParams& p = call.p.forward;
     const HeadGroups& h = p.heads;
-    const int64_t x = block_x() * (kThreads / 32) + warp(), head = x % h.n_q, i = x / h.n_q % p.s_q;
-    if (x / h.n_q / p.s_q >= p.batch) return;
-    const Entry entry = entry_of(p, x / h.n_q / p.s_q);
+    const auto [b, i, head] = PlainRow(p.s_q, h.n_q);
+    if (b >= p.batch) return;
+    const Entry entry = entry_of(p, b);
     if (i >= entry.s_q) return;
     const auto q = w.query(p.q, entry, head, i, p.d_k), dout = w.query(call.p.dout, entry, head, i, p.d_v);
     const RowFacts<T> row = w.facts(entry, head, i);
@@ -99,7 +108,7 @@ struct PlainQueryGradients {
   }
 };
 
-// kOfV: dV; else dK. Of a key and its head, summed up over the q heads, and those over the queries that see the key.
+// dV, or without kOfV dK, of a key and its head: the sum over the q heads, and over the queries that see the key.
 template <class E, bool kOfV>
 struct PlainKeyGradients {
   using Params = BackwardCall;
@@ -111,9 +120,9 @@ struct PlainKeyGradients {
     const AttentionParams& p = call.p.forward;
     const HeadGroups& h = p.heads;
     const int64_t heads = kOfV ? h.n_v : h.n_k, q_per_head = kOfV ? h.q_per_v() : h.q_per_k();
-    const int64_t x = block_x() * (kThreads / 32) + warp(), head = x % heads, j = x / heads % p.s_k;
-    if (x / heads / p.s_k >= p.batch) return;
-    const Entry entry = entry_of(p, x / heads / p.s_k);
+    const auto [b, j, head] = PlainRow(p.s_k, heads);
+    if (b >= p.batch) return;
+    const Entry entry = entry_of(p, b);
     if (j >= entry.s_k) return;
     const KeyRange queries = queries_of_keys(p, entry, {j, j + 1});
     typename PlainWarp<E>::Row sum{};

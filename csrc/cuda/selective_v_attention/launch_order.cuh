@@ -1,4 +1,4 @@
-// The launches of selective V, in order: for CUDA and for the emulated GPU.
+// The launches of selective_v_attention, in order: for CUDA and for the emulated GPU.
 #pragma once
 #include <algorithm>
 
@@ -6,7 +6,7 @@
 #include "cuda/selective_v_attention/score.cuh"
 #include "cuda/selective_v_attention/stats.cuh"
 
-namespace diffqkv::device::selective {
+namespace diffqkv::device::selective_v_attention {
 
 // launch.template operator()<Kernel>(params, blocks, shared bytes) returns 0 or an error, which ends it.
 template <class E, class Launch>
@@ -28,14 +28,14 @@ int launch_all(const SelectiveVAttentionParams& sp, const CudaSelectiveVAttentio
         return blocks == 0 ? 0 : launch.template operator()<Score<E, quanta>>(params, blocks, plan.score_shared);
       };
       int error = 0;
-      if (plan.chunk_tokens == kSelectQuantum) error = score.template operator()<1>();
-      if (plan.chunk_tokens == 2 * kSelectQuantum) error = score.template operator()<2>();
+      if (plan.chunk_tokens == kSelectiveVQuantum) error = score.template operator()<1>();
+      if (plan.chunk_tokens == 2 * kSelectiveVQuantum) error = score.template operator()<2>();
       if constexpr (E::kDType != DType::f32)
-        if (plan.chunk_tokens == 4 * kSelectQuantum) error = score.template operator()<4>();
+        if (plan.chunk_tokens == 4 * kSelectiveVQuantum) error = score.template operator()<4>();
       if (error == 0) error = launch.template operator()<Gather<E>>(params, params.rows(), plan.gather_shared);
       if (error != 0) return error;
     }
   return 0;
 }
 
-}  // namespace diffqkv::device::selective
+}  // namespace diffqkv::device::selective_v_attention

@@ -1,0 +1,28 @@
+// Sizes that all CPU planners reckon with: pieces of a thread's scratch, and how many threads pay.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "params/arithmetic.h"
+#include "params/params.h"
+
+namespace diffqkv {
+
+inline constexpr int64_t kLanes = 16;      // of the widest vector: reads and writes overshoot by as much
+inline constexpr int64_t kScoreRows = 12;  // rows whose scores an item holds at once
+inline constexpr int64_t kAlignmentSlack = 4096;
+
+// Pieces of scratch begin at multiples of 64 bytes.
+inline int64_t aligned(int64_t bytes) { return round_up(bytes, 64); }
+
+// Bytes of a packed panel and the rows that it is packed from.
+inline int64_t panel_bytes(int64_t d) { return 2 * aligned(4 * kPanelTokens * d); }
+
+// A parallel region costs about 1 us; below kFlopsPerThread a second thread does not pay for it.
+inline int64_t useful_threads(double flops, int64_t items, int64_t threads) {
+  constexpr double kFlopsPerThread = 2e5;
+  const int64_t useful = static_cast<int64_t>(flops / kFlopsPerThread);
+  return std::clamp<int64_t>(std::min(useful, items), 1, std::max<int64_t>(1, threads));
+}
+
+}  // namespace diffqkv
