@@ -13,7 +13,8 @@ function(diffqkv_add_cpu_isa target)
     target_include_directories(${objects} PRIVATE "${PROJECT_SOURCE_DIR}/csrc")
     target_compile_definitions(${objects} PRIVATE DIFFQKV_ISA=${isa})
     # GCC 12 takes the deliberately undefined operand in its own AVX-512 header for a mistake.
-    target_compile_options(${objects} PRIVATE -O3 ${DIFFQKV_ISA_FLAGS_${isa}} -Wno-maybe-uninitialized -Wno-uninitialized)
+    target_compile_options(${objects} PRIVATE
+      -O3 ${DIFFQKV_ISA_FLAGS_${isa}} -Wno-maybe-uninitialized -Wno-uninitialized)
     target_sources(${target} PRIVATE $<TARGET_OBJECTS:${objects}>)
   endforeach()
 endfunction()

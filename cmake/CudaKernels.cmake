@@ -72,8 +72,8 @@ foreach(_diffqkv_dims "32, 64" "64, 64" "64, 128" "128, 128" "256, 256")
 endforeach()
 foreach(_diffqkv_dtype F32 F16 BF16)
   _diffqkv_instance(selective_v_attention "${_diffqkv_dtype}"
-    "cudaError_t selective_v_attention::run<${_diffqkv_dtype}>(const SelectiveVAttentionParams&, const CudaSelectiveVAttentionPlan&, \
-void*, cudaStream_t)")
+    "cudaError_t selective_v_attention::run<${_diffqkv_dtype}>(\
+const SelectiveVAttentionParams&, const CudaSelectiveVAttentionPlan&, void*, cudaStream_t)")
 endforeach()
 
 add_library(diffqkv_cuda STATIC ${_diffqkv_cuda_sources})
