@@ -31,7 +31,8 @@ class Precision:
 
 
 PRECISION = {
-    torch.float64: Precision(2**-53, 0.0, 2**-53, 1e-290, torch.finfo(torch.float64).max),
+    # The oracle rounds as much itself.
+    torch.float64: Precision(2**-52, 2**-51, 2**-52, 1e-290, torch.finfo(torch.float64).max),
     torch.float32: Precision(2**-24, 0.0, 2**-24, 1e-34, torch.finfo(torch.float32).max),
     torch.bfloat16: Precision(2**-24, 2**-8, 2**-8, 1e-34, torch.finfo(torch.bfloat16).max),
     torch.float16: Precision(2**-24, 2**-11, 2**-11, 2**-25, torch.finfo(torch.float16).max),
