@@ -14,7 +14,7 @@ from diffqkv import reference
 from diffqkv.benchmarks.common import peers
 from diffqkv.benchmarks.common.accuracy import difference, distance, worst
 from diffqkv.benchmarks.common.inputs import N_K, N_Q, N_V, as_caches
-from diffqkv.benchmarks.common.line import TRAINING_TOLERANCE, Limit, measure
+from diffqkv.benchmarks.common.line import TRAINING_TOLERANCE, Contenders, Limit, measure
 from diffqkv.benchmarks.common.peers import repeated
 from diffqkv.benchmarks.common.targets import OWN_DENSE, OWN_TWIN
 from diffqkv.benchmarks.common.timing import Calls, first_line, pool
@@ -60,11 +60,6 @@ def _several(context: Context, count: int, *shape: int) -> list[Tensor]:
     return [_random(context, *shape) for _ in range(count)]
 
 
-def _as_exact(calls: Calls) -> tuple[Calls, float]:
-    """A peer whose results need no look."""
-    return calls, 0.0
-
-
 def _fits(context: Context, size: Size, nbytes: float) -> bool:
     if context.on_gpu and nbytes >= 0.9 * torch.cuda.mem_get_info()[0]:
         context.result.setdefault("left_out", []).append(f"{size}: not enough memory")
@@ -72,28 +67,24 @@ def _fits(context: Context, size: Size, nbytes: float) -> bool:
     return True
 
 
-def _add_line(
-    context: Context, op: str, size: Size, limit: Limit, work: float, error: float, ours: Calls,
-    others: dict[str, Peer], *, graph: bool, tolerance: float = _TOLERANCE,
-) -> None:  # fmt: skip
+def _add_line(context: Context, op: str, size: Size, who: Contenders, others: dict[str, Peer], *, graph: bool) -> None:
     """Measures a line beside those of the others that can be called and compute the same, and appends its record."""
-    made: dict[str, Calls] = {}
     notes = []
-    for name, make in others.items() if error <= tolerance else ():
+    if who.tolerance is None:
+        who = who._replace(tolerance=_TOLERANCE)
+    for name, make in others.items() if who.error <= who.tolerance else ():
         try:
             calls, apart = make()
         except Exception as failure:  # whatever a peer raises
             notes.append(f"{name}: {first_line(failure)}")
             continue
         if apart <= _APART:
-            made[name] = calls
+            who.peers[name] = calls
         else:
             notes.append(f"{name}: another result, {apart:.2g} apart")
+    who = who._replace(notes=notes)
     try:
-        record = measure(
-            op, size, torch.bfloat16, _SECONDS, timer=context.timer(graph), targets=TARGETS, error=error,
-            tolerance=tolerance, ours=ours, peers=made, limit=limit, work=work, notes=notes,
-        )  # fmt: skip
+        record = measure(op, size, torch.bfloat16, _SECONDS, who, context.timer(graph), TARGETS)
     except RuntimeError as failure:
         context.fail(f"{size}: {first_line(failure)}")
         return
@@ -101,7 +92,7 @@ def _add_line(
         context.result.setdefault("rows", []).append(record)
         context.save()
     else:
-        context.fail(f"{size}: error {error:.3g}, allowed {tolerance}")
+        context.fail(f"{size}: error {who.error:.3g}, allowed {who.tolerance}")
     if context.on_gpu:
         torch.cuda.empty_cache()
 
@@ -171,7 +162,8 @@ def _decode_line(context: Context, peaks: Peaks, dims: tuple[int, int], batch: i
         others["flash_attn"] = partial(other, lambda k, v: peers.flash_attn_decode(q, k, v, lengths))
     if peers.installed("flashinfer"):
         others["flashinfer"] = partial(other, lambda k, v: peers.flashinfer_decode(q, k, v))
-    _add_line(context, "decode_attention", size, _read(peaks), nbytes, error, ours, others, graph=True)
+    who = Contenders(error, ours, {}, _read(peaks), nbytes)
+    _add_line(context, "decode_attention", size, who, others, graph=True)
 
 
 # ---- prompts and training --------------------------------------------------------------------------------------------
@@ -231,7 +223,8 @@ def _forward_line(context: Context, peaks: Peaks, dims: tuple[int, int], batch: 
     others = {name: partial(other, make) for name, make in _others(q, k, v).items()}
     flops = batch * N_Q * tokens**2 * (dims[0] + dims[1])  # half of 2 * ...: causal
     size = _size(batch, tokens, dims)
-    _add_line(context, "flash_attention", size, _matmul(peaks), flops, worst(errors), [ours], others, graph=False)
+    who = Contenders(worst(errors), [ours], {}, _matmul(peaks), flops)
+    _add_line(context, "flash_attention", size, who, others, graph=False)
 
 
 def flash_attention_backward(context: Context, peaks: Peaks) -> None:
@@ -263,11 +256,8 @@ def _backward_line(context: Context, peaks: Peaks, dims: tuple[int, int], batch:
     others = {name: partial(other, make) for name, make in _others(*leaves).items()}
     flops = batch * N_Q * tokens**2 * (3 * dims[0] + 2 * dims[1])
     size = _size(batch, tokens, dims)
-    tolerance = TRAINING_TOLERANCE[torch.bfloat16]
-    limit = _matmul(peaks)
-    _add_line(
-        context, "flash_attention_backward", size, limit, flops, error, [ours], others, graph=False, tolerance=tolerance
-    )
+    who = Contenders(error, [ours], {}, _matmul(peaks), flops, tolerance=TRAINING_TOLERANCE[torch.bfloat16])
+    _add_line(context, "flash_attention_backward", size, who, others, graph=False)
 
 
 # ---- selective V -----------------------------------------------------------------------------------------------------
@@ -298,8 +288,8 @@ def _selective_line(context: Context, peaks: Peaks, batch: int, tokens: int, d: 
     dense = [partial(context.op("decode_attention"), q, *layer, lengths) for layer in layers]
     one = (q[:1], *(x[:1] for x in layers[0]), lengths[:1], _TOP_K)
     error = difference(ours[0]()[0][:1], composed.selective_v_attention(*one)[0])
-    others = {OWN_DENSE: partial(_as_exact, dense)}
-    _add_line(context, "selective_v_attention", size, _read(peaks), nbytes, error, ours, others, graph=True)
+    who = Contenders(error, ours, {OWN_DENSE: dense}, _read(peaks), nbytes)
+    _add_line(context, "selective_v_attention", size, who, {}, graph=True)
 
 
 # ---- cache update, swiglu --------------------------------------------------------------------------------------------
@@ -333,8 +323,8 @@ def kv_cache_update(context: Context, peaks: Peaks) -> None:
         count = min(context.timer(graph=True).sets(nbytes), _MOST_UPDATES)
         calls += [tested.make(case, seed, context.device) for seed in range(1, count - 1)]
         ours, of_torch = ([partial(f, **call.args) for call in calls] for f in (op, composed.kv_cache_update))
-        size, others = Size(name, nbytes=nbytes), {"torch": partial(_as_exact, of_torch)}
-        _add_line(context, "kv_cache_update", size, _copy(peaks), nbytes, error, ours, others, graph=True)
+        who = Contenders(error, ours, {"torch": of_torch}, _copy(peaks), nbytes)
+        _add_line(context, "kv_cache_update", Size(name, nbytes=nbytes), who, {}, graph=True)
 
 
 _SWIGLU = [(1, 6144), (64, 6144), (4096, 6144), (16384, 6144)]
@@ -349,5 +339,5 @@ def swiglu(context: Context, peaks: Peaks) -> None:
             inputs = pool(timer, nbytes, partial(_several, context, reads, rows, columns))
             ours, of_torch = ([partial(f, *x) for x in inputs] for f in (context.op(name), getattr(composed, name)))
             error = difference(ours[0](), of_torch[0]())
-            size, others = Size(f"{name}, {rows} x {columns}", nbytes=nbytes), {"torch": partial(_as_exact, of_torch)}
-            _add_line(context, name, size, _copy(peaks), nbytes, error, ours, others, graph=True)
+            who = Contenders(error, ours, {"torch": of_torch}, _copy(peaks), nbytes)
+            _add_line(context, name, Size(f"{name}, {rows} x {columns}", nbytes=nbytes), who, {}, graph=True)

@@ -10,10 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffqkv.benchmarks.common.inputs import dtype_name
+from diffqkv.benchmarks.common.inputs import HEADS, dtype_name
 
 DIMS = [(64, 64), (128, 128), (64, 128), (32, 64)]
 ODD_DIMS = [(40, 56), (8, 256), (256, 8), (128, 24), (16, 248), (256, 256)]
+
+
+def evenly(default: Any, *choices: Any) -> Any:
+    """A field that `drawn` takes from the choices."""
+    return field(default=default, metadata={"choices": choices, "probability": 1.0})
+
+
+def rarely(default: Any, *choices: Any) -> Any:
+    """A field that `drawn` takes from the choices now and then; most cases leave it at its default."""
+    return field(default=default, metadata={"choices": choices, "probability": 0.3})
 
 
 @dataclass(frozen=True)
@@ -21,7 +31,7 @@ class Case:
     """A combination of options. Its text names those that are not left at their defaults."""
 
     dtype: torch.dtype = torch.bfloat16
-    heads: tuple[int, int, int] = (32, 4, 16)
+    heads: tuple[int, int, int] = evenly((32, 4, 16), *HEADS)
     dims: tuple[int, int] = (64, 64)
 
     def __str__(self) -> str:
@@ -33,6 +43,16 @@ class Case:
                 shown = dtype_name(value) if isinstance(value, torch.dtype) else value
                 parts.append(f.name if value is True else f"{f.name} {shown}")
         return ", ".join(parts)
+
+
+def drawn(kind: type[Case], dtypes: Sequence[torch.dtype], random: Random, **given: Any) -> Case:
+    """A random case, as its fields say where they are not given. The first two dtypes are the most frequent."""
+    dims = random.choice(ODD_DIMS if random.random() < 0.3 else DIMS)
+    given |= {"dtype": random.choice((*dtypes, *dtypes[:2])), "dims": dims}
+    for f in fields(kind):
+        if f.name not in given and random.random() < f.metadata.get("probability", 0):
+            given[f.name] = random.choice(f.metadata["choices"])
+    return kind(**given)
 
 
 @dataclass
@@ -90,20 +110,6 @@ class TestedOp:
         return replace(call, args=args), lambda results: {
             name: x.narrow(self.by_entry[name], entry, 1) for name, x in results.items() if name in self.by_entry
         }
-
-
-def draws(name: str, count: int, draw: Callable[[Random], Case]) -> list[Case]:
-    """Random cases, the same ones in every run."""
-    random = Random(name)
-    return [draw(random) for _ in range(count)]
-
-
-def rarely(random: Random, value: Any, otherwise: Any, probability: float = 0.3) -> Any:
-    return value if random.random() < probability else otherwise
-
-
-def some_dims(random: Random) -> tuple[int, int]:
-    return random.choice(rarely(random, ODD_DIMS, DIMS))
 
 
 class Source:

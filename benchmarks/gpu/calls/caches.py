@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from diffqkv import reference
-from diffqkv.benchmarks.common.inputs import HEADS, NAN, as_caches, in_pages, poison_absent, poison_unneeded
+from diffqkv.benchmarks.common.inputs import NAN, as_caches, in_pages, poison_absent, poison_unneeded
 
-from .base import Call, Case, Source, TestedOp, rarely, some_dims
+from .base import Call, Case, Source, TestedOp, drawn, evenly, rarely
 
 _CAPACITIES = {True: (33, 64, 200, 500, 1100, 4096, 20000), False: (33, 64, 200, 300)}
 
@@ -22,14 +22,14 @@ _CAPACITIES = {True: (33, 64, 200, 500, 1100, 4096, 20000), False: (33, 64, 200,
 @dataclass(frozen=True)
 class CachedCase(Case):
     batch: int = 2
-    s_q: int = 1
+    s_q: int = evenly(1, 1, 1, 1, 2, 5, 16, 40)
     capacity: int = 200
-    page: int = 0  # tokens; 0: not paged
-    memory: str = "heads first"  # as diffqkv.Cache has it, or "tokens first"
-    gap: int = 0  # elements of NaN after every row
-    padded: bool = False  # on the left
+    page: int = rarely(0, 16, 32, 64, 5)  # tokens; 0: not paged
+    memory: str = evenly("heads first", "heads first", "tokens first")  # the first is that of diffqkv.Cache
+    gap: int = rarely(0, 8, 3)  # elements of NaN after every row
+    padded: bool = rarely(False, True)  # on the left
     full: bool = False  # every entry has `capacity` tokens
-    scale: float | None = None
+    scale: float | None = rarely(None, 0.2, -0.25)
 
 
 class Cached(NamedTuple):
@@ -41,21 +41,15 @@ class Cached(NamedTuple):
     visible: Tensor  # [b, 1, s_q, capacity]
 
 
-def draw_cached(dtypes: Sequence[torch.dtype], on_gpu: bool, random: Random) -> dict[str, Any]:
-    capacity = random.choice(_CAPACITIES[on_gpu])
-    return {
-        "dtype": random.choice((*dtypes, *dtypes[:2])),
-        "heads": random.choice(HEADS),
-        "dims": some_dims(random),
-        "batch": random.choice((1, 2, 5)) if capacity < 4096 else 1,
-        "s_q": random.choice((1, 1, 1, 2, 5, 16, 40)),
-        "capacity": capacity,
-        "page": rarely(random, random.choice((16, 32, 64, 5)), 0, 0.4),
-        "memory": random.choice(("heads first", "tokens first")),
-        "gap": rarely(random, random.choice((8, 3)), 0),
-        "padded": rarely(random, True, False),
-        "scale": rarely(random, random.choice((0.2, -0.25)), None),
-    }
+def drawn_cached(kind: type[CachedCase], dtypes: Sequence[torch.dtype], on_gpu: bool, count: int) -> list[CachedCase]:
+    """Random cases, the same ones in every run."""
+    random = Random(kind.__name__)
+    cases = []
+    for _ in range(count):
+        capacity = random.choice(_CAPACITIES[on_gpu])
+        batch = random.choice((1, 2, 5)) if capacity < 4096 else 1
+        cases.append(drawn(kind, dtypes, random, capacity=capacity, batch=batch))
+    return cases
 
 
 def cached(case: CachedCase, source: Source, values: Callable[..., Tensor] | None = None) -> Cached:

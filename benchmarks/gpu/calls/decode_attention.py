@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from random import Random
 
 import torch
 from torch import Tensor
@@ -13,26 +11,17 @@ from torch import Tensor
 from diffqkv import reference
 from diffqkv.benchmarks.common.accuracy import far, inaccurate
 
-from .base import Call, Source, draws, rarely
-from .caches import CachedCase, OnCache, cached, draw_cached
+from .base import Call, Source, rarely
+from .caches import CachedCase, OnCache, cached, drawn_cached
 
 _LONG_DIMS = [(64, 64), (64, 128)]
 
 
 @dataclass(frozen=True)
 class DecodeCase(CachedCase):
-    window: int = -1
-    softcap: float = 0.0
-    sinks: bool = False
-
-
-def _draw(dtypes: Sequence[torch.dtype], on_gpu: bool, random: Random) -> DecodeCase:
-    return DecodeCase(
-        **draw_cached(dtypes, on_gpu, random),
-        window=rarely(random, random.choice((0, 9, 130)), -1),
-        softcap=rarely(random, 1.5, 0.0),
-        sinks=rarely(random, True, False),
-    )
+    window: int = rarely(-1, 0, 9, 130)
+    softcap: float = rarely(0.0, 1.5)
+    sinks: bool = rarely(False, True)
 
 
 class DecodeAttention(OnCache):
@@ -47,7 +36,7 @@ class DecodeAttention(OnCache):
         ]
         if on_gpu:  # many splits
             known += [DecodeCase(dtype, capacity=70000, batch=1, dims=dims) for dtype in dtypes for dims in _LONG_DIMS]
-        return known + draws(self.op, 300 if on_gpu else 10, partial(_draw, dtypes, on_gpu))
+        return known + drawn_cached(DecodeCase, dtypes, on_gpu, 300 if on_gpu else 10)
 
     def stable_cases(self, dtypes: Sequence[torch.dtype], on_gpu: bool) -> list[DecodeCase]:
         plain = DecodeCase(dtypes[0], batch=3, capacity=9000 if on_gpu else 200)

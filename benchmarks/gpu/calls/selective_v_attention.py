@@ -4,44 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from random import Random
 
 import torch
 from torch import Tensor
 
 from diffqkv.benchmarks.common.accuracy import far, inaccurate
 
-from .base import Call, Source, draws, rarely
-from .caches import Cached, CachedCase, OnCache, cached, draw_cached
+from .base import Call, Source, evenly, rarely
+from .caches import Cached, CachedCase, OnCache, cached, drawn_cached
 
 _TAILS = ("drop", "renorm", "mean")
 
 
 @dataclass(frozen=True)
 class SelectiveCase(CachedCase):
-    top_k: int = 30
-    tail: str = "drop"
-    keep_first: int = 0
-    keep_last: int = 0
-    stats: bool = False
-    bound: bool = True
-    max_error: float | None = None
-    ties: bool = False  # scores are small integers
-
-
-def _draw(dtypes: Sequence[torch.dtype], on_gpu: bool, random: Random) -> SelectiveCase:
-    return SelectiveCase(
-        **draw_cached(dtypes, on_gpu, random),
-        top_k=random.choice((1, 7, 30, 100, 250, 3000) if on_gpu else (1, 7, 30, 250)),
-        tail=random.choice(_TAILS),
-        keep_first=rarely(random, 4, 0),
-        keep_last=rarely(random, 5, 0),
-        stats=rarely(random, True, False),
-        bound=rarely(random, True, False, 0.6),
-        max_error=rarely(random, random.choice((1e-4, 0.3, 2.0)), None),
-        ties=rarely(random, True, False),
-    )
+    top_k: int = evenly(30, 1, 7, 30, 100, 250, 3000)
+    tail: str = evenly("drop", *_TAILS)
+    keep_first: int = rarely(0, 4)
+    keep_last: int = rarely(0, 5)
+    stats: bool = rarely(False, True)
+    bound: bool = evenly(True, True, False)
+    max_error: float | None = rarely(None, 1e-4, 0.3, 2.0)
+    ties: bool = rarely(False, True)  # scores are small integers
 
 
 class SelectiveVAttention(OnCache):
@@ -60,7 +44,7 @@ class SelectiveVAttention(OnCache):
         ]
         if on_gpu:
             known += [SelectiveCase(dtype, capacity=70000, batch=1, top_k=100) for dtype in dtypes]
-        return known + draws(self.op, 250 if on_gpu else 10, partial(_draw, dtypes, on_gpu))
+        return known + drawn_cached(SelectiveCase, dtypes, on_gpu, 250 if on_gpu else 10)
 
     def stable_cases(self, dtypes: Sequence[torch.dtype], on_gpu: bool) -> list[SelectiveCase]:
         capacity = 9000 if on_gpu else 200

@@ -17,6 +17,8 @@ from ..benchmarks.common.inputs import dtype_name
 from ..benchmarks.common.line import TOLERANCE
 from ..benchmarks.common.report import write
 from ..benchmarks.cpu import CASES, case
+from ..benchmarks.cpu import run as run_case
+from ..benchmarks.cpu.report import machine, markdown
 from ..ops import library
 
 EXIT_RIGHT, EXIT_WRONG, EXIT_MISSING = 0, 1, 2
@@ -74,8 +76,6 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
 
-    from ..benchmarks.cpu.report import machine, markdown
-
     planned = []
     for name in args.cases:
         sizes = case(name).SIZES
@@ -84,11 +84,10 @@ def run(args: argparse.Namespace) -> int:
         planned += [(name, size, dtype) for dtype in args.dtypes for size in sizes]
 
     records = []
-    with torch.inference_mode(), tqdm(planned, unit="line", disable=None) as progress:
+    with tqdm(planned, unit="line", disable=None) as progress:
         for name, size, dtype in progress:
             progress.set_postfix_str(f"{name} {size} {dtype}")
-            torch.manual_seed(0)
-            records.append(case(name).run(size, _DTYPES[dtype], args.seconds))
+            records.append(run_case(name, size, _DTYPES[dtype], args.seconds))
     facts = machine()
     table = markdown(facts, records)
     print(table, end="")

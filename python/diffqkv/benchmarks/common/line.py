@@ -14,7 +14,7 @@ from .timing import Calls, Elsewhere, Timer, interleaved
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-2}
 TRAINING_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 DISTURBED = 0.05  # of the CPUs spent elsewhere: such a line is shown and not judged
-MEASURED = ("ms", "spread_ms", "cpu_elsewhere", "rate", "limit", "ratios", "targets", "notes")
+MEASURED = ("ms", "spread_ms", "cpu_elsewhere", "rate", "limit", "ratios", "targets", "notes", "figures")
 _LIMIT = "limit"
 
 
@@ -28,25 +28,32 @@ class Limit(NamedTuple):
     per_second: float = 0.0
 
 
-def measure(
-    case: str, size: NamedTuple, dtype: torch.dtype, seconds: float, *, timer: Timer, targets: Iterable[Target],
-    error: float, tolerance: float | None = None, ours: Calls, peers: dict[str, Calls], limit: Limit | None = None,
-    work: float = 0.0, notes: Iterable[str] = (),
-) -> dict:  # fmt: skip
-    """Times all contenders in one interleaved run; nothing is timed if the error is too large.
+class Contenders(NamedTuple):
+    """What a line measures: ours, what it is compared with, and how wrong ours is."""
 
-    Args:
-        size: its text names the line, its fields are part of the record.
-        seconds: how long the line is measured, about.
-        error: an error of ours, by `accuracy`.
-        tolerance: the largest error that is right; TOLERANCE of the dtype by default.
-        peers: what ours is compared with; OWN_TWIN is our own kernel on the twin.
-        work: FLOPs or bytes of one of our calls, in the unit of the limit.
+    error: float  # by `accuracy`
+    ours: Calls
+    peers: dict[str, Calls]  # OWN_TWIN is our own kernel on the twin
+    limit: Limit | None = None
+    work: float = 0.0  # FLOPs or bytes of one of our calls, in the unit of the limit
+    tolerance: float | None = None  # the largest error that is right; by default TOLERANCE
+    notes: Iterable[str] = ()
+    # More columns, from the record: each has the figures of ours and of a peer.
+    figures: Callable[[dict], dict[str, dict[str, float]]] | None = None
+
+
+def measure(
+    case: str, size: NamedTuple, dtype: torch.dtype, seconds: float, who: Contenders, timer: Timer,
+    targets: Iterable[Target],
+) -> dict:  # fmt: skip
+    """Times all contenders in one interleaved run of about `seconds`; nothing is timed if ours is wrong.
 
     Returns:
-        The record of the line, for JSON: what was measured, and as MEASURED the results, None if ours is wrong. A ratio
-        says how many times as long as ours a peer takes, in the median of the rounds.
+        The record of the line, for JSON: the case, the fields of the size and its text, the dtype, and as MEASURED the
+        results, None if ours is wrong. A ratio says how many times as long as ours a peer takes, in the median of the
+        rounds.
     """
+    error, ours, peers, limit, work, tolerance, notes, figures = who
     tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
     record = {"case": case, "size": str(size), **size._asdict(), "dtype": dtype_name(dtype)}
     record |= {"error": error, "tolerance": tolerance, "correct": error <= tolerance} | dict.fromkeys(MEASURED)
@@ -58,9 +65,9 @@ def measure(
     elsewhere = Elsewhere()
     times, without = interleaved(timer, contenders, seconds, optional=peers)
     record["cpu_elsewhere"] = elsewhere.share() if timer.disturbed_by_others else 0.0
-    record["ms"] = {who: time.median * 1e3 for who, time in times.items()}
-    record["spread_ms"] = {who: time.spread * 1e3 for who, time in times.items()}
-    record["notes"] = [*notes, *(f"{who}: {why}" for who, why in without.items())]
+    record["ms"] = {name: time.median * 1e3 for name, time in times.items()}
+    record["spread_ms"] = {name: time.spread * 1e3 for name, time in times.items()}
+    record["notes"] = [*notes, *(f"{peer}: {why}" for peer, why in without.items())]
 
     measured = {OURS: times[OURS].median}
     ratios = record["ratios"] = {}
@@ -87,6 +94,7 @@ def measure(
         for column, bound in bounds(targets, record).items()
         if column in measured
     }
+    record["figures"] = figures(record) if figures else {}
     return record
 
 
@@ -108,7 +116,7 @@ def cells(record: dict) -> dict[str, str]:
             shown[column] = f"{ratio:.1%} of {limit['name']}, {_rate(limit['per_second'], limit['unit'])}"
     for column, target in record["targets"].items():
         shown[column] += f" ({verdict(column, target, record)})"
-    for column, figures in record.get("figures", {}).items():
+    for column, figures in record["figures"].items():
         ours, theirs = (f"{x:,.0f}" if x >= 1000 else f"{x:.1f}" for x in figures.values())
         shown[column] = f"{ours} ({theirs})"
     if record["notes"]:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from itertools import cycle
 from math import ceil
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -53,30 +53,21 @@ class Timing(NamedTuple):
         return statistics.median(a / b for a, b in zip(self.samples, other.samples, strict=True))
 
 
-class Timer(Protocol):
-    most_rounds: float
-    disturbed_by_others: bool  # whether other processes on the CPU slow the calls down
-
-    def sets(self, nbytes: int) -> int:
-        """How many sets of so many bytes take turns, so that none is in a cache when its turn comes."""
-
-    def sampler(self, calls: Calls) -> Sampler:
-        """Warms the calls up; the result, called, gives the seconds of a call."""
-
-
 class Clock:
     """The wall time of calls that a CPU computes. A sample is one call, the next in turn."""
 
     most_rounds = float("inf")
-    disturbed_by_others = True
+    disturbed_by_others = True  # other processes on the CPU slow the calls down
 
     def __init__(self, pool_bytes: int | None = None):
         self.pool_bytes = POOL_BYTES if pool_bytes is None else pool_bytes
 
     def sets(self, nbytes: int) -> int:
+        """How many sets of so many bytes take turns, so that none is in a cache when its turn comes."""
         return ceil(self.pool_bytes / nbytes)
 
     def sampler(self, calls: Calls) -> Sampler:
+        """Warms the calls up; what it returns takes a sample, in seconds of a call."""
         turns = cycle(calls)
 
         def sample() -> float:
@@ -131,6 +122,9 @@ class Events:
             return begin.elapsed_time(end) / 1e3 / len(calls)
 
         return sample
+
+
+Timer = Clock | Events
 
 
 def pool(timer: Timer, nbytes: int, build: Callable[[], T]) -> list[T]:

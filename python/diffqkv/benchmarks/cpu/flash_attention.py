@@ -7,10 +7,11 @@ import diffqkv
 
 from ..common.accuracy import difference, worst
 from ..common.inputs import N_K, N_Q, N_V, D
+from ..common.line import Contenders
 from ..common.peers import sdpa
 from ..common.targets import OWN_TWIN, SDPA_REPEATED, SDPA_TWIN
 from . import limits
-from .layer import Size, heads, measure
+from .layer import Size, heads
 
 TITLE = "`flash_attention`, causal; limit: multiply-adds on registers"
 SIZES = (Size(512), Size(1024), Size(2048), Size(4096))
@@ -27,14 +28,10 @@ def _error(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> float:
     return worst(errors)
 
 
-def run(size: Size, dtype: torch.dtype, seconds: float) -> dict:
+def contenders(size: Size, dtype: torch.dtype) -> Contenders:
     q, k, v, k_twin = (heads(n, size.tokens, dtype) for n in (N_Q, N_K, N_V, N_V))
     flops = 2 * N_Q * (2 * D) * size.tokens * (size.tokens + 1) / 2
-    return measure(
-        "flash_attention",
-        size,
-        dtype,
-        seconds,
+    return Contenders(
         error=_error(diffqkv.flash_attention(q, k, v, causal=True), q, k, v),
         ours=[lambda: diffqkv.flash_attention(q, k, v, causal=True)],
         peers={

@@ -9,16 +9,17 @@ import diffqkv
 
 from ..common.accuracy import difference, worst
 from ..common.inputs import N_K, N_Q, N_V, D
-from ..common.line import TRAINING_TOLERANCE
+from ..common.line import TRAINING_TOLERANCE, Contenders
 from ..common.peers import sdpa
 from ..common.targets import OWN_MHA, SDPA_REPEATED
 from . import limits
-from .layer import Size, heads, measure
+from .layer import Size, heads
 
 TITLE = (
     "`flash_attention`, causal, and its gradients; own MHA: the same kernels, 32 K and V heads; limit: multiply-adds "
     "on registers, for the 7 products of a tile that the gradients are defined by"
 )
+TRAINS = True
 SIZES = (Size(512), Size(1024), Size(2048), Size(4096))
 _FLOPS_PER_PAIR = 2 * (2 * D + 5 * D)  # of a query and a key: q k, p v; then p, dp, dq, dk, dv
 
@@ -42,9 +43,7 @@ def _error(gradients: tuple[Tensor, ...], leaves: list[Tensor], dout: Tensor) ->
     return worst(errors)
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()
-def run(size: Size, dtype: torch.dtype, seconds: float) -> dict:
+def contenders(size: Size, dtype: torch.dtype) -> Contenders:
     def leaf(count: int) -> Tensor:
         return heads(count, size.tokens, dtype).requires_grad_()
 
@@ -52,11 +51,7 @@ def run(size: Size, dtype: torch.dtype, seconds: float) -> dict:
     dout = heads(N_Q, size.tokens, dtype)
     ours = _step(_ours, leaves, dout)
     flops = N_Q * _FLOPS_PER_PAIR * size.tokens * (size.tokens + 1) / 2
-    return measure(
-        "flash_attention_backward",
-        size,
-        dtype,
-        seconds,
+    return Contenders(
         error=_error(ours(), leaves, dout),
         tolerance=TRAINING_TOLERANCE[dtype],
         ours=[ours],

@@ -10,8 +10,9 @@ from diffqkv import reference
 
 from ..common.accuracy import difference
 from ..common.inputs import N_K, N_V, D
+from ..common.line import Contenders
 from . import limits
-from .layer import Size, cache_layer, cache_layers, heads, measure, on_each, rows
+from .layer import Size, cache_layer, cache_layers, heads, on_each, rows
 
 TITLE = (
     "`kv_cache_update` with RoPE, K in panels: one token into a cache of so many, or a whole prompt; torch: rotation "
@@ -41,7 +42,7 @@ def _error(old: tuple[Tensor, Tensor], k: Tensor, v: Tensor, positions: Tensor, 
     return difference(layer.dense(), (want_k, want_v))
 
 
-def run(size: Size, dtype: torch.dtype, seconds: float) -> dict:
+def contenders(size: Size, dtype: torch.dtype) -> Contenders:
     old = heads(N_K, size.tokens, dtype, size.batch), heads(N_V, size.tokens, dtype, size.batch)
     new = size.tokens if size.prompt else 1
     k, v = heads(N_K, new, dtype, size.batch), heads(N_V, new, dtype, size.batch)
@@ -53,11 +54,7 @@ def run(size: Size, dtype: torch.dtype, seconds: float) -> dict:
     at, slots = cycle(positions), cycle([slice(begin, begin + new) for begin in begins])
 
     nbytes = k.nbytes + v.nbytes
-    return measure(
-        "kv_cache_update",
-        size,
-        dtype,
-        seconds,
+    return Contenders(
         error=_error(old, k, v, positions[0], cos, sin),
         ours=on_each(cache_layers(*old), lambda layer: _ours(layer, k, v, next(at), cos, sin)),
         peers={"torch": on_each(rows(*old), lambda caches: _torch(caches, k, v, next(slots), cos, sin))},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -10,13 +11,10 @@ from torch import Tensor
 
 import diffqkv
 
-from ..common import line
 from ..common.inputs import N_K, N_Q, N_V, D
 from ..common.timing import Calls, Clock, pool
-from .targets import TARGETS
 
 CLOCK = Clock()
-measure = partial(line.measure, timer=CLOCK, targets=TARGETS)
 
 
 class Size(NamedTuple):
@@ -67,6 +65,6 @@ def rows(k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
     return pool(CLOCK, k.nbytes + v.nbytes, lambda: (k.clone(), v.clone()))
 
 
-def on_each(data: list, call) -> Calls:
+def on_each(data: list, call: Callable) -> Calls:
     """The call on each of the data."""
     return [partial(call, x) for x in data]

@@ -19,9 +19,10 @@ from diffqkv.cache import CacheLayer
 
 from ..common import timing
 from ..common.accuracy import distance
+from ..common.line import Contenders
 from ..common.targets import LLAMA, OURS
 from . import limits
-from .layer import Size, measure
+from .layer import Size
 
 TITLE = (
     "one token through Sigma-1.5B with its `diffqkv.Cache`, and through a Llama of equal size (GQA-16, sdpa) with its "
@@ -180,7 +181,7 @@ def split(model: nn.Module, cache) -> dict[str, float]:
     return {name: median(part) * 1e3 for name, part in parts.items()}
 
 
-def run(size: Size, dtype: torch.dtype, seconds: float) -> dict:
+def contenders(size: Size, dtype: torch.dtype) -> Contenders:
     unfused, llama, fused = _models(dtype)
     sigma = fused if size.fused else unfused
     error = _error(sigma, unfused, min(size.tokens, _CHECKED_TOKENS), dtype)
@@ -189,20 +190,18 @@ def run(size: Size, dtype: torch.dtype, seconds: float) -> dict:
     if size.fused:
         peers[UNFUSED] = [lambda: _step(unfused, ours)]
     weights = sum(p.nbytes for p in sigma.parameters()) - sigma.get_input_embeddings().weight.nbytes
-    record = measure(
-        "model_decode",
-        size,
-        dtype,
-        seconds,
+
+    def figures(record: dict) -> dict[str, dict[str, float]]:
+        own, other = split(sigma, ours), split(llama, theirs)
+        rates = {"tokens/s": {who: 1e3 / record["ms"][who] for who in (OURS, LLAMA)}}
+        return rates | {part: {OURS: own[part], LLAMA: other[part]} for part in own}
+
+    return Contenders(
         error=error,
         tolerance=_TOLERANCE[dtype],
         ours=[lambda: _step(sigma, ours)],
         peers=peers,
         limit=limits.read(timing.POOL_BYTES),
         work=weights + sum(layer.keys.nbytes + layer.values.nbytes for layer in ours.layers),
+        figures=figures,
     )
-    if record["correct"]:
-        record["figures"] = {"tokens/s": {who: 1e3 / record["ms"][who] for who in (OURS, LLAMA)}}
-        own, other = split(sigma, ours), split(llama, theirs)
-        record["figures"] |= {part: {OURS: own[part], LLAMA: other[part]} for part in own}
-    return record

@@ -11,8 +11,9 @@ from torch import Tensor
 import diffqkv
 
 from ..common.accuracy import distance
-from ..common.targets import OURS, SDPA_MODEL
-from .layer import Size, measure
+from ..common.line import Contenders
+from ..common.targets import SDPA_MODEL
+from .layer import Size
 
 TITLE = (
     "a training step (forward, backward, AdamW) of a Sigma, and of the same model through SDPA; bfloat16: autocast. "
@@ -48,6 +49,7 @@ LARGE = {
     "tie_word_embeddings": True,
     "initializer_range": 0.036,
 }
+TRAINS = True
 SIZES = (Size(256, 8), Size(1024, 8), Size(1024, 1))
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # a distance of the gradients
 
@@ -88,22 +90,13 @@ def _steps(size: Size, dtype: torch.dtype) -> Steps:
     return Steps(LARGE if size.batch == 1 else SMALL, size, dtype)
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()
-def run(size: Size, dtype: torch.dtype, seconds: float) -> dict:
+def contenders(size: Size, dtype: torch.dtype) -> Contenders:
     steps = _steps(size, dtype)
-    record = measure(
-        "model_training",
-        size,
-        dtype,
-        seconds,
+    tokens = size.batch * size.tokens
+    return Contenders(
         error=steps.error(),
         tolerance=_TOLERANCE[dtype],
         ours=[steps.through("diffqkv")],
         peers={SDPA_MODEL: [steps.through("sdpa")]},
+        figures=lambda record: {"tokens/s": {who: tokens / ms * 1e3 for who, ms in record["ms"].items()}},
     )
-    if record["correct"]:
-        tokens = size.batch * size.tokens
-        rates = {who: tokens / record["ms"][who] * 1e3 for who in (OURS, SDPA_MODEL)}
-        record["figures"] = {"tokens/s": rates}
-    return record

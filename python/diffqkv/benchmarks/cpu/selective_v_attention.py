@@ -8,10 +8,11 @@ from diffqkv import reference
 
 from ..common.accuracy import difference
 from ..common.inputs import N_Q, D, as_caches
+from ..common.line import Contenders
 from ..common.peers import matmul_top_k
 from ..common.targets import OWN_DENSE
 from . import limits
-from .layer import Decode, Size, cache_layers, measure, on_each, rows
+from .layer import Decode, Size, cache_layers, on_each, rows
 
 TOP_K = 100
 TITLE = (
@@ -21,7 +22,7 @@ TITLE = (
 SIZES = (Size(8192), Size(32768))
 
 
-def run(size: Size, dtype: torch.dtype, seconds: float) -> dict:
+def contenders(size: Size, dtype: torch.dtype) -> Contenders:
     it = Decode(size, dtype)
     layers = cache_layers(it.k, it.v)
 
@@ -32,11 +33,7 @@ def run(size: Size, dtype: torch.dtype, seconds: float) -> dict:
     caches = as_caches(it.k.double(), it.v.double())
     want, _ = reference.selective_v_attention(it.q.double(), *caches, it.lengths, TOP_K)
     nbytes = it.k.nbytes + size.batch * N_Q * min(TOP_K, size.tokens) * D * dtype.itemsize
-    return measure(
-        "selective_v_attention",
-        size,
-        dtype,
-        seconds,
+    return Contenders(
         error=difference(ours(layers[0]), want),
         ours=on_each(layers, ours),
         peers={

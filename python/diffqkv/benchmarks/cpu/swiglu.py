@@ -6,25 +6,22 @@ import torch.nn.functional as F
 import diffqkv
 
 from ..common.accuracy import difference
+from ..common.line import Contenders
 from ..common.timing import pool
 from . import limits
-from .layer import CLOCK, Size, measure, on_each
+from .layer import CLOCK, Size, on_each
 
 COLUMNS = 6144  # the intermediate size of Sigma-1.5B
 TITLE = "`swiglu` of so many tokens; torch: silu, then a product; limit: copying as many bytes"
 SIZES = (Size(1), Size(1024))
 
 
-def run(size: Size, dtype: torch.dtype, seconds: float) -> dict:
+def contenders(size: Size, dtype: torch.dtype) -> Contenders:
     gate, up = torch.randn(2, size.tokens, COLUMNS).to(dtype)
     nbytes = 3 * gate.nbytes  # two are read, one is written
     pairs = pool(CLOCK, nbytes, lambda: (gate.clone(), up.clone()))
     want = diffqkv.reference.swiglu(gate.double(), up.double(), torch.float64)
-    return measure(
-        "swiglu",
-        size,
-        dtype,
-        seconds,
+    return Contenders(
         error=difference(diffqkv.swiglu(gate, up), want),
         ours=on_each(pairs, lambda pair: diffqkv.swiglu(*pair)),
         peers={"torch": on_each(pairs, lambda pair: F.silu(pair[0]) * pair[1])},
