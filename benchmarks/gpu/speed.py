@@ -56,6 +56,10 @@ def _random(context: Context, *shape: int) -> Tensor:
     return torch.empty(*shape, dtype=torch.bfloat16, device=context.device).normal_()
 
 
+def _cached(context: Context, batch: int, tokens: int, dims: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    return tuple(_random(context, batch, heads, tokens, d) for heads, d in zip((N_K, N_V), dims, strict=True))
+
+
 def _several(context: Context, count: int, *shape: int) -> list[Tensor]:
     return [_random(context, *shape) for _ in range(count)]
 
@@ -97,16 +101,10 @@ def _add_line(context: Context, op: str, size: Size, who: Contenders, others: di
         torch.cuda.empty_cache()
 
 
-def _read(peaks: Peaks) -> Limit:
-    return Limit("read", "B/s", per_second=peaks["read_gb_s"] * 1e9)
-
-
-def _copy(peaks: Peaks) -> Limit:
-    return Limit("copy", "B/s", per_second=peaks["copy_gb_s"] * 1e9)
-
-
-def _matmul(peaks: Peaks) -> Limit:
-    return Limit("matmul", "FLOP/s", per_second=peaks["bf16_tflops"] * 1e12)
+def _limit(name: str, peaks: Peaks) -> Limit:
+    if name == "matmul":
+        return Limit(name, "FLOP/s", per_second=peaks["bf16_tflops"] * 1e12)
+    return Limit(name, "B/s", per_second=peaks[f"{name}_gb_s"] * 1e9)
 
 
 # ---- decode ----------------------------------------------------------------------------------------------------------
@@ -137,11 +135,7 @@ def _decode_line(context: Context, peaks: Peaks, dims: tuple[int, int], batch: i
         return
     op, q = context.op("decode_attention"), _random(context, batch, N_Q, 1, d_k)
     lengths = torch.full((batch,), tokens, dtype=torch.int32, device=context.device)
-    layers = pool(
-        timer,
-        nbytes,
-        lambda: (_random(context, batch, N_K, tokens, d_k), _random(context, batch, N_V, tokens, d_v)),
-    )
+    layers = pool(timer, nbytes, lambda: _cached(context, batch, tokens, dims))
     twins = [(repeated(k, N_V), v) for k, v in layers]
     ours = [partial(op, q, *as_caches(k, v), lengths) for k, v in layers]
     out = ours[0]()[0]
@@ -162,7 +156,7 @@ def _decode_line(context: Context, peaks: Peaks, dims: tuple[int, int], batch: i
         others["flash_attn"] = partial(other, lambda k, v: peers.flash_attn_decode(q, k, v, lengths))
     if peers.installed("flashinfer"):
         others["flashinfer"] = partial(other, lambda k, v: peers.flashinfer_decode(q, k, v))
-    who = Contenders(error, ours, {}, _read(peaks), nbytes)
+    who = Contenders(error, ours, {}, _limit("read", peaks), nbytes)
     _add_line(context, "decode_attention", size, who, others, graph=True)
 
 
@@ -198,7 +192,7 @@ def _others(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable]:
 
 
 def _prompt(context: Context, dims: tuple[int, int], batch: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(_random(context, batch, n, tokens, d) for n, d in zip((N_Q, N_K, N_V), (dims[0], *dims), strict=True))
+    return _random(context, batch, N_Q, tokens, dims[0]), *_cached(context, batch, tokens, dims)
 
 
 @torch.no_grad()
@@ -223,7 +217,7 @@ def _forward_line(context: Context, peaks: Peaks, dims: tuple[int, int], batch: 
     others = {name: partial(other, make) for name, make in _others(q, k, v).items()}
     flops = batch * N_Q * tokens**2 * (dims[0] + dims[1])  # half of 2 * ...: causal
     size = _size(batch, tokens, dims)
-    who = Contenders(worst(errors), [ours], {}, _matmul(peaks), flops)
+    who = Contenders(worst(errors), [ours], {}, _limit("matmul", peaks), flops)
     _add_line(context, "flash_attention", size, who, others, graph=False)
 
 
@@ -256,7 +250,7 @@ def _backward_line(context: Context, peaks: Peaks, dims: tuple[int, int], batch:
     others = {name: partial(other, make) for name, make in _others(*leaves).items()}
     flops = batch * N_Q * tokens**2 * (3 * dims[0] + 2 * dims[1])
     size = _size(batch, tokens, dims)
-    who = Contenders(error, [ours], {}, _matmul(peaks), flops, tolerance=TRAINING_TOLERANCE[torch.bfloat16])
+    who = Contenders(error, [ours], {}, _limit("matmul", peaks), flops, tolerance=TRAINING_TOLERANCE[torch.bfloat16])
     _add_line(context, "flash_attention_backward", size, who, others, graph=False)
 
 
@@ -281,14 +275,12 @@ def _selective_line(context: Context, peaks: Peaks, batch: int, tokens: int, d: 
         return
     q = _random(context, batch, N_Q, 1, d)
     lengths = torch.full((batch,), tokens, dtype=torch.int32, device=context.device)
-    layers = pool(
-        timer, nbytes, lambda: as_caches(*(_random(context, batch, heads, tokens, d) for heads in (N_K, N_V)))
-    )
+    layers = pool(timer, nbytes, lambda: as_caches(*_cached(context, batch, tokens, (d, d))))
     ours = [partial(context.op("selective_v_attention"), q, *layer, lengths, _TOP_K) for layer in layers]
     dense = [partial(context.op("decode_attention"), q, *layer, lengths) for layer in layers]
     one = (q[:1], *(x[:1] for x in layers[0]), lengths[:1], _TOP_K)
     error = difference(ours[0]()[0][:1], composed.selective_v_attention(*one)[0])
-    who = Contenders(error, ours, {OWN_DENSE: dense}, _read(peaks), nbytes)
+    who = Contenders(error, ours, {OWN_DENSE: dense}, _limit("read", peaks), nbytes)
     _add_line(context, "selective_v_attention", size, who, {}, graph=True)
 
 
@@ -323,7 +315,7 @@ def kv_cache_update(context: Context, peaks: Peaks) -> None:
         count = min(context.timer(graph=True).sets(nbytes), _MOST_UPDATES)
         calls += [tested.make(case, seed, context.device) for seed in range(1, count - 1)]
         ours, of_torch = ([partial(f, **call.args) for call in calls] for f in (op, composed.kv_cache_update))
-        who = Contenders(error, ours, {"torch": of_torch}, _copy(peaks), nbytes)
+        who = Contenders(error, ours, {"torch": of_torch}, _limit("copy", peaks), nbytes)
         _add_line(context, "kv_cache_update", Size(name, nbytes=nbytes), who, {}, graph=True)
 
 
@@ -339,5 +331,5 @@ def swiglu(context: Context, peaks: Peaks) -> None:
             inputs = pool(timer, nbytes, partial(_several, context, reads, rows, columns))
             ours, of_torch = ([partial(f, *x) for x in inputs] for f in (context.op(name), getattr(composed, name)))
             error = difference(ours[0](), of_torch[0]())
-            who = Contenders(error, ours, {"torch": of_torch}, _copy(peaks), nbytes)
+            who = Contenders(error, ours, {"torch": of_torch}, _limit("copy", peaks), nbytes)
             _add_line(context, name, Size(f"{name}, {rows} x {columns}", nbytes=nbytes), who, {}, graph=True)

@@ -10,8 +10,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Container
 from itertools import cycle
 from math import ceil
 from pathlib import Path
@@ -149,28 +148,21 @@ def interleaved(
                 raise
             without[name] = first_line(error)
     times: dict[str, Timing] = {name: Timing([]) for name in samplers}
-    with _no_garbage_collection():
-        begin, done = time.perf_counter(), 0
+    collects, begin, done = gc.isenabled(), time.perf_counter(), 0
+    gc.disable()
+    try:
         while done < rounds or (done < timer.most_rounds and time.perf_counter() - begin < seconds):
             for name, sample in samplers.items():
                 times[name].samples.append(sample())
             done += 1
+    finally:
+        if collects:
+            gc.enable()
     return times, without
 
 
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).split("\n")[0][:200]
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 class Elsewhere:
