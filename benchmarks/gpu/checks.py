@@ -214,7 +214,7 @@ def contract(context: Context, name: str) -> None:
                 args |= {x: args[x].detach().requires_grad_() for x in ("q", "k", "v", "gate", "up") if x in args}
             try:
                 torch.library.opcheck(context.op(name), (), args)
-            except Exception as error:  # of many types
+            except Exception as error:  # opcheck raises many types
                 context.fail(f"{text}{', with gradients' * differentiable}: {str(error)[-600:]}")
             context.result["opchecks"] = context.result.get("opchecks", 0) + 1
 

@@ -53,7 +53,7 @@ class Context:
     def poison(self, nbytes: int = 64 << 20) -> None:
         """Makes it likely that the memory an op allocates next holds NaN."""
         if self.on_gpu:
-            for size in (nbytes, 1 << 20, 1 << 16):  # of each pool of the allocator
+            for size in (nbytes, 1 << 20, 1 << 16):  # a block in each pool of the allocator
                 torch.full((size // 4,), float("nan"), device=self.device)
 
     def timer(self, graph: bool) -> Timer:

@@ -20,7 +20,7 @@ from .calls import TESTED_OPS
 from .context import Context
 
 GIB = 1 << 30
-_ROUNDS, _CALLS = 15, 3  # calls one behind the other, so that the host's time does not count
+_ROUNDS, _CALLS = 15, 3  # calls that follow each other, so that the host's time does not count
 
 
 def _output(*command: str) -> str:

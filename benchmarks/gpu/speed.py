@@ -169,7 +169,10 @@ _SLICE = 64  # rows that are compared with the reference
 
 
 def _others(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable]:
-    """By peer, what makes its call of causal attention, and the K and V that takes: K with V's heads, or both q's."""
+    """The peers' ways to make their call of causal attention, and the K and V that it takes.
+
+    Each K head is repeated for the V heads that share it, and both for the heads of q where a peer knows no groups.
+    """
 
     def given(x: Tensor, heads: int) -> Tensor:
         return repeated(x, heads).detach().requires_grad_(q.requires_grad)
@@ -269,7 +272,7 @@ def selective_v_attention(context: Context, peaks: Peaks) -> None:
 
 def _selective_line(context: Context, peaks: Peaks, batch: int, tokens: int, d: int = 64) -> None:
     k_bytes, v_bytes = 2 * batch * N_K * d * tokens, 2 * batch * N_V * d * tokens
-    nbytes = k_bytes + 2 * batch * N_Q * min(_TOP_K, tokens) * d  # of V, if no two heads choose the same rows
+    nbytes = k_bytes + 2 * batch * N_Q * min(_TOP_K, tokens) * d  # rows of V, if no two heads share one
     size, timer = _size(batch, tokens, (d, d), nbytes), context.timer(graph=True)
     if not _fits(context, size, timer.sets(nbytes) * (k_bytes + v_bytes) + 16 * tokens * (N_Q + N_V * d)):
         return

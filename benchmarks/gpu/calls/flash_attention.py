@@ -25,7 +25,7 @@ _DROPOUT_SEED, _DROPOUT_OFFSET = -(2**40) - 7, 3
 @dataclass(frozen=True)
 class FlashCase(Case):
     batch: int = evenly(2, 1, 2, 3)
-    s_q: int = 64  # of packed entries: the longest
+    s_q: int = 64  # the length; that of the longest of packed entries
     s_k: int = 64
     causal: bool = evenly(False, False, True)
     window: tuple[int, int] = rarely((-1, -1), (9, 4), (7, -1), (40, 0), (-1, 3))
@@ -244,7 +244,7 @@ class FlashAttentionVarlen(_FlashAttention):
             args[name] = None if args[name] is None else args[name][entry : entry + 1]
         for side in ("q", "k"):
             args[f"cu_seqlens_{side}"] = args[f"cu_seqlens_{side}"].new_tensor([0, rows[side][1]])
-        for name in ("lse", "dlse"):  # of one entry after the other, by head
+        for name in ("lse", "dlse"):  # an entry alone has them contiguous by head
             if args.get(name) is not None:
                 args[name] = args[name].contiguous()
         return replace(call, args=args), part

@@ -87,7 +87,9 @@ class _Selection:
         self.scores = self.q.double() @ self.k.double().transpose(2, 3)
         self.visible = cache.visible.expand_as(self.scores)
         self.count = self.visible.sum(-1)
-        self.v_mean = self.visible.double() @ self.v.double() / self.count.clamp_min(1)[..., None]  # of those seen
+        self.v_mean = (
+            self.visible.double() @ self.v.double() / self.count.clamp_min(1)[..., None]
+        )  # the mean of the visible rows
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         scores = self.scores if dtype == torch.float64 else self.q @ self.k.transpose(2, 3)

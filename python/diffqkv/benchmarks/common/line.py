@@ -13,7 +13,7 @@ from .timing import Calls, Elsewhere, Timer, interleaved
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 TRAINING_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
-DISTURBED = 0.05  # of the CPUs spent elsewhere: such a line is shown and not judged
+DISTURBED = 0.05  # the share of the CPUs that went elsewhere: such a line is shown and not judged
 MEASURED = ("ms", "spread_ms", "cpu_elsewhere", "rate", "limit", "ratios", "targets", "notes", "figures")
 _LIMIT = "limit"
 
@@ -22,7 +22,7 @@ class Limit(NamedTuple):
     """What the machine does at best. It runs beside the line, or its rate is known."""
 
     name: str
-    unit: str  # of the rate: FLOP/s or B/s
+    unit: str  # the rate's: FLOP/s or B/s
     work: float = 0.0  # FLOPs or bytes of a call
     run: Callable[[], object] | None = None
     per_second: float = 0.0

@@ -21,7 +21,7 @@ import torch
 # A smaller working set would stay in the L3 of a CPU, where no layout saves anything.
 POOL_BYTES = 512 << 20
 _COLD = 2.5  # L2 sizes of a GPU between two uses of the same data
-_MOST_SETS = 64  # of them on a GPU
+_MOST_SETS = 64  # the most sets that take turns on a GPU
 
 Calls = list[Callable[[], object]]
 Sampler = Callable[[], float]
@@ -80,7 +80,7 @@ class Clock:
 
 
 class Events:
-    """The time of a GPU between two events. A sample is a share of all calls, one behind the other.
+    """The time of a GPU between two events. A sample is a call's share of all calls in a row.
 
     graph: they are replayed from a CUDA graph, as in a decoding loop, where the host's time does not count.
     """

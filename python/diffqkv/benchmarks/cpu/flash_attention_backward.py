@@ -21,7 +21,7 @@ TITLE = (
 )
 TRAINS = True
 SIZES = (Size(512), Size(1024), Size(2048), Size(4096))
-_FLOPS_PER_PAIR = 2 * (2 * D + 5 * D)  # of a query and a key: q k, p v; then p, dp, dq, dk, dv
+_FLOPS_PER_PAIR = 2 * (2 * D + 5 * D)  # a pair is a query and a key: q k, p v; then p, dp, dq, dk, dv
 
 
 def _ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
