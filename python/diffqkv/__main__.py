@@ -6,8 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from . import show_config
-from .benchmarks import cli as bench
-from .commands import convert, run
+from .commands import bench, convert, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

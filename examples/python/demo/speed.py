@@ -4,10 +4,9 @@ import torch
 from rich.table import Table
 
 from diffqkv import SigmaConfig
-from diffqkv.benchmarks import decode, model_training
-from diffqkv.benchmarks.layer import Size
-from diffqkv.benchmarks.line import OURS
-from diffqkv.benchmarks.targets import SDPA_MODEL, SDPA_REPEATED, SDPA_TWIN
+from diffqkv.benchmarks.common.targets import OURS, SDPA_MODEL, SDPA_REPEATED, SDPA_TWIN
+from diffqkv.benchmarks.cpu import run
+from diffqkv.benchmarks.cpu.layer import Size
 
 TRAINING_CONTEXTS = (256, 1024)
 DECODE_CONTEXTS = (2048, 8192)
@@ -25,7 +24,7 @@ def training_table(dtype: torch.dtype, batch_size: int) -> Table:
     for column in ("context", "through diffqkv", "through torch SDPA", "speed-up"):
         table.add_column(column, justify="right")
     for context in TRAINING_CONTEXTS:
-        line = model_training.run(Size(context, batch_size), dtype, SECONDS_PER_ROW).record
+        line = run("model_training", Size(context, batch_size), dtype, SECONDS_PER_ROW)
         if not line["correct"]:
             raise RuntimeError(f"the gradients of attention are wrong: error {line['error']:.3g}")
         times = (f"{line['ms'][name]:.0f} ms" for name in (OURS, SDPA_MODEL))
@@ -50,8 +49,7 @@ def decode_table() -> Table:
     for dtype in (torch.bfloat16, torch.float32):
         sigma, twin = (heads * d * dtype.itemsize for heads in (n_k + n_v, 2 * n_v))
         for tokens in DECODE_CONTEXTS:
-            with torch.inference_mode():
-                line = decode.run(Size(tokens), dtype, SECONDS_PER_ROW).record
+            line = run("decode_attention", Size(tokens), dtype, SECONDS_PER_ROW)
             if not line["correct"]:
                 raise RuntimeError(f"decode attention in {line['dtype']} is wrong: error {line['error']:.3g}")
             times = (f"{line['ms'][name]:.3f} ms" for name in (OURS, SDPA_REPEATED, SDPA_TWIN))

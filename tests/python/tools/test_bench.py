@@ -12,21 +12,23 @@ from tiny_sigma import tiny_config
 import diffqkv
 from diffqkv import reference
 from diffqkv.__main__ import main
-from diffqkv.benchmarks import layer, model_decode, model_training, targets
-from diffqkv.benchmarks.cases import CASES
-from diffqkv.benchmarks.line import DISTURBED, difference, measure
-from diffqkv.benchmarks.report import markdown
-from diffqkv.benchmarks.timing import Elsewhere, Timing, interleaved
+from diffqkv.benchmarks.common import peers, targets, timing
+from diffqkv.benchmarks.common.accuracy import difference, distance
+from diffqkv.benchmarks.common.inputs import as_caches
+from diffqkv.benchmarks.common.line import DISTURBED, MEASURED, Contenders, cells, measure
+from diffqkv.benchmarks.common.timing import Clock, Elsewhere, Timing, interleaved
+from diffqkv.benchmarks.cpu import CASES, layer, model_decode, model_training
+from diffqkv.benchmarks.cpu.report import markdown
+from diffqkv.benchmarks.cpu.targets import TARGETS
 
 pytestmark = pytest.mark.usefixtures("library")
 TINY = ["--tokens", "256", "--seconds", "0.01"]
-MEASURED = ("ms", "spread_ms", "cpu_elsewhere", "rate", "limit", "ratios", "targets")
 
 
 @pytest.fixture(autouse=True)
 def small_sizes(monkeypatch):
-    for module in (layer, model_decode):
-        monkeypatch.setattr(module, "POOL_BYTES", 1 << 20)
+    monkeypatch.setattr(timing, "POOL_BYTES", 1 << 20)
+    monkeypatch.setattr(layer.CLOCK, "pool_bytes", 1 << 20)
     monkeypatch.setattr(model_decode, "sigma_config", tiny_config)
     monkeypatch.setattr(model_training, "LARGE", model_training.SMALL)
     model_decode._models.cache_clear()
@@ -38,7 +40,7 @@ def bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
 
 
-def cells(row: str) -> list[str]:
+def split(row: str) -> list[str]:
     return [cell.strip() for cell in row.strip("|").split("|")]
 
 
@@ -53,7 +55,7 @@ def test_every_case(tmp_path, capsys, threads):
     assert facts["threads"] == 1 and facts["torch"] == torch.__version__ and facts["diffqkv"] == diffqkv.__version__
     assert {"date", "cpu", "cpu_family", "cpu_isa", "cores", "commit", "python"} <= facts.keys()
     shapes = [(x["case"], x["tokens"], x["batch"], x["prompt"], x["fused"], x["dtype"]) for x in lines]
-    assert len(set(shapes)) == len(shapes) == 2 * (1 + 2 + 2 + 1 + 1 + 1 + 2 + 2)
+    assert len(set(shapes)) == len(shapes) == 2 * (1 + 2 + 2 + 1 + 1 + 1 + 1 + 2 + 2)
     assert {shape[0] for shape in shapes} == set(CASES)
     for line in lines:
         assert line["correct"] and line["tokens"] == 256
@@ -71,10 +73,11 @@ def test_every_case(tmp_path, capsys, threads):
         if line["case"] == "model_decode":
             parts = {"attention", "projections", "cache", "other"}
             assert ("not fused" in line["ratios"]) == line["fused"]
-            assert all(parts == split.keys() and min(split.values()) > 0 for split in line["split_ms"].values())
+            assert line["figures"].keys() == {"tokens/s", *parts}
+            assert all(min(figures.values()) > 0 for figures in line["figures"].values())
         if line["case"] == "model_training":
-            assert line["tokens_per_second"].keys() == {"ours", "through SDPA"}
-    decode = next(line for line in lines if line["case"] == "decode")
+            assert line["figures"]["tokens/s"].keys() == {"ours", "through SDPA"}
+    decode = next(line for line in lines if line["case"] == "decode_attention")
     assert {"of limit", "SDPA, K repeated", "SDPA, GQA-16", "torch matmul", "Sigma / own GQA-16"} == decode[
         "ratios"
     ].keys()
@@ -83,8 +86,8 @@ def test_every_case(tmp_path, capsys, threads):
     assert capsys.readouterr().out == text
     for part in text.split("\n**")[1:]:
         assert part.partition("**")[0] in CASES
-        head, _, *rows = (cells(row) for row in part.splitlines() if row.startswith("|"))
-        assert head[:3] == ["tokens", "dtype", "ours"] and len(rows) in (2, 4)
+        head, _, *rows = (split(row) for row in part.splitlines() if row.startswith("|"))
+        assert head[:3] == ["size", "dtype", "ours"] and len(rows) in (2, 4)
         assert all(len(row) == len(head) and all(row) for row in rows)
 
 
@@ -105,12 +108,13 @@ def misplaced(op):
 @pytest.mark.parametrize(
     ("case", "owner", "op", "spoil"),
     [
-        ("prefill", diffqkv, "flash_attention", spoiled),
-        ("decode", diffqkv, "decode_attention", spoiled),
-        ("selective_v", diffqkv, "selective_v_attention", spoiled),
+        ("flash_attention", diffqkv, "flash_attention", spoiled),
+        ("decode_attention", diffqkv, "decode_attention", spoiled),
+        ("kv_cache_update", diffqkv, "kv_cache_update", misplaced),
+        ("selective_v_attention", diffqkv, "selective_v_attention", spoiled),
+        ("flash_attention_backward", diffqkv, "flash_attention", spoiled),
+        ("swiglu", diffqkv, "swiglu", spoiled),
         ("call_overhead", diffqkv, "decode_attention", spoiled),
-        ("cache_update", diffqkv, "kv_cache_update", misplaced),
-        ("training", diffqkv, "flash_attention", spoiled),
         ("model_decode", diffqkv.models.attention, "decode_attention", spoiled),
         ("model_training", diffqkv.models.attention, "flash_attention", spoiled),
     ],
@@ -119,73 +123,83 @@ def test_a_wrong_result_gets_no_numbers(case, owner, op, spoil, monkeypatch, cap
     monkeypatch.setattr(owner, op, spoil(getattr(owner, op)))
     numbers = tmp_path / "run.json"
     assert main(["bench", "--cases", case, "--dtypes", "float32", *TINY, "--json", str(numbers)]) == 1
-    rows = [cells(row) for row in capsys.readouterr().out.splitlines() if row.startswith("|")][2:]
+    rows = [split(row) for row in capsys.readouterr().out.splitlines() if row.startswith("|")][2:]
     lines = json.loads(numbers.read_text())["lines"]
     assert len(rows) == len(lines) > 0
     for row, line in zip(rows, lines, strict=True):
         assert len(row) == 3 and row[2].startswith("wrong result: error ")
-        assert not line["correct"] and line["error"] > 2e-6
+        assert not line["correct"] and line["error"] > line["tolerance"]
         assert all(line[name] is None for name in MEASURED)
 
 
 def test_an_error_cannot_hide():
     want = torch.tensor([1.0, 100.0])
     assert difference(want + 1, want) == 1
-    assert not difference(torch.tensor([float("nan"), 100.0]), want) <= 1e9
+    assert difference(want / 1000 + 1e-3, want / 1000) == pytest.approx(
+        0.01, rel=1e-5
+    )  # of the largest: none reaches 1
+    spoiled = torch.tensor([float("nan"), 100.0])
+    assert not difference(spoiled, want) <= 1e9 and not distance(spoiled, want) <= 1e9
+    assert not difference([want, spoiled, want], [want] * 3) <= 1e9
+    assert not difference(want[:1], want) <= 1e9 and not distance(want[:1], want) <= 1e9
+    assert distance(want * 1.01, want) == pytest.approx(0.01, rel=1e-4)
 
 
 def test_peers_compute_the_same():
     q, k, v = (layer.heads(count, tokens, torch.float64, 2) for count, tokens in ((32, 1), (4, 50), (16, 50)))
     want = reference.attention(q, k, v)
-    for out in (layer.sdpa(q, k, v), layer.matmul_decode(q, k, v), layer.matmul_top_k(q, k, v, 50)):
+    for out in (peers.sdpa(q, k, v), peers.matmul_decode(q, k, v), peers.matmul_top_k(q, k, v, 50)):
         torch.testing.assert_close(out, want)
-    rows = (reference.group(x, 4) for x in (k, v))
-    best, _ = reference.selective_v_attention(q, *rows, torch.tensor([50, 50]), 7)
-    torch.testing.assert_close(layer.matmul_top_k(q, k, v, 7), best)
+    best, _ = reference.selective_v_attention(q, *as_caches(k, v), torch.tensor([50, 50]), 7)
+    torch.testing.assert_close(peers.matmul_top_k(q, k, v, 7), best)
 
 
 class TestTargets:
+    def bounds(self, case, dtype, tokens, limit="", rate=0.0):
+        limit = {"name": limit, "per_second": rate}
+        return targets.bounds(TARGETS, {"case": case, "dtype": dtype, "tokens": tokens, "limit": limit})
+
     def bound(self, column, *line):
-        bound = targets.bounds(*line).get(column)
+        bound = self.bounds(*line).get(column)
         return bound and bound.value
 
     @pytest.mark.parametrize(
         ("tokens", "float32", "dot", "no_dot"),
         [(511, None, None, None), (512, 0.65, None, None), (2047, 0.65, None, None), (2048, 0.80, 0.72, 0.75)],
     )
-    def test_prefill_of_the_limit(self, tokens, float32, dot, no_dot):
-        assert self.bound("of limit", "prefill", "float32", tokens, "FMA", 1e11) == float32
-        assert self.bound("of limit", "prefill", "bfloat16", tokens, "bf16 dot", 1e11) == dot
-        assert self.bound("of limit", "prefill", "bfloat16", tokens, "FMA", 1e11) == no_dot
+    def test_flash_attention_of_the_limit(self, tokens, float32, dot, no_dot):
+        assert self.bound("of limit", "flash_attention", "float32", tokens, "FMA", 1e11) == float32
+        assert self.bound("of limit", "flash_attention", "bfloat16", tokens, "bf16 dot", 1e11) == dot
+        assert self.bound("of limit", "flash_attention", "bfloat16", tokens, "FMA", 1e11) == no_dot
 
     @pytest.mark.parametrize(
         ("tokens", "float32", "bfloat16"), [(511, None, None), (512, 2.2, 2), (1023, 2.2, 2), (1024, 1.3, 1.25)]
     )
-    def test_prefill_against_torch(self, tokens, float32, bfloat16):
-        assert self.bound("SDPA, K repeated", "prefill", "float32", tokens) == float32
-        assert self.bound("SDPA, K repeated", "prefill", "bfloat16", tokens) == bfloat16
+    def test_flash_attention_against_torch(self, tokens, float32, bfloat16):
+        assert self.bound("SDPA, K repeated", "flash_attention", "float32", tokens) == float32
+        assert self.bound("SDPA, K repeated", "flash_attention", "bfloat16", tokens) == bfloat16
 
     @pytest.mark.parametrize(("read", "of_limit", "over_twin"), [(49.9e9, 0.90, 0.70), (50e9, 0.75, 0.85)])
-    def test_decode_depends_on_the_memory(self, read, of_limit, over_twin):
-        line = ("decode", "bfloat16", 2048, "read", read)
+    def test_decode_attention_depends_on_the_memory(self, read, of_limit, over_twin):
+        line = ("decode_attention", "bfloat16", 2048, "read", read)
         assert self.bound("of limit", *line) == of_limit
         assert self.bound("Sigma / own GQA-16", *line) == over_twin
         assert (self.bound("SDPA, K repeated", *line), self.bound("SDPA, GQA-16", *line)) == (15, 10)
 
-    def test_training(self):
-        assert self.bound("of limit", "training", "float32", 512, "FMA", 1e11) is None
-        assert self.bound("of limit", "training", "float32", 1024, "FMA", 1e11) == 0.6
-        assert self.bound("SDPA, K repeated", "training", "float32", 1024) == 1.3
-        assert self.bound("SDPA, K repeated", "training", "float32", 2048) == 1.15
-        assert self.bound("SDPA, K repeated", "training", "bfloat16", 2048) == 6
-        assert self.bound("own MHA", "training", "bfloat16", 2048) == 1
+    def test_flash_attention_backward(self):
+        assert self.bound("of limit", "flash_attention_backward", "float32", 512, "FMA", 1e11) is None
+        assert self.bound("of limit", "flash_attention_backward", "float32", 1024, "FMA", 1e11) == 0.6
+        assert self.bound("SDPA, K repeated", "flash_attention_backward", "float32", 1024) == 1.3
+        assert self.bound("SDPA, K repeated", "flash_attention_backward", "float32", 2048) == 1.15
+        assert self.bound("SDPA, K repeated", "flash_attention_backward", "bfloat16", 2048) == 6
+        assert self.bound("own MHA", "flash_attention_backward", "bfloat16", 2048) == 1
 
     def test_others(self):
-        assert self.bound("own dense", "selective_v", "float32", 8191) is None
-        assert self.bound("own dense", "selective_v", "float32", 8192) == 2
-        assert self.bound("own dense", "selective_v", "bfloat16", 8192) == 1.4
+        assert self.bound("own dense", "selective_v_attention", "float32", 8191) is None
+        assert self.bound("own dense", "selective_v_attention", "float32", 8192) == 2
+        assert self.bound("own dense", "selective_v_attention", "bfloat16", 8192) == 1.4
         assert self.bound("SDPA, GQA-16", "call_overhead", "float32", 128) == 0.5
-        assert targets.bounds("cache_update", "float32", 8192) == {}
+        assert self.bounds("kv_cache_update", "float32", 8192) == {}
 
     def test_bounds_are_reached_exactly(self):
         least, most = targets.Bound("≥", 0.9), targets.Bound("≤", 0.7)
@@ -202,9 +216,26 @@ def test_ratios_are_paired():
 
 def test_interleaved_rounds():
     calls = []
-    times = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, seconds=0, rounds=3)
-    assert calls == ["a", "b"] * 4
-    assert len(times["a"].samples) == len(times["b"].samples) == 3
+    both = {"a": [lambda: calls.append("a"), lambda: calls.append("A")], "b": [lambda: calls.append("b")]}
+    times, without = interleaved(Clock(), both, seconds=0, rounds=3)
+    assert calls == ["a", "b", "A", "b"] * 2  # the first of each warms up; a's data take turns
+    assert len(times["a"].samples) == len(times["b"].samples) == 3 and without == {}
+
+
+def overhead(seconds, **peers):
+    """The record of a line whose own call does nothing."""
+    who = Contenders(0.0, [lambda: None], {name: [call] for name, call in peers.items()})
+    return measure("call_overhead", layer.Size(128), torch.float32, seconds, who, Clock(), TARGETS)
+
+
+def test_a_peer_that_raises_is_left_out():
+    def no_peer():
+        raise ValueError("no such backend")
+
+    record = overhead(0, other=no_peer)
+    assert record["ratios"] == {} and cells(record)["notes"] == "other: no such backend"
+    with pytest.raises(ValueError, match="no such backend"):
+        interleaved(Clock(), {"ours": [no_peer]}, seconds=0)
 
 
 def test_work_of_other_processes_is_seen():
@@ -216,17 +247,9 @@ def test_work_of_other_processes_is_seen():
 @pytest.mark.parametrize(("share", "ours", "verdict"), [(0.05, "", ": reached"), (0.051, ", disturbed", "")])
 def test_a_disturbed_line_is_not_judged(share, ours, verdict, monkeypatch):
     monkeypatch.setattr(Elsewhere, "share", lambda self: share)
-    line = measure(
-        "call_overhead",
-        layer.Size(128),
-        torch.float32,
-        1e-3,
-        error=0.0,
-        ours=lambda: None,
-        peers={targets.SDPA_TWIN: lambda: sum(range(10_000))},
-    )
-    assert line.cells["ours"].endswith(f"µs{ours}")
-    assert line.cells[targets.SDPA_TWIN].endswith(f"(≥ 0.5{verdict})")
+    line = cells(overhead(1e-3, **{targets.SDPA_TWIN: lambda: sum(range(10_000))}))
+    assert line["ours"].endswith(f"µs{ours}")
+    assert line[targets.SDPA_TWIN].endswith(f"(≥ 0.5{verdict})")
 
 
 def test_table_without_a_checkout():
@@ -266,7 +289,7 @@ def test_without_the_library():
 def test_as_a_command_it_keeps_quiet_in_a_pipe():
     result = bench("--cases", "call_overhead", "--dtypes", "float32", "--seconds", "0.01")
     assert result.returncode == 0 and result.stderr == ""
-    assert "| 128    | float32 |" in result.stdout
+    assert "| 128  | float32 |" in result.stdout
 
 
 def test_no_command_prints_the_configuration(capsys):

@@ -19,7 +19,10 @@ from diffqkv.ops import library as compiled
 BENCHMARKS = ROOT / "benchmarks"
 OPS = {*dispatch.OPS, *dispatch.BACKWARD.values()}
 DECIDING = ("smoke", "correctness", "stability", "large")
-SECTIONS = ("decode", "prefill", "backward", "selective", "cache_update", "swiglu")
+SPEED = (
+    "decode_attention", "flash_attention", "flash_attention_backward", "selective_v_attention", "kv_cache_update",
+    "swiglu",
+)  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -36,24 +39,25 @@ def device_check(out: Path, *options: str) -> subprocess.CompletedProcess:
 
 def test_dry_run(tmp_path):
     """opcheck, of which all ops have their own tests, is left out: it takes as long as all the rest."""
-    run = device_check(tmp_path, "--device", "cpu", "--stages", *DECIDING, *SECTIONS)
+    run = device_check(tmp_path, "--device", "cpu", "--steps", *DECIDING, *SPEED)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.startswith("planned: ")
     report = json.loads((tmp_path / "device_check.json").read_text())
     assert report["passed"] and report["dry_run"] and set(report["ready"]) == OPS
     assert report["environment"]["library"] == str(compiled.path)
-    stages = report["stages"]
-    assert set(stages) == {"environment", *DECIDING, *SECTIONS}
-    assert {job["status"] for stage in stages.values() for job in stage["jobs"].values()} == {"passed"}
-    assert all(set(stages[stage]["jobs"]) == OPS for stage in DECIDING)
-    assert sum(job["cases"] for job in stages["correctness"]["jobs"].values()) > 200
-    assert all(job["repetitions"] and job["entries_alone"] for job in stages["stability"]["jobs"].values())
-    for section in SECTIONS:
-        rows = stages[section]["jobs"]["all"]["rows"]
-        assert len(rows) >= 2 and all(row["µs"] > 0 for row in rows)
-    assert all(row["own GQA-16 µs"] for row in stages["decode"]["jobs"]["all"]["rows"])
+    steps = report["steps"]
+    assert set(steps) == {"environment", *DECIDING, *SPEED}
+    assert {job["status"] for step in steps.values() for job in step["jobs"].values()} == {"passed"}
+    assert all(set(steps[step]["jobs"]) == OPS for step in DECIDING)
+    assert sum(job["cases"] for job in steps["correctness"]["jobs"].values()) > 200
+    assert all(job["repetitions"] and job["entries_alone"] for job in steps["stability"]["jobs"].values())
+    for op in SPEED:
+        rows = steps[op]["jobs"]["all"]["rows"]
+        assert len(rows) >= 2 and all(row["case"].startswith(op) and row["ms"]["ours"] > 0 for row in rows)
+        assert all(row["rate"]["per_second"] > 0 and row["ratios"]["of limit"] > 0 for row in rows)
+    assert all("Sigma / own GQA-16" in row["ratios"] for row in steps["decode_attention"]["jobs"]["all"]["rows"])
     text = (tmp_path / "device_check.md").read_text()
-    assert "Device check: passed" in text and "says nothing about a GPU" in text and "## prefill" in text
+    assert "Device check: passed" in text and "says nothing about a GPU" in text and "## flash_attention" in text
     assert {path.name for path in tmp_path.iterdir()} == {"device_check.json", "device_check.md"}
 
 
@@ -69,17 +73,17 @@ def test_time_limit_is_a_failure(tmp_path):
     run = device_check(tmp_path, "--device", "cpu", "--time-limit", "1")
     assert run.returncode == 1
     report = json.loads((tmp_path / "device_check.json").read_text())
-    assert not report["passed"] and report["stages"]["environment"]["jobs"]["all"]["status"] == "skipped"
+    assert not report["passed"] and report["steps"]["environment"]["jobs"]["all"]["status"] == "skipped"
 
 
 def test_the_plan_fits_into_ten_minutes():
     from device_check import OPS as KNOWN
-    from device_check import STAGES
+    from device_check import STEPS
 
     assert set(KNOWN) == OPS
-    assert sum(stage.planned for stage in STAGES) < 570
-    assert [stage.name for stage in STAGES][:3] == ["environment", "smoke", "correctness"]
-    assert all(stage.limit >= stage.planned for stage in STAGES)
+    assert sum(step.planned for step in STEPS) < 570
+    assert [step.name for step in STEPS][:3] == ["environment", "smoke", "correctness"]
+    assert all(step.limit >= step.planned for step in STEPS)
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
@@ -105,7 +109,7 @@ def error(context):
 
 
 def test_neither_a_crash_nor_a_hang_takes_the_others_along(tmp_path, monkeypatch):
-    from device_stages.jobs import Job, run
+    from gpu.jobs import Job, run
 
     (tmp_path / "unruly.py").write_text(_MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -136,8 +140,8 @@ def test_neither_a_crash_nor_a_hang_takes_the_others_along(tmp_path, monkeypatch
 
 
 def break_op(name, broken, monkeypatch):
-    from device_stages import context
-    from device_stages.context import Context
+    from gpu import context
+    from gpu.context import Context
 
     real = Context.op
 
@@ -148,15 +152,15 @@ def break_op(name, broken, monkeypatch):
     monkeypatch.setattr(context, "_TOO_MANY", 2)  # enough
 
 
-def run_stage(stage, name, monkeypatch, broken=None):
-    """The context after a stage whose op, if it is broken, does other things: broken(op, **arguments)."""
-    from device_stages import checks
-    from device_stages.context import Context
+def run_check(check, name, monkeypatch, broken=None):
+    """The context after a check whose op, if it is broken, does other things: broken(op, **arguments)."""
+    from gpu import checks
+    from gpu.context import Context
 
     if broken is not None:
         break_op(name, broken, monkeypatch)
     context = Context("cpu", lambda result: None)
-    context.run(getattr(checks, stage), name)
+    context.run(getattr(checks, check), name)
     return context
 
 
@@ -317,7 +321,7 @@ WRONG = [
 
 @pytest.mark.parametrize("name, broken", WRONG, ids=[f"{x}-{y.__qualname__.split('.')[0]}" for x, y in WRONG])
 def test_a_wrong_kernel_is_found(name, broken, monkeypatch):
-    context = run_stage("correctness", name, monkeypatch, broken)
+    context = run_check("correctness", name, monkeypatch, broken)
     assert context.result["status"] == "failed" and context.failures
 
 
@@ -349,7 +353,7 @@ def depends_on_the_batch(op, **args):
 @pytest.mark.parametrize("kind", ["wavering", "batch"])
 @pytest.mark.parametrize("name", sorted(OPS))
 def test_other_bits_are_found(name, kind, monkeypatch):
-    context = run_stage("stability", name, monkeypatch, Wavering() if kind == "wavering" else depends_on_the_batch)
+    context = run_check("stability", name, monkeypatch, Wavering() if kind == "wavering" else depends_on_the_batch)
     assert context.result["status"] == "failed"
     assert any(("repetitions differ" if kind == "wavering" else "alone") in failure for failure in context.failures)
 
@@ -366,7 +370,7 @@ def test_offsets_of_few_bits_are_found(name, monkeypatch):
                 break
         return op(**args)
 
-    context = run_stage("large", name, monkeypatch, short)
+    context = run_check("large", name, monkeypatch, short)
     assert context.result["status"] == "failed"
 
 
@@ -374,14 +378,14 @@ def test_a_kernel_that_raises_is_found(monkeypatch):
     def raising(op, **args):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    context = run_stage("correctness", "decode_attention", monkeypatch, raising)
+    context = run_check("correctness", "decode_attention", monkeypatch, raising)
     assert context.result["status"] == "failed" and "illegal memory access" in context.failures[0]
 
 
 def test_opcheck_finds_a_wrong_fake_kernel(monkeypatch):
-    assert run_stage("contract", "swiglu", monkeypatch).result == {"opchecks": 4, "status": "passed"}
+    assert run_check("contract", "swiglu", monkeypatch).result == {"opchecks": 4, "status": "passed"}
     monkeypatch.setattr(torch.library, "opcheck", lambda *args: (_ for _ in ()).throw(AssertionError("other strides")))
-    context = run_stage("contract", "swiglu", monkeypatch)
+    context = run_check("contract", "swiglu", monkeypatch)
     assert context.result["status"] == "failed" and "other strides" in context.failures[0]
 
 
@@ -391,28 +395,28 @@ def test_opcheck_finds_a_wrong_fake_kernel(monkeypatch):
 class Recording:
     """A graph: replayed, it computes what it did when it was captured from what lies in the same tensors now."""
 
-    def __init__(self, problem, op, stale=False):
-        self.problem, self.op, self.stale = problem, op, stale
-        self.results = {name: x.clone() for name, x in problem.run(op).items()}
-        problem.reset()
+    def __init__(self, call, op, stale=False):
+        self.call, self.op, self.stale = call, op, stale
+        self.results = {name: x.clone() for name, x in call.run(op).items()}
+        call.reset()
 
     def replay(self):
         if self.stale:
             return
-        for name, x in self.problem.run(self.op).items():
-            if name not in self.problem.written:
+        for name, x in self.call.run(self.op).items():
+            if name not in self.call.written:
                 self.results[name].copy_(x)
 
 
 @pytest.mark.parametrize("stale", [False, True])
 @pytest.mark.parametrize("name", ["decode_attention", "selective_v_attention", "kv_cache_update"])
 def test_replays(name, stale, monkeypatch):
-    from device_stages import checks
-    from device_stages.context import Context
+    from gpu import checks
+    from gpu.context import Context
 
-    def capture(problem, op):
-        recording = Recording(problem, op, stale)
-        return recording, problem.written or recording.results
+    def capture(call, op):
+        recording = Recording(call, op, stale)
+        return recording, call.written or recording.results
 
     monkeypatch.setattr(checks, "_capture", capture)
     context = Context("cpu", lambda result: None)
@@ -431,8 +435,8 @@ def test_replays(name, stale, monkeypatch):
     ],
 )
 def test_what_the_sanitizer_says(output, code, status, tmp_path, monkeypatch):
-    from device_stages import sanitizer
-    from device_stages.context import Context
+    from gpu import sanitizer
+    from gpu.context import Context
 
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(f"#!/bin/sh\necho '{output}'\nexit {code}\n")
@@ -449,81 +453,79 @@ PEAKS = {"read_gb_s": 10.0, "copy_gb_s": 10.0, "bf16_tflops": 0.1}
 
 
 @pytest.mark.parametrize(
-    "section, name",
-    [
-        ("decode", "decode_attention"),
-        ("prefill", "flash_attention"),
-        ("backward", "flash_attention_backward"),
-        ("selective", "selective_v_attention"),
-    ],
+    "name", ["decode_attention", "flash_attention", "flash_attention_backward", "selective_v_attention"]
 )
-def test_a_wrong_result_gets_no_times(section, name, monkeypatch):
-    from device_stages.context import Context
-    from device_stages.figures import sections
+def test_a_wrong_result_gets_no_times(name, monkeypatch):
+    from gpu import speed
+    from gpu.context import Context
 
     def halved(op, *args, **options):
         return tuple(x / 2 if x.is_floating_point() else x for x in op(*args, **options))
 
     break_op(name, halved, monkeypatch)
     context = Context("cpu", lambda result: None)
-    context.run(getattr(sections, section), PEAKS)
+    context.run(getattr(speed, name), PEAKS)
     assert context.result["status"] == "failed" and not context.result.get("rows")
-    assert len(context.failures) == 2 and "of the largest element" in context.failures[0]
+    assert len(context.failures) == 2 and ": error " in context.failures[0]
 
 
 def test_ops_that_are_wrong_are_not_timed(tmp_path):
     from argparse import Namespace
 
-    from device_check import STAGES, Check
+    from device_check import STEPS, Check
 
-    args = Namespace(out=tmp_path, device="cpu", ops=tuple(OPS), stages=None, time_limit=570, commit=None)
+    args = Namespace(out=tmp_path, device="cpu", ops=tuple(OPS), steps=None, time_limit=570, commit=None)
     check = Check(args)
-    for stage, results in {
+    for step, results in {
         "environment": {"all": {"status": "passed", "kernels": dict.fromkeys(OPS, True) | {"swiglu": False}}},
         "smoke": {"decode_attention": {"status": "timeout", "reason": "not finished within 60 s"}},
         "correctness": {"flash_attention": {"status": "failed", "reason": "1 failures"}},
     }.items():
-        check.report.open(stage, 1)
+        check.report.open(step, 1)
         for job, result in results.items():
-            check.report.add(stage, job, result)
-    by_name = {stage.name: stage for stage in STAGES}
+            check.report.add(step, job, result)
+    by_name = {step.name: step for step in STEPS}
     assert check._refusal(by_name["correctness"], "decode_attention")["reason"] == "decode_attention: smoke timeout"
     assert check._refusal(by_name["stability"], "flash_attention") is None  # more is to be learnt of it
     assert check._refusal(by_name["smoke"], "swiglu")["status"] == "missing"
-    for section in ("decode", "prefill", "backward", "selective", "swiglu"):
-        assert check._refusal(by_name[section], "all")["status"] in ("skipped", "missing")
-    assert check._refusal(by_name["cache_update"], "all") is None
+    for op in SPEED:
+        refusal = check._refusal(by_name[op], "all")
+        assert refusal is None if op == "kv_cache_update" else refusal["status"] in ("skipped", "missing")
     assert check.report.ready == []
 
 
 @pytest.mark.parametrize(
-    "line, verdicts",
+    "line, measured, verdicts",
     [
-        ({"MB": 84.0, "batch": 1, "tokens": 32768, "of read": 0.9}, {"of read ≥ 0.88": True}),
-        ({"MB": 63.0, "batch": 1, "tokens": 2048, "of read": 0.1}, {}),
-        ({"MB": 10.5, "batch": 1, "tokens": 4096, "µs": 8.5, "less than own GQA-16": 0.3},
-         {"µs ≤ 8 µs": False, "less than own GQA-16 ≥ 0.3": True}),
-        ({"MB": 42.0, "batch": 1, "tokens": 16384, "less than own GQA-16": 0.35, "ours / cuDNN": 1.1},
-         {"less than own GQA-16 ≥ 0.36": False, "ours / cuDNN < 1": False}),
+        ({"nbytes": 84e6, "tokens": 32768}, {"of limit": 0.9}, {"of limit": (0.88, True)}),
+        ({"nbytes": 63e6, "tokens": 2048}, {"of limit": 0.1}, {}),
+        ({"nbytes": 10.5e6, "tokens": 4096}, {"ours": 8.5e-6, "Sigma / own GQA-16": 0.7},
+         {"ours": (8e-6, False), "Sigma / own GQA-16": (0.7, True)}),
+        ({"nbytes": 42e6, "tokens": 16384}, {"Sigma / own GQA-16": 0.65, "cuDNN": 0.9},
+         {"Sigma / own GQA-16": (0.64, False), "cuDNN": (1, False)}),
     ],
 )  # fmt: skip
-def test_targets(line, verdicts):
-    from device_stages.figures.targets import judged
+def test_targets(line, measured, verdicts):
+    from gpu.targets import TARGETS
 
-    assert {x["target"]: x["met"] for x in judged("decode", line)} == verdicts
+    from diffqkv.benchmarks.common.targets import bounds
+
+    known = bounds(TARGETS, line | {"case": "decode_attention", "dtype": "bfloat16", "batch": 1})
+    judged = {x: (known[x].value, known[x].reached_by(value)) for x, value in measured.items() if x in known}
+    assert judged == verdicts
 
 
 def test_the_grid_has_every_feature():
-    from device_stages.problems import SUBJECTS
+    from gpu.calls import TESTED_OPS
 
     dtypes = (torch.bfloat16, torch.float16)
     for on_gpu in (False, True):
-        cases = SUBJECTS["flash_attention_backward"].cases(dtypes, on_gpu)
+        cases = TESTED_OPS["flash_attention_backward"].cases(dtypes, on_gpu)
         for name in ("causal", "window", "softcap", "scale", "sinks", "padded", "dropout", "memory", "dlse"):
             assert len({getattr(case, name) for case in cases}) > 1, name
-        cases = SUBJECTS["decode_attention"].cases(dtypes, on_gpu)
+        cases = TESTED_OPS["decode_attention"].cases(dtypes, on_gpu)
         for name in ("page", "memory", "gap", "padded", "scale", "window", "softcap", "sinks", "s_q"):
             assert len({getattr(case, name) for case in cases}) > 1, name
-    heads = {case.heads for case in SUBJECTS["flash_attention"].cases(dtypes, True)}
+    heads = {case.heads for case in TESTED_OPS["flash_attention"].cases(dtypes, True)}
     assert {(32, 4, 16), (32, 16, 4), (12, 4, 6), (5, 1, 5)} <= heads
     assert reference.MAX_ADDED == 4  # as the selective cases count on
