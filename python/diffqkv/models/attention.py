@@ -254,7 +254,7 @@ def diffqkv_attention(
         selective_v: top_k, and any of tail, max_error, keep_first and keep_last, of `selective_v_attention`, for cached
             steps of at most 16 tokens. What is computed by another op, or by stock attention, reads all V rows.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed sequences, as transformers passes them to
-            FlashAttention: those of all rows, one row behind another. The last three have defaults.
+            FlashAttention: those of all rows, one row after another. The last three have defaults.
         output_attentions: return the probabilities too, computed densely.
 
     Returns:
