@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from math import gcd
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface
@@ -24,7 +24,7 @@ from ..ops import decode_attention, flash_attention, flash_attention_varlen, sel
 from ..ops.dispatch import KERNEL_DTYPES, uses_kernel
 from ..ops.rules.autocast import autocast_dtype, cast
 from ..reference import SelectiveVStats, group, ungroup
-from .mask import Packing, packing_of, read_spans
+from .mask import Packing, Spans, packing_of, read_spans
 from .stock_attention import KvCache, dense_mask, dense_rows, stock_attention
 
 logger = logging.get_logger(__name__)
@@ -94,16 +94,17 @@ class DiffqkvAttention:
             rope: cos and sin `[b or 1, t, d]` of the new tokens.
             cached_rope: those of all slots of the cache, for keys that are cached without their rotation.
         """
-        told = {}
         if cache is None:
-            key = layer.key_to_cache(key, rope)
+            key, told = layer.key_to_cache(key, rope), {}
         elif _is_written_in_place(cache, key, value):
-            key, told = self._append(
-                layer, key, value, rope, cache.layers[layer.layer_idx], cache_is_empty, cached_rope
-            )
+            key, told = self._append(layer, key, value, rope, cache.layers[layer.layer_idx], cache_is_empty)
         else:
-            key, told = self._update(layer, key, value, rope, cache, cache_is_empty, cached_rope)
-        return layer.key_from_cache(key, rope).transpose(1, 2), value.transpose(1, 2), told
+            key, told = self._update(layer, key, value, rope, cache, cache_is_empty)
+        if layer.expands_k:
+            key = layer.key_from_cache(key, rope)
+            if "kv_cache" in told:
+                told["kv_cache"] = _expanded(layer, told["kv_cache"], cached_rope)
+        return key.transpose(1, 2), value.transpose(1, 2), told
 
     def attend(self, layer: torch.nn.Module, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Calls the function with what `store` returned."""
@@ -117,24 +118,22 @@ class DiffqkvAttention:
         rope: _Rope,
         cached: CacheLayer,
         cache_is_empty: bool,
-        cached_rope: _Rope | None,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The protocol of `diffqkv.Cache`: one op writes the new tokens, and rotates K where no other step needs it."""
-        told: dict[str, Any] = {"v_stats": cached.v_stats}
-        angles = ()
-        if cache_is_empty or layer.expands_k:
+        """The protocol of `diffqkv.Cache`: one op writes K and V in place, and rotates a K that is only read there."""
+        rotates_on_write = not (cache_is_empty or layer.expands_k)
+        if not rotates_on_write:
             key = layer.key_to_cache(key, rope)
-        else:
-            # Under autocast K may have another 16-bit dtype than cos and sin.
-            angles = [x if x.dtype == torch.float32 else x.to(key.dtype) for x in rope]
+        # Under autocast K may have another 16-bit dtype than cos and sin.
+        angles = [x if x.dtype == torch.float32 else x.to(key.dtype) for x in rope] if rotates_on_write else ()
         cached.append(key.transpose(1, 2), value.transpose(1, 2), *angles)
+        told: dict[str, Any] = {"v_stats": cached.v_stats}
         if cache_is_empty:
             return key, told
-        told["kv_cache"] = cached.k_cache, cached.v_cache, cached.k_layout
+        kv_cache = cached.k_cache, cached.v_cache, cached.k_layout
         if layer.expands_k:
             keys, _ = cached.dense()
-            told["kv_cache"] = _expanded(layer, keys, cached.v_cache[:, :, : keys.shape[2]], cached_rope)
-        return key, told
+            kv_cache = group(keys, cached.shape.groups), cached.v_cache[:, :, : keys.shape[2]], "rows"
+        return key, told | {"kv_cache": kv_cache}
 
     @staticmethod
     def _update(
@@ -144,16 +143,11 @@ class DiffqkvAttention:
         rope: _Rope,
         cache: HuggingFaceCache,
         cache_is_empty: bool,
-        cached_rope: _Rope | None,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The protocol of the caches of transformers, which take K as it is read and return all slots."""
+        """The protocol of the caches of transformers: they take K as it will be read, and return all slots."""
         key = layer.key_to_cache(key, rope)
         keys, values = layer.update_cache(cache, key, value)
-        if cache_is_empty:
-            return key, {}
-        if layer.expands_k:
-            return key, {"kv_cache": _expanded(layer, ungroup(keys), values, cached_rope)}
-        return key, {"kv_cache": (keys, values, "rows")}
+        return key, {} if cache_is_empty else {"kv_cache": (keys, values, "rows")}
 
 
 def _is_written_in_place(cache: HuggingFaceCache, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -162,9 +156,11 @@ def _is_written_in_place(cache: HuggingFaceCache, key: torch.Tensor, value: torc
     return isinstance(cache, Cache) and key.dtype in KERNEL_DTYPES["kv_cache_update"] and not records_graph
 
 
-def _expanded(layer: torch.nn.Module, keys: torch.Tensor, values: torch.Tensor, rope: _Rope) -> KvCache:
-    """The cache with its small, un-rotated keys `[b, n_k, s, d_k]` taken to head_dim and rotated."""
-    return group(layer.key_from_cache(keys, rope, unsqueeze_dim=1), values.shape[1]), values, "rows"
+def _expanded(layer: torch.nn.Module, kv_cache: KvCache, rope: _Rope) -> KvCache:
+    """The cache in rows, with its small, un-rotated keys taken to head_dim and rotated."""
+    keys, values, k_layout = kv_cache
+    keys = layer.key_from_cache(ungroup(keys), rope, unsqueeze_dim=1)
+    return group(keys, values.shape[1]), values, k_layout
 
 
 class Route(Enum):
@@ -272,15 +268,18 @@ def diffqkv_attention(
     packing = _packing_in(kwargs, query.shape[0] * query.shape[2])
     if packing is not None and not is_prompt:
         raise NotImplementedError("cu_seq_lens_q: packed sequences with cached tokens are not built")
-    if spans is not None:
-        start, end, total, window = spans[:4]
-        packing = packing or spans.packing
-    else:
-        start, end, total = None, None, None
+    seen = spans
+    if spans is None:
         window = sliding_window - 1 if sliding_window and attention_mask is None and causal else -1
+        seen = Spans(None, None, None, window, packing)
+    elif packing is not None:
+        seen = Spans(*spans[:4], packing)
 
+    call = _Call(query, key, value, kv_cache, attention_mask, seen, causal, dropout, scaling, softcap, s_aux)
     inputs = (query, key, value) if s_aux is None else (query, key, value, s_aux)
-    has_dense_mask = attention_mask is not None and (spans is None or packing is not None and start is not None)
+    has_dense_mask = attention_mask is not None and (
+        spans is None or seen.packing is not None and seen.start is not None
+    )
     wants_weights = bool(kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False))
     selects_v = selective_v is not None and not is_prompt and query.shape[2] <= MAX_DECODE_QUERIES
     taken = route(
@@ -290,41 +289,22 @@ def diffqkv_attention(
         drops_out=dropout > 0,
         is_causal=causal,
         is_prompt=is_prompt,
-        is_packed=packing is not None,
-        has_varlen_kernel=packing is None or uses_kernel("flash_attention_varlen", *inputs),
+        is_packed=seen.packing is not None,
+        has_varlen_kernel=seen.packing is None or uses_kernel("flash_attention_varlen", *inputs),
         can_decode=query.dtype in KERNEL_DTYPES["decode_attention"],
         selects_v=selects_v,
         is_compiling=torch.compiler.is_compiling(),
     )
     _warn(taken, has_dense_mask, selects_v)
     if taken is Route.STOCK:
-        key, value = dense_rows(key, value, kv_cache, attention_mask)
-        mask = dense_mask(attention_mask, query.shape, key.shape[2], query.device, causal, window, packing)
-        options = {"dropout": dropout, "scaling": scaling, "causal": causal, "softcap": softcap, "sinks": s_aux}
-        return stock_attention(module, query, key, value, mask, wants_weights=wants_weights, **options)
-
-    logits = {"softmax_scale": scaling, "window": (window, -1), "softcap": softcap or 0.0, "sinks": s_aux}
+        return _stock(module, call, wants_weights)
     if taken is Route.VARLEN:
-        return _varlen(query, key, value, packing, causal=causal, dropout_p=dropout, **logits), None
+        return _varlen(call), None
     if taken is Route.FLASH:
-        if not is_prompt:
-            key, value = dense_rows(key, value, kv_cache, attention_mask)
-            end = None  # All slots of these rows are written.
-        options = {"causal": causal, "kv_start": start, "kv_end": end, "dropout_p": dropout}
-        return flash_attention(query, key, value, **options, **logits).transpose(1, 2), None
-
-    if kv_cache is None:
-        groups = gcd(key.shape[1], value.shape[1])
-        kv_cache = group(key, groups), group(value, groups), "rows"
-    if total is None:
-        total = torch.full((query.shape[0],), kv_cache[1].shape[2], dtype=torch.int32, device=query.device)
+        return _flash(call, is_prompt), None
     if taken is Route.DECODE:
-        return _decode(query, kv_cache, total, cache_start=start, **logits).transpose(1, 2), None
-    _refuse_with_selective_v(logits)
-    out, stats = _select_v(query, kv_cache, total, start, scaling, selective_v, v_stats)
-    if stats is not None:
-        _records.append((module.layer_idx, stats))
-    return out.transpose(1, 2), None
+        return _decode(call), None
+    return _select_v(module, call, selective_v, v_stats), None
 
 
 def _as_under_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -361,48 +341,94 @@ def _warn(taken: Route, has_dense_mask: bool, selects_v: bool) -> None:
         )
 
 
-def _varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, **options: Any
-) -> torch.Tensor:
-    """`flash_attention_varlen` of packed rows `[b, heads, s, d]`; returns `[b, s, n_q, d_v]`."""
-    rows = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    out = flash_attention_varlen(*rows, *packing, **options)
-    return out.unflatten(0, (query.shape[0], query.shape[2]))
+class _Call(NamedTuple):
+    """The arguments of `diffqkv_attention`, as the function of each route takes them."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    kv_cache: KvCache | None
+    mask: torch.Tensor | None
+    seen: Spans
+    causal: bool
+    dropout: float
+    scaling: float | None
+    softcap: float | None
+    sinks: torch.Tensor | None
 
 
-def _decode(query: torch.Tensor, kv_cache: KvCache, total: torch.Tensor, **options: Any) -> torch.Tensor:
+def _stock(module: torch.nn.Module, call: _Call, wants_weights: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    query, mask, seen = call.query, call.mask, call.seen
+    key, value = dense_rows(call.key, call.value, call.kv_cache, mask)
+    mask = dense_mask(mask, query.shape, key.shape[2], query.device, call.causal, seen.window, seen.packing)
+    options = {"dropout": call.dropout, "scaling": call.scaling, "causal": call.causal}
+    options |= {"softcap": call.softcap, "sinks": call.sinks, "wants_weights": wants_weights}
+    return stock_attention(module, query, key, value, mask, **options)
+
+
+def _logits(call: _Call) -> dict[str, Any]:
+    """What the dense ops are told of the logits."""
+    window = (call.seen.window, -1)
+    return {"softmax_scale": call.scaling, "window": window, "softcap": call.softcap or 0.0, "sinks": call.sinks}
+
+
+def _varlen(call: _Call) -> torch.Tensor:
+    rows = (x.transpose(1, 2).flatten(0, 1) for x in (call.query, call.key, call.value))
+    out = flash_attention_varlen(*rows, *call.seen.packing, causal=call.causal, dropout_p=call.dropout, **_logits(call))
+    return out.unflatten(0, (call.query.shape[0], call.query.shape[2]))
+
+
+def _flash(call: _Call, is_prompt: bool) -> torch.Tensor:
+    key, value, end = call.key, call.value, call.seen.end
+    if not is_prompt:
+        key, value = dense_rows(key, value, call.kv_cache, call.mask)
+        end = None  # All slots of these rows are written.
+    options = {"causal": call.causal, "kv_start": call.seen.start, "kv_end": end, "dropout_p": call.dropout}
+    return flash_attention(call.query, key, value, **options, **_logits(call)).transpose(1, 2)
+
+
+def _cached(call: _Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]:
+    """k_cache, v_cache, cache_seqlens and k_layout, as the ops for steps take them."""
+    kv_cache, total = call.kv_cache, call.seen.total
+    if kv_cache is None:
+        groups = gcd(call.key.shape[1], call.value.shape[1])
+        kv_cache = group(call.key, groups), group(call.value, groups), "rows"
     k_cache, v_cache, k_layout = kv_cache
-    return decode_attention(query, k_cache, v_cache, total, k_layout=k_layout, **options)
+    if total is None:
+        total = torch.full((call.query.shape[0],), v_cache.shape[2], dtype=torch.int32, device=call.query.device)
+    return k_cache, v_cache, total, k_layout
 
 
-def _refuse_with_selective_v(logits: dict[str, Any]) -> None:
-    unbuilt = {"window": logits["window"][0] >= 0, "softcap": logits["softcap"], "sinks": logits["sinks"] is not None}
-    for name, is_wanted in unbuilt.items():
-        if is_wanted:
-            raise NotImplementedError(f"{name}: not built for selective V")
+def _decode(call: _Call) -> torch.Tensor:
+    *cache, k_layout = _cached(call)
+    options = {"cache_start": call.seen.start, "k_layout": k_layout}
+    return decode_attention(call.query, *cache, **options, **_logits(call)).transpose(1, 2)
 
 
 def _select_v(
-    query: torch.Tensor,
-    kv_cache: KvCache,
-    total: torch.Tensor,
-    start: torch.Tensor | None,
-    scaling: float | None,
+    module: torch.nn.Module,
+    call: _Call,
     selective_v: dict[str, Any],
     v_stats: Callable[[], torch.Tensor] | None,
-) -> tuple[torch.Tensor, SelectiveVStats | None]:
-    """`selective_v_attention`, and what it did, if that is recorded."""
+) -> torch.Tensor:
+    unbuilt = {"window": call.seen.window >= 0, "softcap": call.softcap, "sinks": call.sinks is not None}
+    for name, is_wanted in unbuilt.items():
+        if is_wanted:
+            raise NotImplementedError(f"{name}: not built for selective V")
     is_recorded = _records is not None
     if is_recorded and torch.compiler.is_compiling():
         raise NotImplementedError("record_selective_v: not built for compiled code")
-    k_cache, v_cache, k_layout = kv_cache
-    options = {"cache_start": start, "k_layout": k_layout, "softmax_scale": scaling, "return_stats": is_recorded}
+    *cache, k_layout = _cached(call)
+    options = {"cache_start": call.seen.start, "k_layout": k_layout, "softmax_scale": call.scaling}
     needs_v_stats = selective_v.get("tail") == "mean" or selective_v.get("max_error") is not None or is_recorded
     # The statistics of the cache count every slot that was written: left padding too.
-    if v_stats is not None and needs_v_stats and start is None:
+    if v_stats is not None and needs_v_stats and call.seen.start is None:
         options["v_stats"] = v_stats()
-    out = selective_v_attention(query, k_cache, v_cache, total, **selective_v, **options)
-    return out if is_recorded else (out, None)
+    out = selective_v_attention(call.query, *cache, **selective_v, **options, return_stats=is_recorded)
+    if is_recorded:
+        out, stats = out
+        _records.append((module.layer_idx, stats))
+    return out.transpose(1, 2)
 
 
 # Models that find this on an attention function use it through `DiffqkvAttention`; those of files that earlier releases

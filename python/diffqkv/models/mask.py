@@ -21,11 +21,14 @@ class Packing(NamedTuple):
 
 
 class Spans(NamedTuple):
-    """What a mask of `diffqkv_mask` says, as the ops take it; start and end `[b]` are None where nothing is padding."""
+    """What a mask of `diffqkv_mask` says, as the ops take it; start and end `[b]` are None where nothing is padding.
+
+    All three tensors are None without a mask.
+    """
 
     start: torch.Tensor | None
     end: torch.Tensor | None
-    total: torch.Tensor
+    total: torch.Tensor | None
     window: int = -1
     packing: Packing | None = None
 
