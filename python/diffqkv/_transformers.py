@@ -11,6 +11,7 @@ from ._version import NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS
 NEEDED = (
     "activations",
     "cache_utils",
+    "dynamic_module_utils",
     "generation",
     "generation.continuous_batching",
     "integrations",

@@ -1,4 +1,4 @@
-"""Hugging Face models, and the attention function "diffqkv" for models of others."""
+"""Hugging Face models, and the attention function "diffqkv", which other models can use too."""
 
 from . import attention
 from .attention import record_selective_v

@@ -12,7 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 
 class Packing(NamedTuple):
-    """Sequences that lie one behind another in `[b, s]` tokens, as `flash_attention_varlen` takes them behind v."""
+    """Sequences that lie one after another in `[b, s]` tokens, in the order of `flash_attention_varlen`'s arguments."""
 
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor
@@ -21,11 +21,14 @@ class Packing(NamedTuple):
 
 
 class Spans(NamedTuple):
-    """What a mask of `diffqkv_mask` says, as the ops take it; start and end `[b]` are None where nothing is padding."""
+    """What a mask of `diffqkv_mask` says, as the ops take it; start and end `[b]` are None where nothing is padding.
+
+    All three tensors are None without a mask.
+    """
 
     start: torch.Tensor | None
     end: torch.Tensor | None
-    total: torch.Tensor
+    total: torch.Tensor | None
     window: int = -1
     packing: Packing | None = None
 
@@ -43,7 +46,7 @@ def diffqkv_mask(
 ) -> torch.Tensor | None:
     """The spans of keys that are seen, int32 `[b, 1, 1, 3]`: first slot, end, and slots written including padding.
 
-    The queries are the last of the slots written, and see nothing behind their own. In sliding windows and in packed
+    The queries are the last of the slots written, and see nothing after their own. In sliding windows and in packed
     rows each has a span of its own, `[b, 1, q_length, 3]`. Four dimensions keep a second pass through the mask code
     from taking the result for a padding mask; int32 tells it from a dense mask. That is returned, as by `sdpa_mask`,
     for what spans cannot say: holes in the padding mask, mask functions of other kinds, and under torch.compile
@@ -66,7 +69,7 @@ def diffqkv_mask(
         return sdpa_mask(**dense)
     window, sequences = pattern
 
-    # A static cache passes its live counter as q_offset: used here at once, never kept.
+    # A static cache passes its live counter as q_offset, which is used here at once and never kept.
     total = torch.zeros(batch_size, dtype=torch.int32, device=device) + (q_offset + q_length - kv_offset)
     total = total.to(torch.int32)
     start, end, padded = torch.zeros_like(total), total, False
@@ -101,16 +104,16 @@ def diffqkv_mask(
             first = torch.maximum(first, own - window)
         spans = torch.cat([first[:, None, :, None].to(torch.int32), spans[..., 1:].expand(-1, -1, q_length, -1)], -1)
     if not torch.compiler.is_compiling():
-        # What every layer would otherwise work out again.
+        # Every layer would otherwise work this out again.
         spans.diffqkv_spans = Spans(*((start, end) if padded else (None, None)), total, window, packing)
     return spans
 
 
 def _pattern_of(mask_function: Callable) -> tuple[int, torch.Tensor | None] | None:
-    """(tokens that a query sees before its own, or -1; the number of each token's sequence `[b, s]`, or None).
+    """The tokens that a query sees before its own, or -1, and the number of each token's sequence `[b, s]`, or None.
 
-    None if it is not known which keys the function lets a query see. Transformers makes those of windows and packed
-    rows as closures, whose variables alone tell it.
+    Instead of both, None is returned if it is not known which keys the function lets a query see. Transformers makes
+    those of windows and packed rows as closures, whose variables alone tell it.
     """
     if mask_function is causal_mask_function:
         return -1, None

@@ -13,6 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_sigma import (
     COMPRESSIONS,
+    MODEL_FILES,
     NEW_TOKENS,
     VOCAB,
     generate,
@@ -111,7 +112,7 @@ def test_remote_code_without_the_package(tmp_path):
     model = tiny_model((12, 4, 6))
     checkpoint = tmp_path / "checkpoint"
     model.save_pretrained(checkpoint)
-    assert {path.name for path in checkpoint.glob("*.py")} == {"configuration_sigma.py", "modeling_sigma.py"}
+    assert {path.name for path in checkpoint.glob("*.py")} == MODEL_FILES
     ids, mask = padded([9, 5], "left")
     rows, positions = packed([5, 4, 9], 2)
     example = {"ids": ids, "mask": mask, "want": generate(model, ids, mask)}

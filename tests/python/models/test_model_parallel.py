@@ -9,7 +9,7 @@ import parallel_steps
 import pytest
 import torch
 from paths import SUPPORT
-from tiny_sigma import COMPRESSIONS, tiny_config, tiny_model, tokens
+from tiny_sigma import COMPRESSIONS, MODEL_FILES, tiny_config, tiny_model, tokens
 from transformers import StaticCache
 
 from diffqkv import SigmaForCausalLM
@@ -79,7 +79,7 @@ def test_two_processes_are_as_one(tmp_path):
     assert_same_inference(results["tensor parallel again"], parallel_steps.inference(model.eval(), [{}]))
     for folder in ("tensor-parallel", "fsdp2"):
         names = {path.name for path in (tmp_path / folder).iterdir()}
-        assert {name for name in names if name.endswith(".py")} == {"configuration_sigma.py", "modeling_sigma.py"}
+        assert {name for name in names if name.endswith(".py")} == MODEL_FILES
     weights = SigmaForCausalLM.from_pretrained(tmp_path / "fsdp2").state_dict()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(weights[name], value, atol=1e-4, rtol=1e-3, msg=name)

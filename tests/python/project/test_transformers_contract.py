@@ -17,7 +17,17 @@ import pytest
 import torch
 import transformers
 from paths import ROOT
-from tiny_sigma import CACHE, COMPRESSIONS, checkpoint_activations, logits, padded, tiny_config, tiny_model, tokens
+from tiny_sigma import (
+    CACHE,
+    COMPRESSIONS,
+    MODEL_FILES,
+    checkpoint_activations,
+    logits,
+    padded,
+    tiny_config,
+    tiny_model,
+    tokens,
+)
 from transformers import (
     AttentionInterface,
     AutoModel,
@@ -473,8 +483,11 @@ def test_registering_again_is_safe():
 
 def test_the_copied_files_need_nothing_but_each_other():
     """save_pretrained copies what it finds by pattern, and from_pretrained wants every other import installed."""
-    for module, files in ((modeling_sigma, ["configuration_sigma"]), (configuration_sigma, [])):
-        assert get_relative_imports(module.__file__) == files
+    files = {Path(name).stem for name in MODEL_FILES}
+    for name in files:
+        module = importlib.import_module(f"diffqkv.models.sigma.{name}")
+        imports = files - {name} if module is modeling_sigma else set()
+        assert set(get_relative_imports(module.__file__)) == imports
         assert not set(get_imports(module.__file__)) & {"diffqkv", "sigma"}
         assert not re.search(r"^\s*from \.(\.| import)", source(module), re.M)  # such imports it does not understand
 

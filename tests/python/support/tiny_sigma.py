@@ -16,6 +16,8 @@ from diffqkv import SigmaConfig, SigmaForCausalLM
 ATTENTIONS = ["diffqkv", "sdpa", "eager"]
 COMPRESSIONS = [None, "expand", "absorbed"]
 HEADS = [(8, 2, 4), (8, 4, 2), (12, 4, 6)]
+# What `save_pretrained` puts beside the weights.
+MODEL_FILES = {"configuration_sigma.py", "fusing_sigma.py", "generation_sigma.py", "modeling_sigma.py"}
 VOCAB = 97
 NEW_TOKENS = 8
 # What the installed transformers calls a cache, where its own models and functions are given one.

@@ -15,7 +15,7 @@ from .modeling_sigma import (
 
 AutoConfig.register(SigmaConfig.model_type, SigmaConfig, exist_ok=True)
 
-# save_pretrained then puts the two model files beside the weights, for readers without this package.
+# save_pretrained then puts the model files beside the weights, for readers without this package.
 SigmaConfig.register_for_auto_class()
 for _auto_class, _model_class in AUTO_CLASSES.items():
     _auto_class.register(SigmaConfig, _model_class, exist_ok=True)

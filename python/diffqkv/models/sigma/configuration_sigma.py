@@ -256,7 +256,7 @@ class SigmaConfig(PreTrainedConfig):
 
     @property
     def attention_head_dim(self) -> int:
-        """Dimension in which Q and K meet, and in which RoPE acts."""
+        """The dimension in which Q and K meet, and in which RoPE acts."""
         return self.k_head_dim if self.k_compression == "absorbed" else self.head_dim
 
     def selective_v(self, changes: dict[str, Any] | None = None) -> list[dict[str, Any] | None]:
@@ -308,7 +308,7 @@ class SigmaConfig(PreTrainedConfig):
 
     @staticmethod
     def _refuse_windows(fields: dict) -> None:
-        """Fields of other models, which caches and masks of transformers would act on, and attention would not."""
+        """Refuses fields of other models, on which caches and masks would act here too, and attention would not."""
         for name in ("sliding_window", "attention_chunk_size"):
             if fields.get(name) is not None:
                 raise ValueError(f"{name}: got {fields[name]}, want None: all layers see all tokens before")

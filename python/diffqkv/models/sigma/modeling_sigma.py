@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The SIGMA models with DiffQKV attention (SIGMA, arXiv 2501.13629, section 2 and Appendix E).
 
-This file stands alone: `save_pretrained` copies it beside a checkpoint, where it runs without the diffqkv package, then
-on stock attention functions and caches. With the package, attention "diffqkv" and `diffqkv.Cache` are the defaults.
+This file stands alone, with those that it imports from its folder: `save_pretrained` copies them beside a checkpoint,
+where they run without the diffqkv package, then on stock attention functions and caches. With the package, attention
+"diffqkv" and `diffqkv.Cache` are the defaults.
 """
 
 import functools
@@ -11,7 +12,6 @@ import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import copy
-from inspect import signature
 from math import gcd, lcm
 from typing import Any, ClassVar
 
@@ -26,9 +26,8 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
-from transformers.generation import GenerationMixin
-from transformers.generation.continuous_batching import PagedAttentionCache
+from transformers.cache_utils import Cache
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.integrations import use_kernel_forward_from_hub
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.modeling_layers import (
@@ -46,6 +45,17 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_sigma import SigmaConfig
+from .fusing_sigma import SigmaFusingMixin, project_fused
+from .generation_sigma import (
+    CACHE,
+    OP_DTYPES,
+    SigmaGenerationMixin,
+    cache_of_stage,
+    is_empty,
+    new_cache,
+    one_cache,
+    positions_of_slots,
+)
 
 try:
     import diffqkv
@@ -53,18 +63,6 @@ except ImportError:
     diffqkv = None
 
 logger = logging.get_logger(__name__)
-
-# What transformers calls a cache in arguments and results; before 5.24 it was past_key_values.
-_CACHE = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
-
-# What the ops for inference take; models of other dtypes run on stock functions and caches.
-_OP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# Slots that `generate` reserves at most before the first token; longer outputs grow the cache by doubling.
-_MAX_RESERVED_SLOTS = 16384
-
-# How transformers tells flash attention of packed sequences.
-_FLASH_KWARGS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def _profiler_range(name: str):
@@ -75,7 +73,7 @@ def _profiler_range(name: str):
 
 
 def _swiglu(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    if diffqkv is not None and activation == "silu" and gate.dtype in _OP_DTYPES:
+    if diffqkv is not None and activation == "silu" and gate.dtype in OP_DTYPES:
         return diffqkv.swiglu(gate, up)
     return ACT2FN[activation](gate) * up
 
@@ -159,32 +157,58 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-def _has_own_cache(dtype: torch.dtype) -> bool:
-    """Whether models of this dtype cache in a `diffqkv.Cache` by default."""
-    return diffqkv is not None and dtype in _OP_DTYPES
+class StockAttention:
+    """How a forward pass stores K and V and attends to them by an attention function of transformers.
 
-
-def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """The cache that the caller gave, under either name."""
-    if past_key_values is not None:
-        if cache is not None and cache is not past_key_values:
-            raise ValueError("past_key_values: got another cache than cache, want one of the two")
-        cache = past_key_values
-    if isinstance(cache, PagedAttentionCache):
-        raise NotImplementedError(
-            "continuous batching: its paged cache has one shape for K and V; use generate on a left-padded batch "
-            "instead"
-        )
-    return cache
-
-
-def _attention_function(config: SigmaConfig) -> tuple[Callable, bool]:
-    """The attention function that config names, and whether K and V may have head counts of their own in it.
-
-    Such a function also reads a `diffqkv.Cache` in place, selects V rows, and takes packed rows without a mask.
+    Such a function knows one head count and, save for eager attention, one dimension of heads, takes every token from
+    the cache and reads every V row. `diffqkv.models.attention.DiffqkvAttention` is the same for attention "diffqkv".
     """
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)
-    return attend, getattr(attend, "takes_unequal_heads", False)
+
+    takes_packed_rows = False  # Packed rows come with a dense mask.
+    selects_v_rows = False
+
+    def __init__(self, function: Callable) -> None:
+        self.function = function
+
+    def store(
+        self,
+        layer: "SigmaAttention",
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        cache: Cache | None,
+        cache_is_empty: bool,
+        cached_rope: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """Writes the new tokens, key `[b, t, n_k, d_k]` and value `[b, t, n_v, d_v]`, into the cache, if there is one.
+
+        Returns K and V of all tokens as `[b, heads, s, d]`, K ready for the scores, and what `attend` takes besides.
+        """
+        key = layer.key_to_cache(key, rope)
+        if cache is None:
+            return layer.key_from_cache(key, rope).transpose(1, 2), value.transpose(1, 2), {}
+        key, value = (x.transpose(2, 3).flatten(1, 2) for x in layer.update_cache(cache, key, value))
+        return layer.key_from_cache(key, cached_rope, unsqueeze_dim=1), value, {}
+
+    def attend(
+        self, layer: "SigmaAttention", query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Calls the function with K and V of equal head counts and, if need be, Q and K as wide as V."""
+        key = key.repeat_interleave(layer.shared_heads // layer.config.num_key_heads, dim=1)
+        value = value.repeat_interleave(layer.shared_heads // layer.config.num_value_heads, dim=1)
+        if query.shape[-1] < layer.head_dim and self.function is not eager_attention_forward:
+            # Stock flash functions cut V to the dimension of Q; SDPA's fused kernels refuse. Zeros change no score.
+            padding = [0, layer.head_dim - query.shape[-1]]
+            query, key = F.pad(query, padding), F.pad(key, padding)
+        return self.function(layer, query, key, value, *args, **kwargs)
+
+
+def _chosen_attention(config: SigmaConfig) -> StockAttention:
+    """The attention that config names: one with K and V of unequal heads, or a stock one."""
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)
+    if getattr(function, "takes_unequal_heads", False):
+        return diffqkv.models.attention.DiffqkvAttention(function)
+    return StockAttention(function)
 
 
 class SigmaMLP(nn.Module):
@@ -239,9 +263,7 @@ class SigmaAttention(nn.Module):
         self.absorbs_k = config.k_compression == "absorbed"
         if self.absorbs_k:
             self.q_absorb_proj = nn.Linear(config.head_dim, config.k_head_dim, bias=False)
-        # After `fuse`: the projections of hidden_states in one, and how its output is split.
-        self.fused_proj = None
-        self.fused_sizes = [*([config.q_aug_dim] * 2 if self.augments_q else [q_size]), k_size, v_size]
+        self.fused_proj = None  # After `fuse_for_inference`, all projections of hidden_states in one.
 
     def forward(
         self,
@@ -250,37 +272,19 @@ class SigmaAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
         cache_is_empty: bool = False,
-        key_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        cached_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention: StockAttention | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        tokens = hidden_states.shape[:-1]
+        attention = _chosen_attention(self.config) if attention is None else attention
         query, key, value = self._project(hidden_states)
-        query = query.view(*tokens, -1, self.head_dim)
-        if self.absorbs_k:
-            query = self.q_absorb_proj(query)
         query = apply_rotary_pos_emb(query, *position_embeddings).transpose(1, 2)
-        key = key.view(*tokens, -1, self.k_head_dim)
-        value = value.view(*tokens, -1, self.head_dim)
-
-        attend, takes_unequal_heads = _attention_function(self.config)
         with _profiler_range("kv_cache"):
-            key, value, kv_cache = self._store(
-                key,
-                value,
-                position_embeddings,
-                cache,
-                cache_is_empty,
-                key_position_embeddings,
-                takes_unequal_heads,
+            key, value, cached = attention.store(
+                self, key, value, position_embeddings, cache, cache_is_empty, cached_position_embeddings
             )
-        if takes_unequal_heads:
-            kwargs["kv_cache"] = kv_cache
-            if isinstance(cache, diffqkv.Cache):
-                kwargs["v_stats"] = cache.layers[self.layer_idx].v_stats
-        else:
-            query, key, value = self._for_stock_attention(query, key, value, kv_cache, attend)
         with _profiler_range("attention"):
-            out, weights = attend(
+            out, weights = attention.attend(
                 self,
                 query,
                 key,
@@ -288,23 +292,20 @@ class SigmaAttention(nn.Module):
                 attention_mask,
                 dropout=self.attention_dropout if self.training else 0.0,
                 scaling=self.scaling,
+                **cached,
                 **kwargs,
             )
-        return self.o_proj(out.reshape(*tokens, -1)), weights
+        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
     def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Q, K and V of the new tokens, `[b, t, heads * dim]`.
+        """Q, K and V of the new tokens, `[b, t, heads, dim]`, not rotated.
 
         Q is augmented by a SwiGLU without residual, norm or bias (Appendix E).
         """
+        tokens = hidden_states.shape[:-1]
         is_fused = self.fused_proj is not None
         if is_fused:
-            if torch.is_grad_enabled() and (hidden_states.requires_grad or self.fused_proj.weight.requires_grad):
-                raise RuntimeError(
-                    "fuse_for_inference: got a forward pass that records gradients, want torch.no_grad(), or the model "
-                    "loaded again with from_pretrained"
-                )
-            *for_query, key, value = self.fused_proj(hidden_states).split(self.fused_sizes, -1)
+            *for_query, key, value = project_fused(self, hidden_states)
         else:
             for_query = [self.q_proj(hidden_states)]
             key, value = self.k_proj(hidden_states), self.v_proj(hidden_states)
@@ -313,118 +314,29 @@ class SigmaAttention(nn.Module):
             with _profiler_range("augmented_q"):
                 gate, up = for_query if is_fused else (self.q_gate_proj(query), self.q_up_proj(query))
                 query = self.q_down_proj(_swiglu(gate, up, self.hidden_act))
-        return query, key, value
+        query = query.view(*tokens, -1, self.head_dim)
+        if self.absorbs_k:
+            query = self.q_absorb_proj(query)
+        return query, key.view(*tokens, -1, self.k_head_dim), value.view(*tokens, -1, self.head_dim)
 
-    def check_fusable(self) -> None:
-        """Raises ValueError unless `fuse` can fold the projections as they are now."""
-        for name in self._fused_names():
-            projection = getattr(self, name)
-            if (kind := type(projection)) is not nn.Linear:
-                raise ValueError(f"{name}: got a {kind.__module__}.{kind.__name__}, want a torch.nn.Linear to fuse")
-            weight = projection.weight
-            if type(weight.data) is not torch.Tensor or not weight.is_floating_point() or weight.is_meta:
-                raise ValueError(
-                    f"{name}: got a weight of type {type(weight.data).__name__}, {weight.dtype}, on {weight.device}, "
-                    f"want a whole floating-point tensor of this process to fuse"
-                )
+    def key_to_cache(self, key: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """New K `[b, t, n_k, d_k]` as it is cached: rotated, unless `key_from_cache` expands it at every step."""
+        return key if self.expands_k else apply_rotary_pos_emb(key, *rope)
 
-    @torch.no_grad()
-    def fuse(self) -> None:
-        """Makes the projections of hidden_states one, and frees them: gate(q_proj(h)) and up(q_proj(h)) are linear."""
-        weight, bias = self.q_proj.weight, self.q_proj.bias
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        folds = [self.q_gate_proj.weight, self.q_up_proj.weight] if self.augments_q else []
-        weights = [(fold.to(wide) @ weight.to(wide)).to(weight.dtype) for fold in folds] or [weight]
-        fused = nn.Linear(weight.shape[1], sum(self.fused_sizes), bias=bias is not None, device="meta")
-        fused.weight = nn.Parameter(torch.cat([*weights, self.k_proj.weight, self.v_proj.weight]), requires_grad=False)
-        if bias is not None:
-            biases = [(fold.to(wide) @ bias.to(wide)).to(bias.dtype) for fold in folds] or [bias]
-            fused.bias = nn.Parameter(torch.cat([*biases, self.k_proj.bias, self.v_proj.bias]), requires_grad=False)
-        for name in self._fused_names():
-            delattr(self, name)
-        self.fused_proj = fused.eval()
+    def key_from_cache(
+        self, key: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, unsqueeze_dim: int = 2
+    ) -> torch.Tensor:
+        """K as it meets Q, made of what is cached; unsqueeze_dim is its dimension of heads."""
+        if not self.expands_k:
+            return key
+        return apply_rotary_pos_emb(self.k_expand_proj(key), *rope, unsqueeze_dim=unsqueeze_dim)
 
-    def _fused_names(self) -> list[str]:
-        return ["q_proj", *(["q_gate_proj", "q_up_proj"] if self.augments_q else []), "k_proj", "v_proj"]
-
-    def _store(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        cache: Cache | None,
-        cache_is_empty: bool,
-        key_rope: tuple[torch.Tensor, torch.Tensor] | None,
-        takes_unequal_heads: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor, str] | None]:
-        """Writes the new tokens, key `[b, t, n_k, d_k]` and value `[b, t, n_v, d_v]`, into the cache, if there is one.
-
-        Returns the new tokens as `[b, heads, t, d]`, K ready for the scores, and, when older ones are to be seen too,
-        the whole cache: K and V `[b, G, s, heads / G, d]` (or K in panels) and the name of K's layout.
-        """
-        in_place = (
-            takes_unequal_heads
-            and isinstance(cache, diffqkv.Cache)
-            and key.dtype in _OP_DTYPES
-            and not (torch.is_grad_enabled() and (key.requires_grad or value.requires_grad))
-        )
-        reads_cache = cache is not None and not cache_is_empty
-        rotates_on_write = in_place and reads_cache and not self.expands_k
-        if not (self.expands_k or rotates_on_write):
-            key = apply_rotary_pos_emb(key, *rope)
-
-        cached = None
-        if in_place:
-            layer = cache.layers[self.layer_idx]
-            # Under autocast K may have another 16-bit dtype than cos and sin.
-            angles = [x if x.dtype == torch.float32 else x.to(key.dtype) for x in rope] if rotates_on_write else ()
-            layer.append(key.transpose(1, 2), value.transpose(1, 2), *angles)
-            if reads_cache:
-                cached = layer.k_cache, layer.v_cache, layer.k_layout
-                if self.expands_k:
-                    keys, _ = layer.dense()
-                    cached = self._expanded_cache(keys, layer.v_cache[:, :, : keys.shape[2]], key_rope)
-        elif cache is not None:
-            groups = gcd(key.shape[2], value.shape[2])
-            keys, values = cache.update(
-                *(x.flatten(2).unflatten(2, (groups, -1)).transpose(1, 2) for x in (key, value)), self.layer_idx
-            )
-            # Stock functions take every token from the cache, which may have more slots than tokens.
-            if reads_cache or not takes_unequal_heads:
-                keys = keys.unflatten(-1, (-1, self.k_head_dim))
-                values = values.unflatten(-1, (-1, self.head_dim))
-                cached = keys, values, "rows"
-                if self.expands_k:
-                    cached = self._expanded_cache(keys.transpose(2, 3).flatten(1, 2), values, key_rope)
-        if self.expands_k:
-            key = apply_rotary_pos_emb(self.k_expand_proj(key), *rope)
-        return key.transpose(1, 2), value.transpose(1, 2), cached
-
-    def _expanded_cache(
-        self, keys: torch.Tensor, values: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, str]:
-        """The cache with its small, un-rotated keys `[b, n_k, s, d_k]` taken to head_dim and rotated."""
-        keys = apply_rotary_pos_emb(self.k_expand_proj(keys), *rope, unsqueeze_dim=1)
-        return keys.unflatten(1, (values.shape[1], -1)).transpose(2, 3), values, "rows"
-
-    def _for_stock_attention(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: tuple[torch.Tensor, torch.Tensor, str] | None,
-        attend: Callable,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """K and V with equal head counts and, except for eager attention, Q and K as wide as V."""
-        if kv_cache is not None:
-            key, value = (x.transpose(2, 3).flatten(1, 2) for x in kv_cache[:2])
-        key = key.repeat_interleave(self.shared_heads // self.config.num_key_heads, dim=1)
-        value = value.repeat_interleave(self.shared_heads // self.config.num_value_heads, dim=1)
-        if query.shape[-1] < self.head_dim and attend is not eager_attention_forward:
-            # Stock flash functions cut V to the dimension of Q; SDPA's fused kernels refuse. Zeros change no score.
-            padding = [0, self.head_dim - query.shape[-1]]
-            query, key = F.pad(query, padding), F.pad(key, padding)
-        return query, key, value
+    def update_cache(self, cache: Cache, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds new K and V `[b, t, heads, d]` as to a cache of transformers; returns all, `[b, G, s, heads / G, d]`."""
+        groups = gcd(key.shape[2], value.shape[2])
+        grouped = (x.flatten(2).unflatten(2, (groups, -1)).transpose(1, 2) for x in (key, value))
+        keys, values = cache.update(*grouped, self.layer_idx)
+        return keys.unflatten(-1, (-1, self.k_head_dim)), values.unflatten(-1, (-1, self.head_dim))
 
 
 class SigmaDecoderLayer(GradientCheckpointingLayer):
@@ -485,7 +397,7 @@ def _fast_path_obstacle(config: SigmaConfig) -> str | None:
     return None
 
 
-class SigmaPreTrainedModel(PreTrainedModel):  # trf-ignore: TRF013 (the models themselves call post_init)
+class SigmaPreTrainedModel(SigmaFusingMixin, PreTrainedModel):  # trf-ignore: TRF013 (its models call post_init)
     """What all SIGMA models share: loading and saving, the choice of the attention function, fusing."""
 
     config: SigmaConfig
@@ -505,7 +417,7 @@ class SigmaPreTrainedModel(PreTrainedModel):  # trf-ignore: TRF013 (the models t
         if getattr(config, "model_type", None) != SigmaConfig.model_type:
             raise ValueError(f"config: got a {type(config).__name__}, want a SigmaConfig")
         if not isinstance(config, SigmaConfig):
-            AutoModel.register(type(config), SigmaModel, exist_ok=True)  # by which the task heads make their base
+            AutoModel.register(type(config), SigmaModel, exist_ok=True)  # The task heads make their base by it.
         config.check_fields()
         _tell_peft()
         super().__init__(config, *args, **kwargs)
@@ -558,54 +470,11 @@ class SigmaPreTrainedModel(PreTrainedModel):  # trf-ignore: TRF013 (the models t
                 type(self)._auto_class = None
                 if kwargs.get("is_main_process", True):
                     os.makedirs(save_directory, exist_ok=True)
-                    shutil.copy(__file__, save_directory)
+                    for file in (__file__, *get_relative_import_files(__file__)):
+                        shutil.copy(file, save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
 
-    def train(self, mode: bool = True) -> "SigmaPreTrainedModel":
-        """As in `torch.nn.Module`; mode=True is refused after `fuse_for_inference`."""
-        if mode:
-            self._refuse_fused("train")
-        return super().train(mode)
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether `fuse_for_inference` has been called."""
-        return any(attention.fused_proj is not None for attention in self._attentions())
-
-    def fuse_for_inference(self) -> "SigmaPreTrainedModel":
-        """Folds the projections of each attention's input into one matrix, in place, and returns the model.
-
-        gate(q_proj(h)) and up(q_proj(h)) of augmented Q are linear in h, so that one product gives gate, up, K and V:
-        for Sigma-1.5B, 7424 rows of weights are read instead of 9472. The original weights are freed, and no parameter
-        takes gradients any more: training and saving are a RuntimeError, and `from_pretrained` is the way back.
-
-        Raises:
-            ValueError: the model is in training mode, or tensor parallel, or has projections that are not plain linear
-                layers (LoRA, quantised) or not in memory; before any weight is changed.
-        """
-        if self.is_fused:
-            return self
-        if self.training:
-            raise ValueError("fuse_for_inference: got a model in training mode, want eval()")
-        if self._tp_size not in (None, 1):
-            raise ValueError(f"fuse_for_inference: got tp_size = {self._tp_size}, want a model that is not sharded")
-        for attention in self._attentions():
-            attention.check_fusable()
-        for attention in self._attentions():
-            attention.fuse()
-        return self.requires_grad_(False)
-
-    def _attentions(self) -> list[SigmaAttention]:
-        return [module for module in self.modules() if isinstance(module, SigmaAttention)]
-
-    def _refuse_fused(self, name: str) -> None:
-        if self.is_fused:
-            raise RuntimeError(
-                f"{name}: got a model after fuse_for_inference, whose projections are folded into one; want the model "
-                f"loaded again with from_pretrained"
-            )
-
-    # Transformers sets it before it shards anything.
+    # Transformers sets the size before it shards anything.
     @property
     def _tp_size(self) -> int | None:
         return self.__dict__.get("_tensor_parallel_size")
@@ -677,7 +546,7 @@ class SigmaModel(SigmaPreTrainedModel):
                 place, or any cache of transformers. Its name before transformers 5.24, past_key_values, is taken too.
             use_cache: make a cache if there is none. Default: the configuration's.
             selective_v: for this call, values in place of the configuration's selective_v_*, by their names without
-                that prefix: {"top_k": 100, "max_error": 0.1}. Prompts are not concerned, only steps behind a cache.
+                that prefix: {"top_k": 100, "max_error": 0.1}. Prompts are not concerned, only steps with cached tokens.
             output_attentions, output_hidden_states: also return the probabilities, or the states before each layer.
 
         Raises:
@@ -688,61 +557,47 @@ class SigmaModel(SigmaPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch, tokens = inputs_embeds.shape[:2]
-        cache = _one_cache(cache, past_key_values)
+        attention = _chosen_attention(self.config)
+        cache = self._cache_of_checkpointed_layers(one_cache(cache, past_key_values), tokens)
+        selected_v = self._selected_v(selective_v, attention, cache)
 
-        _, takes_unequal_heads = _attention_function(self.config)
-        if self._checkpoints_activations() and cache is not None:
-            if not self._is_empty(cache.get_seq_length(), tokens):
-                raise ValueError(
-                    "cache: got one with tokens while activations are checkpointed, where layers run without a cache; "
-                    "want None, eval() or gradient_checkpointing_disable()"
-                )
-            logger.warning_once("cache: activations are checkpointed, so that nothing is cached")
-            cache = None
-        selected_v = self._selected_v(selective_v, takes_unequal_heads, cache)
         packed_positions = None
         begins = self._sequence_begins(position_ids, attention_mask, cache, kwargs, batch, tokens)
         if begins is not None:
-            if cache is not None and not torch.compiler.is_compiling():
-                raise ValueError("position_ids: got several sequences in a row with a cache, want no cache")
-            if use_cache and not torch.compiler.is_compiling():
-                logger.warning_once(
-                    "position_ids: without an attention_mask, jumps begin new sequences in a row, which do not see the "
-                    "tokens before them; they cannot be cached, so that use_cache returns none"
-                )
-                use_cache = False
+            use_cache = self._use_cache_of_packed_rows(cache, use_cache)
             slots = torch.arange(tokens, device=inputs_embeds.device)
             packed_positions = slots - (slots * begins).cummax(-1).values
             position_ids = packed_positions if position_ids is None else position_ids
-            if takes_unequal_heads and kwargs.get("cu_seq_lens_q") is None:
-                kwargs.update(zip(_FLASH_KWARGS, diffqkv.models.mask.packing_of(begins), strict=True))
-        if cache is not None:
-            self._check_cache(cache, batch, tokens)
-        elif use_cache:
-            cache = self._new_cache(inputs_embeds)
+            if attention.takes_packed_rows and kwargs.get("cu_seq_lens_q") is None:
+                kwargs.update(attention.packing(begins))
+        if cache is not None and diffqkv is not None:
+            # A cache of another model or batch would be left half written.
+            diffqkv.cache.check_cache(cache, self._cache_shapes(), batch, tokens)
+        if cache is None and use_cache:
+            cache = new_cache(self, inputs_embeds)
 
-        counted_cache = self._from_own_layer(cache)
+        counted_cache = cache_of_stage(cache, self.layers)
         past = counted_cache.get_seq_length() if counted_cache is not None else 0
         if position_ids is None:
             position_ids = (torch.arange(tokens, device=inputs_embeds.device) + past).unsqueeze(0)
         causal_mask = None
-        if begins is None or not takes_unequal_heads:
+        if begins is None or not attention.takes_packed_rows:
             causal_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=packed_positions,
-                # Behind a cache, which compiled code may fill here, transformers looks for no sequences.
-                **{_CACHE: counted_cache if begins is None else None},
+                # With a cache, which compiled code may fill here, transformers looks for no sequences.
+                **{CACHE: counted_cache if begins is None else None},
             )
         rope = self.rotary_emb(inputs_embeds, position_ids=position_ids)
-        key_rope = None
-        # Before the first layer writes: a static cache's counter is live.
-        cache_is_empty = self._is_empty(past, tokens)
+        cached_rope = None
+        # It is asked before the first layer writes: the counter of a static cache is live.
+        cache_is_empty = is_empty(past, tokens)
         # CODEPATH: the rows with half K dim of Tables 2 and 6.
         if self.config.k_compression == "expand" and cache is not None:
-            key_positions = self._key_positions(position_ids, attention_mask, counted_cache, past, cache_is_empty)
-            key_rope = self.rotary_emb(inputs_embeds, position_ids=key_positions)
+            positions = positions_of_slots(position_ids, attention_mask, counted_cache, past, cache_is_empty)
+            cached_rope = self.rotary_emb(inputs_embeds, position_ids=positions)
         hidden_states = inputs_embeds
         for layer, selection in zip(self.layers[: len(selected_v)], selected_v, strict=True):
             hidden_states = layer(
@@ -752,56 +607,54 @@ class SigmaModel(SigmaPreTrainedModel):
                 position_ids=position_ids,
                 cache=cache,
                 use_cache=use_cache,
+                attention=attention,
                 cache_is_empty=cache_is_empty,
-                key_position_embeddings=key_rope,
+                cached_position_embeddings=cached_rope,
                 selective_v=selection,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{_CACHE: cache})
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
-    def _new_cache(self, inputs_embeds: torch.Tensor) -> Cache:
-        # A compiled region must not own the buffers that later calls write; and a graph must reach the cached tokens.
-        records_graph = torch.is_grad_enabled() and (
-            inputs_embeds.requires_grad or any(x.requires_grad for x in self.parameters())
-        )
-        if not _has_own_cache(inputs_embeds.dtype) or torch.compiler.is_compiling() or records_graph:
-            return DynamicCache(config=self.config)
-        return diffqkv.Cache(self._cache_shapes())
-
-    def _checkpoints_activations(self) -> bool:
-        """Whether the backward pass will run layers once more, where they must not write into a cache again."""
+    def _cache_of_checkpointed_layers(self, cache: Cache | None, tokens: int) -> Cache | None:
+        """The given cache; None where the backward pass runs layers once more, which must not write into it again."""
         is_recording = self.training and torch.is_grad_enabled()
-        return is_recording and any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers)
-
-    def _from_own_layer(self, cache: Cache | None) -> Cache | None:
-        """The cache from the first layer on that is in this process: in a later stage of a pipeline, none before it is
-        ever written, and a cache counts the tokens of its first layer."""
-        is_elsewhere = [isinstance(layer, nn.Identity) for layer in self.layers]
-        if cache is None or not any(is_elsewhere):
+        runs_twice = is_recording and any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers)
+        if cache is None or not runs_twice:
             return cache
-        if cache.is_compileable:
-            raise NotImplementedError("cache: a static cache is not built for pipeline parallelism")
-        stage = copy(cache)
-        stage.layers = cache.layers[is_elsewhere.index(False) :]
-        return stage
+        if not is_empty(cache.get_seq_length(), tokens):
+            raise ValueError(
+                "cache: got one with tokens while activations are checkpointed, where layers run without a cache; "
+                "want None, eval() or gradient_checkpointing_disable()"
+            )
+        logger.warning_once("cache: activations are checkpointed, so that nothing is cached")
+        return None
+
+    @staticmethod
+    def _use_cache_of_packed_rows(cache: Cache | None, use_cache: bool | None) -> bool | None:
+        """use_cache, or False where a row holds several sequences, whose cache would mix them up."""
+        if torch.compiler.is_compiling():
+            return use_cache
+        if cache is not None:
+            raise ValueError("position_ids: got several sequences in a row with a cache, want no cache")
+        if use_cache:
+            logger.warning_once(
+                "position_ids: without an attention_mask, jumps begin new sequences in a row, which do not see the "
+                "tokens before them; they cannot be cached, so that use_cache returns none"
+            )
+        return False
 
     def _selected_v(
-        self, selective_v: dict[str, Any] | None, takes_unequal_heads: bool, cache: Cache | None
+        self, selective_v: dict[str, Any] | None, attention: StockAttention, cache: Cache | None
     ) -> list[dict[str, Any] | None]:
         """What each layer is told of the V rows to read."""
         per_layer = self.config.selective_v(selective_v)
-        if not takes_unequal_heads and any(per_layer):
+        if any(per_layer) and not attention.selects_v_rows:
             problem = f"attention {self.config._attn_implementation!r} reads all V rows, only 'diffqkv' selects"
             if selective_v is not None:
                 raise ValueError(f"selective_v: got {selective_v}, want None: {problem}")
             if cache is not None and not torch.compiler.is_compiling():
                 logger.warning_once(f"selective_v_top_k: {problem}")
         return per_layer
-
-    def _check_cache(self, cache: Cache, batch: int, tokens: int) -> None:
-        """Raises ValueError unless the cache is of this model and batch: later it would be half written."""
-        if diffqkv is not None:
-            diffqkv.cache.check_cache(cache, self._cache_shapes(), batch, tokens)
 
     @staticmethod
     def _sequence_begins(
@@ -840,62 +693,6 @@ class SigmaModel(SigmaPreTrainedModel):
             return None
         return F.pad(sequences.diff(dim=-1) != 0, (1, 0), value=True).expand(batch, -1)
 
-    @staticmethod
-    def _is_empty(past: int | torch.Tensor, tokens: int) -> bool:
-        """Whether the new tokens are all there is. A static cache counts in a tensor: read once per prompt only."""
-        if isinstance(past, torch.Tensor):
-            return tokens > 1 and not torch.compiler.is_compiling() and int(past) == 0
-        return past == 0
-
-    @staticmethod
-    def _key_positions(
-        position_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        cache: Cache,
-        past: int | torch.Tensor,
-        cache_is_empty: bool,
-    ) -> torch.Tensor:
-        """Positions of all cache slots, `[b or 1, s]`, for keys that are cached without their rotation.
-
-        A cache keeps no positions. Those of older tokens follow from the newest one, since the tokens of a row are
-        consecutive; where a mask shows that they are not, an error says so. Without older tokens any positions do.
-        """
-        tokens = position_ids.shape[1]
-        slots, _ = cache.get_mask_sizes(tokens, 0)
-        newest = past + tokens - 1
-        positions = position_ids[:, -1:] - newest + torch.arange(slots, device=position_ids.device)
-        new_slots = torch.arange(tokens, device=position_ids.device) + past
-        positions = positions.index_copy(1, new_slots, position_ids)
-        if not torch.compiler.is_compiling():
-            has_gaps = False
-            if attention_mask is None:
-                has_gaps = bool((positions.diff(dim=-1) != 1).any())
-            elif (valid := _visible_slots(attention_mask)) is not None:
-                valid = valid[:, :slots]
-                both = valid[:, 1:] & valid[:, :-1]
-                jumps = (positions[:, : valid.shape[1]].diff(dim=-1) != 1) & both
-                resumes = valid[:, 1:] & ~valid[:, :-1] & (valid.cumsum(-1)[:, :-1] > 0)
-                has_gaps = bool((jumps | resumes).any())
-            if cache_is_empty:
-                cache.has_position_gaps = has_gaps  # for the steps behind these tokens
-            elif has_gaps or getattr(cache, "has_position_gaps", False):
-                raise NotImplementedError(
-                    "k_compression='expand' with a cache: the tokens of a row must have consecutive positions, "
-                    "without padding between them"
-                )
-        return positions
-
-
-def _visible_slots(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """The slots `[b, s]` that the newest query sees, from a padding mask or a dense mask; None if nothing is hidden
-    between them."""
-    if attention_mask is None or attention_mask.dtype == torch.int32 and attention_mask.dim() == 4:
-        return None
-    if attention_mask.dim() == 2:
-        return attention_mask.bool()
-    newest = attention_mask[:, 0, -1]
-    return newest if newest.dtype == torch.bool else newest > torch.finfo(newest.dtype).min / 2
-
 
 def _positions_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """The hidden states `[b, t, hidden_size]` that logits are wanted of."""
@@ -908,7 +705,7 @@ def _positions_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.
     return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
 
 
-class SigmaForCausalLM(SigmaPreTrainedModel, GenerationMixin):
+class SigmaForCausalLM(SigmaPreTrainedModel, SigmaGenerationMixin):
     """SIGMA with a language-model head."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -938,7 +735,7 @@ class SigmaForCausalLM(SigmaPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        """The logits `[b, t, vocab_size]` of the token behind each new one. The other arguments: see `SigmaModel`.
+        """The logits `[b, t, vocab_size]` of the token after each new one. The other arguments: see `SigmaModel`.
 
         Args:
             labels: `[b, t]`, the tokens themselves (they are shifted here), -100 where there is nothing to predict;
@@ -950,7 +747,7 @@ class SigmaForCausalLM(SigmaPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=_one_cache(cache, past_key_values),
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             selective_v=selective_v,
@@ -965,107 +762,7 @@ class SigmaForCausalLM(SigmaPreTrainedModel, GenerationMixin):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **{_CACHE: outputs.get(_CACHE)},
-        )
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        next_sequence_length: int | None = None,
-        cache: Cache | None = None,
-        attention_mask: torch.LongTensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,  # generate looks for the name
-        past_key_values: Cache | None = None,
-        **kwargs,
-    ) -> dict:
-        """As in transformers, where assisted decoding would feed the tokens that a given cache holds once more."""
-        cache = _one_cache(cache, past_key_values)
-        positions = kwargs.get("position_ids")
-        if next_sequence_length is None and cache is not None and positions is not None:
-            past = int(cache.get_seq_length())
-            if past and positions.shape[-1] == input_ids.shape[1] and int(positions[..., 0].max()) == 0:
-                next_sequence_length = input_ids.shape[1] - past
-                if next_sequence_length < 1:
-                    raise NotImplementedError(
-                        f"prefill_chunk_size: got chunks within the {past} tokens of the cache, which this release of "
-                        f"transformers would feed again; want None"
-                    )
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            **{_CACHE: cache},
-            **kwargs,
-        )
-
-    def generate(self, *args, **kwargs):
-        """As in transformers. `cache` is taken as the name of the cache in the releases before 5.24 too."""
-        if "cache" in kwargs:
-            kwargs[_CACHE] = _one_cache(kwargs.pop("cache"), kwargs.get(_CACHE) if _CACHE != "cache" else None)
-        return super().generate(*args, **kwargs)
-
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ):
-        """Puts a `diffqkv.Cache` in place of the default cache, which copies itself at every token."""
-        self._check_generation(generation_config, model_kwargs, generation_mode)
-        kind, chunk_size = generation_config.cache_implementation, generation_config.prefill_chunk_size
-        if kind in ("offloaded", "offloaded_static") and not torch.accelerator.is_available():
-            # Without an accelerator every cache is in the host's memory.
-            kind = generation_config.cache_implementation = {"offloaded_static": "static"}.get(kind)
-        is_new = model_kwargs.get(_CACHE) is None and generation_config.use_cache is not False
-        # The code of contrastive search, which is in a repository of its own, takes no class but DynamicCache.
-        if _has_own_cache(self.dtype) and is_new and kind is None and generation_mode != "contrastive_search":
-            reserved = min(max_cache_length, _MAX_RESERVED_SLOTS)
-            model_kwargs[_CACHE] = diffqkv.Cache(self._cache_shapes(), initial_length=reserved)
-            return
-        # Candidates found in the prompt are fed before those too many are taken back.
-        candidates = generation_config.prompt_lookup_num_tokens or 0
-        super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length + candidates
-        )
-        is_on_one_device = len(set(getattr(self, "hf_device_map", {}).values())) < 2
-        if diffqkv is not None and is_new and kind == "static" and chunk_size is not None and is_on_one_device:
-            # Compiled prefill must not own the buffers.
-            rows = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1) * batch_size
-            cache = model_kwargs[_CACHE]
-            diffqkv.cache.reserve_static_cache(cache, self._cache_shapes(), rows, self.dtype, self.device)
-
-    @staticmethod
-    def _check_generation(generation_config, model_kwargs, generation_mode) -> None:
-        """Refuses what transformers would compute from the wrong tokens, or fail at after the first forward pass."""
-        given, embeds = model_kwargs.get(_CACHE), model_kwargs.get("inputs_embeds")
-        positions = model_kwargs.get("position_ids")
-        if isinstance(given, Cache) and positions is not None and not generation_config.is_assistant:
-            past, prompt = int(given.get_seq_length()), positions.shape[-1]
-            if past >= prompt:
-                raise ValueError(
-                    f"cache: got {past} tokens and a prompt of {prompt}, want a prompt that repeats them and "
-                    f"goes on (crop(-1) takes one back)"
-                )
-            if past and embeds is not None and embeds.shape[1] != prompt:
-                raise ValueError(
-                    f"inputs_embeds: got {embeds.shape[1]} tokens behind {past} in the cache, want all {prompt} of the "
-                    f"prompt"
-                )
-        chunk_size = generation_config.prefill_chunk_size
-        if chunk_size is not None and embeds is not None:
-            raise NotImplementedError(f"prefill_chunk_size: got {chunk_size} with inputs_embeds, want None")
-        is_quantised = generation_config.cache_implementation == "quantized" or isinstance(given, QuantizedCache)
-        if is_quantised and generation_mode == "assisted_generation":
-            raise NotImplementedError(
-                "assisted decoding: a quantised cache cannot take back rejected tokens; use the default cache"
-            )
-
-    def _get_static_cache_init_shape(self):
-        # Early initialisation in transformers knows one shape for K and V.
-        return None
-
-    def init_continuous_batching(self, *args, **kwargs):
-        raise NotImplementedError(
-            "continuous batching: its paged cache has one shape for K and V; use generate on a left-padded batch "
-            "instead"
+            **{CACHE: outputs.get(CACHE)},
         )
 
 
