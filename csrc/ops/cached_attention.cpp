@@ -16,10 +16,10 @@ std::optional<Tensor> readable(const Device& device, const std::optional<Tensor>
 CachedAttention::CachedAttention(const Device& device, TensorChecks& checks, const CachedTensors& tensors,
                                  const CacheOptions& options)
     : device_(device), tensors_(tensors), options_(options) {
-  // The cache has the last word on d_k.
-  TensorChecks of_q(tensors.q);
-  of_q.unit_last_stride("q", tensors.q, kFloatingDtypes, "b n_q s_q d_k");
-  const int64_t batch = of_q.shapes["b"], n_q = of_q.shapes["n_q"], d_k = of_q.shapes["d_k"];
+  Shapes of_q;  // apart, for it is the cache that says what d_k is
+  of_q.check("q", tensors.q, "b n_q s_q d_k");
+  check_unit_last_stride("q", tensors.q);
+  const int64_t batch = of_q["b"], n_q = of_q["n_q"], d_k = of_q["d_k"];
   checks.shapes.set("b", batch);
   checks.shapes.set("n_q", n_q);
   const CacheArguments cache =
@@ -36,7 +36,7 @@ CachedAttention::CachedAttention(const Device& device, TensorChecks& checks, con
   pages_ = cache.pages;
   params.heads = {n_q, cache.heads.n_k, cache.heads.n_v};
   params.batch = batch;
-  params.s_q = of_q.shapes["s_q"];
+  params.s_q = of_q["s_q"];
   params.s_k = cache.capacity;
   params.d_k = cache.d_k;
   params.d_v = cache.d_v;

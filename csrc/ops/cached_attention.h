@@ -23,7 +23,7 @@ struct CacheOptions : ArgumentGroup {
 
 class CachedAttention {
  public:
-  // Checks all but the contents of tensors; b, n_q, n_v and d_v are known from then on.
+  // Checks all but the contents of tensors; b, n_q, n_v and d_v are known from then on. checks: like q.
   CachedAttention(const Device& device, TensorChecks& checks, const CachedTensors& tensors,
                   const CacheOptions& options);
   // Checks lengths, starts and the blocks in use where they are readable; returns the length to plan for.

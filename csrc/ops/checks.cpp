@@ -14,6 +14,11 @@ std::string names_of(Dtypes dtypes) {
   return text;
 }
 
+void check_dtype(const char* name, ScalarType dtype, Dtypes wanted) {
+  DIFFQKV_CHECK(std::find(wanted.begin(), wanted.end(), dtype) != wanted.end(), name, ": got dtype ", name_of(dtype),
+                ", want ", names_of(wanted));
+}
+
 std::string text_of(const torch::stable::Device& device) {
   using torch::headeronly::DeviceType;
   switch (device.type()) {
@@ -38,6 +43,8 @@ const char* name_of(ScalarType dtype) {
     case ScalarType::Short: return "int16";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
     default: return "of another kind";
   }
 }
@@ -49,15 +56,23 @@ std::string text_of(double value) {
   return text;
 }
 
-TensorChecks::TensorChecks(const Tensor& like) : device_(like.device()), dtype_(like.scalar_type()) {}
+TensorChecks::TensorChecks(const char* like_name, const Tensor& like, Dtypes dtypes)
+    : like_(like), dtype_(like.scalar_type()), dtype_number_(dtype_number(like)) {
+  check_dtype(like_name, dtype_, dtypes);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type_));
+  device_index_ = like.get_device_index();
+}
+
+bool TensorChecks::is_where_like_is(const Tensor& t) const {
+  int32_t type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+  return type == device_type_ && (type == aoti_torch_device_type_cpu() || t.get_device_index() == device_index_);
+}
 
 void TensorChecks::dtype_and_device(const char* name, const Tensor& t, Dtypes dtypes) const {
-  const ScalarType dtype = t.scalar_type();
-  DIFFQKV_CHECK(std::find(dtypes.begin(), dtypes.end(), dtype) != dtypes.end(), name, ": got dtype ", name_of(dtype),
-                ", want ", names_of(dtypes));
-  const torch::stable::Device device = t.device();
-  DIFFQKV_CHECK(device.type() == device_.type() && (device.is_cpu() || device.index() == device_.index()), name,
-                ": got device ", text_of(device), ", want ", text_of(device_), ", where the other tensors are");
+  check_dtype(name, dtype_number(t) == dtype_number_ ? dtype_ : t.scalar_type(), dtypes);
+  DIFFQKV_CHECK(is_where_like_is(t), name, ": got device ", text_of(t.device()), ", want ", text_of(like_.device()),
+                ", where the other tensors are");
 }
 
 void TensorChecks::any_strides(const char* name, const Tensor& t, Dtypes dtypes, std::string_view want) {

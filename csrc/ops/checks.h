@@ -17,7 +17,8 @@ inline constexpr Dtypes kTrainingDtypes = {ScalarType::Float, ScalarType::BFloat
 // and sizes, and strides, in this order.
 class TensorChecks {
  public:
-  explicit TensorChecks(const Tensor& like);
+  // like_name: the argument that `like` is, whose dtype is checked here.
+  TensorChecks(const char* like_name, const Tensor& like, Dtypes dtypes);
 
   void dtype_and_device(const char* name, const Tensor& t, Dtypes dtypes) const;
   void any_strides(const char* name, const Tensor& t, Dtypes dtypes, std::string_view want);
@@ -34,8 +35,12 @@ class TensorChecks {
   Shapes shapes;
 
  private:
-  torch::stable::Device device_;
+  bool is_where_like_is(const Tensor& t) const;
+
+  const Tensor& like_;
   ScalarType dtype_;
+  // dtype_ and the device of `like` in torch's own numbers, which are read fastest.
+  int32_t dtype_number_, device_type_, device_index_;
 };
 
 const char* name_of(ScalarType dtype);

@@ -8,7 +8,7 @@ namespace {
 std::tuple<Tensor, Tensor> decode_attention(const CachedTensors& tensors, const CacheOptions& options,
                                             const LogitOptions& logits) {
   const auto device = device_of("decode_attention", tensors.q);
-  TensorChecks checks(tensors.q);
+  TensorChecks checks("q", tensors.q, kFloatingDtypes);
   CachedAttention call(*device, checks, tensors, options);
   logits.check_ranges();
   logits.check_sinks(checks);

@@ -91,9 +91,10 @@ void check_length(const Device& device, const char* name, int64_t tokens) {
 // lie side by side.
 AttentionParams checked_params(const Device& device, TensorChecks& checks, const Inputs& inputs,
                                const PackedSequences* packed, const AttentionOptions& options) {
-  checks.unit_last_stride("q", inputs.q, kTrainingDtypes, packed ? "total_q n_q d_k" : "b n_q s_q d_k");
-  checks.unit_last_stride("k", inputs.k, {checks.dtype()}, packed ? "total_k n_k d_k" : "b n_k s_k d_k");
-  checks.unit_last_stride("v", inputs.v, {checks.dtype()}, packed ? "total_k n_v d_v" : "b n_v s_k d_v");
+  const Dtypes dtype = {checks.dtype()};
+  checks.unit_last_stride("q", inputs.q, dtype, packed ? "total_q n_q d_k" : "b n_q s_q d_k");
+  checks.unit_last_stride("k", inputs.k, dtype, packed ? "total_k n_k d_k" : "b n_k s_k d_k");
+  checks.unit_last_stride("v", inputs.v, dtype, packed ? "total_k n_v d_v" : "b n_v s_k d_v");
   const Shapes& shapes = checks.shapes;
   AttentionParams p;
   p.heads = {shapes["n_q"], shapes["n_k"], shapes["n_v"]};
@@ -124,7 +125,7 @@ AttentionParams checked_params(const Device& device, TensorChecks& checks, const
 Results forward(const char* op, const Inputs& inputs, const PackedSequences* packed, const AttentionOptions& options) {
   const Tensor& q = inputs.q;
   const auto device = device_of(op, q);
-  TensorChecks checks(q);
+  TensorChecks checks("q", q, kTrainingDtypes);
   AttentionParams p = checked_params(*device, checks, inputs, packed, options);
 
   using torch::stable::new_empty;
@@ -154,7 +155,7 @@ Gradients backward(const char* op, const BackwardTensors& t, const PackedSequenc
                    const AttentionOptions& options) {
   const Tensor &q = t.inputs.q, &k = t.inputs.k, &v = t.inputs.v;
   const auto device = device_of(op, q);
-  TensorChecks checks(q);
+  TensorChecks checks("q", q, kTrainingDtypes);
   FlashAttentionBackwardParams p;
   p.forward = checked_params(*device, checks, t.inputs, packed, options);
   check_results(checks, t, packed != nullptr);

@@ -77,16 +77,6 @@ void check_memory(const UpdateArguments& a) {
   }
 }
 
-// The new tokens have a shape of their own before they have that of the cache.
-void check_new_tokens(TensorChecks& checks, const UpdateArguments& a) {
-  TensorChecks alone(a.k_cache);
-  alone.dtype_and_device("k_cache", a.k_cache, kFloatingDtypes);
-  alone.unit_last_stride("k", a.k, {checks.dtype()}, "b n_k s_new d_k");
-  alone.unit_last_stride("v", a.v, {checks.dtype()}, "b n_v s_new d_v");
-  checks.shapes.set("b", alone.shapes["b"]);
-  checks.shapes.set("s_new", alone.shapes["s_new"]);
-}
-
 // One of cos and sin.
 void check_angles(TensorChecks& checks, const char* name, const Tensor& t) {
   checks.dtype_and_device(name, t, {ScalarType::Float, checks.dtype()});
@@ -172,11 +162,14 @@ void check_slots(const Device& device, const UpdateArguments& a, KvCacheUpdatePa
 // On CUDA a token whose position is out of range or unmapped is not written.
 void kv_cache_update(const UpdateArguments& a) {
   const auto device = device_of("kv_cache_update", a.k_cache);
-  TensorChecks checks(a.k_cache);
-  check_new_tokens(checks, a);
+  TensorChecks checks("k_cache", a.k_cache, kFloatingDtypes);
+  const Dtypes dtype = {checks.dtype()};
+  Shapes of_k;  // apart, for it is the cache that says what n_k and d_k are
+  of_k.check("k", a.k, "b n_k s_new d_k");
+  checks.shapes.set("b", of_k["b"]);
   const CacheArguments cache = cache_arguments(checks, a.k_cache, a.v_cache, a.block_table, a.k_layout);
-  checks.shapes.check("k", a.k, "b n_k s_new d_k");
-  checks.shapes.check("v", a.v, "b n_v s_new d_v");
+  checks.unit_last_stride("k", a.k, dtype, "b n_k s_new d_k");
+  checks.unit_last_stride("v", a.v, dtype, "b n_v s_new d_v");
   checks.any_strides("positions", a.positions, {ScalarType::Int, ScalarType::Long}, "b s_new");
   check_rope(checks, a);
   if (a.v_stats) check_v_stats(checks, *a.v_stats);

@@ -56,7 +56,7 @@ SelectiveVAttentionParams params_of(const SelectiveArguments& a, int64_t capacit
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_v_attention(const SelectiveArguments& a) {
   const Tensor& q = a.tensors.q;
   const auto device = device_of("selective_v_attention", q);
-  TensorChecks checks(q);
+  TensorChecks checks("q", q, kFloatingDtypes);
   check_ranges(a);
   CachedAttention attention(*device, checks, a.tensors, a.cache);
   check_indices(a, attention.params);

@@ -22,6 +22,11 @@ int64_t integer(std::string_view word) {
   return value;
 }
 
+// Names of one length mostly differ in their first or last letter, which is told sooner than memcmp is called.
+bool same(std::string_view a, std::string_view b) {
+  return a.size() == b.size() && a.back() == b.back() && a.front() == b.front() && a == b;
+}
+
 }  // namespace
 
 std::string list_of(torch::headeronly::IntHeaderOnlyArrayRef values) {
@@ -31,14 +36,19 @@ std::string list_of(torch::headeronly::IntHeaderOnlyArrayRef values) {
 }
 
 const Shapes::Size* Shapes::find(std::string_view name) const {
-  const Size* end = sizes_.data() + known_;
-  const Size* found = std::find_if(sizes_.data(), end, [&](const Size& size) { return size.name == name; });
-  return found == end ? nullptr : found;
+  for (size_t i = 0; i < known_; ++i)
+    if (same(sizes_[i].name, name)) return &sizes_[i];
+  return nullptr;
+}
+
+void Shapes::add(std::string_view name, int64_t size) {
+  STD_TORCH_CHECK(known_ < kMostSizes, name, ": a size too many");
+  sizes_[known_++] = {name, size};
 }
 
 void Shapes::set(std::string_view name, int64_t size) {
-  STD_TORCH_CHECK(known_ < kMostSizes && find(name) == nullptr, name, ": a size is set once, and there are few");
-  sizes_[known_++] = {name, size};
+  STD_TORCH_CHECK(find(name) == nullptr, name, ": a size that is known already");
+  add(name, size);
 }
 
 int64_t Shapes::operator[](std::string_view name) const {
@@ -50,7 +60,7 @@ int64_t Shapes::operator[](std::string_view name) const {
 bool Shapes::matches(std::string_view word, int64_t size) {
   if (is_integer(word)) return integer(word) == size;
   if (const Size* known = find(word)) return known->value == size;
-  set(word, size);
+  add(word, size);
   return true;
 }
 

@@ -28,6 +28,7 @@ class Shapes {
     int64_t value;
   };
   const Size* find(std::string_view name) const;
+  void add(std::string_view name, int64_t size);
   bool matches(std::string_view word, int64_t size);
   std::string text(std::string_view want) const;
 

@@ -15,8 +15,7 @@ void check_like_gate(const TensorChecks& checks, const char* name, const Tensor&
 }
 
 TensorChecks check_inputs(const Tensor& gate, const Tensor& up) {
-  TensorChecks checks(gate);
-  checks.dtype_and_device("gate", gate, kFloatingDtypes);
+  const TensorChecks checks("gate", gate, kFloatingDtypes);
   check_like_gate(checks, "up", up, gate);
   return checks;
 }

@@ -18,4 +18,11 @@ namespace diffqkv {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Torch's own number of a dtype. Tensor::scalar_type asks torch for the numbers of up to twenty dtypes to compare it.
+inline int32_t dtype_number(const Tensor& t) {
+  int32_t number = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
+  return number;
+}
+
 }  // namespace diffqkv

@@ -3,12 +3,10 @@
 namespace diffqkv {
 
 DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Half: return DType::f16;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Double: return DType::f64;
-    default: return DType::f32;
-  }
+  const int32_t number = dtype_number(t);
+  if (number == aoti_torch_dtype_bfloat16()) return DType::bf16;
+  if (number == aoti_torch_dtype_float16()) return DType::f16;
+  return number == aoti_torch_dtype_float64() ? DType::f64 : DType::f32;
 }
 
 TokenView token_view(const Tensor& t) {
