@@ -20,7 +20,7 @@ KvView rows_view(const Tensor& cache) {
   return view;
 }
 
-// stride_group follows when the groups are known.
+// Panels have no dimension of groups: stride_group depends on the number of heads in one.
 KvView panels_view(const Tensor& cache) {
   const auto strides = cache.strides();
   KvView view;
@@ -34,22 +34,20 @@ KvView panels_view(const Tensor& cache) {
 }
 
 void check_rows(TensorChecks& checks, const Tensor& k_cache, bool paged) {
-  checks.unit_last_stride("k_cache", k_cache, {checks.dtype()}, paged ? "blocks G s n_k/G d_k" : "b G s n_k/G d_k");
+  checks.rows("k_cache", k_cache, {checks.dtype()}, paged ? "blocks G s n_k/G d_k" : "b G s n_k/G d_k");
   checks.shapes.set("n_k", checks.shapes["G"] * checks.shapes["n_k/G"]);
 }
 
-// bf16 keeps pairs of dimensions together.
+// Panels of bf16 keep pairs of dimensions together.
 void check_panels(TensorChecks& checks, const Tensor& k_cache, bool paged) {
   const Dtypes dtypes = {checks.dtype()};
   const bool pairs = checks.dtype() == ScalarType::BFloat16;
   checks.shapes.set("ceil(s/32)", ceil_div(checks.shapes["s"], kPanelTokens));
   if (pairs) {
-    checks.unit_last_stride("k_cache", k_cache, dtypes,
-                            paged ? "blocks n_k ceil(s/32) d_k/2 32 2" : "b n_k ceil(s/32) d_k/2 32 2");
+    checks.rows("k_cache", k_cache, dtypes, paged ? "blocks n_k ceil(s/32) d_k/2 32 2" : "b n_k ceil(s/32) d_k/2 32 2");
     checks.shapes.set("d_k", 2 * checks.shapes["d_k/2"]);
   } else {
-    checks.unit_last_stride("k_cache", k_cache, dtypes,
-                            paged ? "blocks n_k ceil(s/32) d_k 32" : "b n_k ceil(s/32) d_k 32");
+    checks.rows("k_cache", k_cache, dtypes, paged ? "blocks n_k ceil(s/32) d_k 32" : "b n_k ceil(s/32) d_k 32");
   }
   const std::initializer_list<int64_t> of_pairs = {2 * kPanelTokens, 2, 1}, of_dims = {kPanelTokens, 1};
   const auto& inside = pairs ? of_pairs : of_dims;
@@ -58,7 +56,7 @@ void check_panels(TensorChecks& checks, const Tensor& k_cache, bool paged) {
 }
 
 void check_block_table(TensorChecks& checks, const Tensor& table, bool panels) {
-  checks.unit_last_stride("block_table", table, {ScalarType::Int}, "b max_blocks");
+  checks.rows("block_table", table, {ScalarType::Int}, "b max_blocks");
   const int64_t size = checks.shapes["s"], multiple = panels ? kPanelTokens : 1;
   DIFFQKV_CHECK(size >= 1 && size % multiple == 0, "v_cache: got block size ", size, ", want a multiple of ", multiple);
 }
@@ -79,7 +77,7 @@ CacheArguments cache_arguments(TensorChecks& checks, const Tensor& k_cache, cons
                                const std::optional<Tensor>& block_table, int64_t k_layout) {
   Shapes& shapes = checks.shapes;
   const bool panels = k_layout == 1, paged = block_table.has_value();
-  checks.unit_last_stride("v_cache", v_cache, {checks.dtype()}, paged ? "blocks G s n_v/G d_v" : "b G s n_v/G d_v");
+  checks.rows("v_cache", v_cache, {checks.dtype()}, paged ? "blocks G s n_v/G d_v" : "b G s n_v/G d_v");
   shapes.set("n_v", shapes["G"] * shapes["n_v/G"]);
   DIFFQKV_CHECK(k_layout == 0 || panels, "k_layout: got ", k_layout, ", want 0 (rows) or 1 (panels)");
   if (panels)

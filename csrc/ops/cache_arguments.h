@@ -12,14 +12,14 @@ struct CacheArguments {
   Paging paging;
 };
 
-// In a call whose b is known; n_k, n_v, d_k and d_v are known from then on.
+// Checks the caches of a call whose b is known; n_k, n_v, d_k and d_v are known from then on.
 CacheArguments cache_arguments(TensorChecks& checks, const Tensor& k_cache, const Tensor& v_cache,
                                const std::optional<Tensor>& block_table, int64_t k_layout);
 
-// The block table's entry number `block` of a batch entry is a page of the pool; the table is in host memory.
+// Checks that the block table's number `block` of a batch entry is a page of the pool. The table is in host memory.
 void check_block(const Paging& paging, int64_t pages, int64_t entry, int64_t block);
 
-// Sum and largest norm of V rows. In a call whose b, n_v and d_v are known.
+// Checks the sums and largest norms of V rows, in a call whose b, n_v and d_v are known.
 void check_v_stats(TensorChecks& checks, const Tensor& v_stats);
 
 }  // namespace diffqkv

@@ -75,27 +75,27 @@ void TensorChecks::dtype_and_device(const char* name, const Tensor& t, Dtypes dt
                 ", where the other tensors are");
 }
 
-void TensorChecks::any_strides(const char* name, const Tensor& t, Dtypes dtypes, std::string_view want) {
+void TensorChecks::tensor(const char* name, const Tensor& t, Dtypes dtypes, std::string_view want) {
   dtype_and_device(name, t, dtypes);
   shapes.check(name, t, want);
 }
 
-void TensorChecks::unit_last_stride(const char* name, const Tensor& t, Dtypes dtypes, std::string_view want) {
-  any_strides(name, t, dtypes, want);
+void TensorChecks::rows(const char* name, const Tensor& t, Dtypes dtypes, std::string_view want) {
+  tensor(name, t, dtypes, want);
   check_unit_last_stride(name, t);
 }
 
 void TensorChecks::contiguous(const char* name, const Tensor& t, Dtypes dtypes, std::string_view want) {
-  any_strides(name, t, dtypes, want);
+  tensor(name, t, dtypes, want);
   DIFFQKV_CHECK(t.is_contiguous(), name, ": got strides ", list_of(t.strides()), ", want a contiguous tensor");
 }
 
 void TensorChecks::vector(const char* name, const Tensor& t, Dtypes dtypes, std::string_view want) {
-  any_strides(name, t, dtypes, want);
+  tensor(name, t, dtypes, want);
   DIFFQKV_CHECK(t.is_contiguous(), name, ": got stride ", t.stride(0), ", want 1");
 }
 
-// Empty tensors, those that come from numpy, may have any strides.
+// The strides of empty tensors mean nothing, and those that come from numpy have odd ones.
 bool has_unit_last_stride(const Tensor& t) {
   const int64_t last = t.dim() - 1;
   return t.stride(last) == 1 || t.size(last) <= 1 || t.numel() == 0;

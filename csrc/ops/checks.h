@@ -13,18 +13,20 @@ inline constexpr Dtypes kFloatingDtypes = {ScalarType::Float, ScalarType::BFloat
 inline constexpr Dtypes kTrainingDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half,
                                            ScalarType::Double};
 
-// The tensors of one call: where `like` is, and of sizes that fit each other. Each function checks dtype, device, rank
-// and sizes, and strides, in this order.
+// Checks the tensors of one call: they have to be where `like` is, and their sizes have to fit each other. Each
+// function checks the dtype, the device, rank and sizes, and the strides of a tensor, in this order.
 class TensorChecks {
  public:
-  // like_name: the argument that `like` is, whose dtype is checked here.
+  // Checks the dtype of `like`, the argument of that name. It has to outlive this object.
   TensorChecks(const char* like_name, const Tensor& like, Dtypes dtypes);
 
   void dtype_and_device(const char* name, const Tensor& t, Dtypes dtypes) const;
-  void any_strides(const char* name, const Tensor& t, Dtypes dtypes, std::string_view want);
-  void unit_last_stride(const char* name, const Tensor& t, Dtypes dtypes, std::string_view want);
+  // The strides of this tensor do not matter.
+  void tensor(const char* name, const Tensor& t, Dtypes dtypes, std::string_view want);
+  // The elements of its last dimension have to lie side by side.
+  void rows(const char* name, const Tensor& t, Dtypes dtypes, std::string_view want);
   void contiguous(const char* name, const Tensor& t, Dtypes dtypes, std::string_view want);
-  // Of one dimension, contiguous.
+  // The same for a tensor of one dimension, such as one number per batch entry.
   void vector(const char* name, const Tensor& t, Dtypes dtypes, std::string_view want);
 
   // The dtype of `like`.
@@ -39,18 +41,18 @@ class TensorChecks {
 
   const Tensor& like_;
   ScalarType dtype_;
-  // dtype_ and the device of `like` in torch's own numbers, which are read fastest.
+  // The dtype and the device of `like` as torch numbers them, which is what it tells fastest.
   int32_t dtype_number_, device_type_, device_index_;
 };
 
 const char* name_of(ScalarType dtype);
-// As Python writes a float: "-1.0", "1e+39".
+// The number as Python writes it: "-1.0", "1e+39".
 std::string text_of(double value);
 
 bool has_unit_last_stride(const Tensor& t);
 void check_unit_last_stride(const char* name, const Tensor& t);
 void check_head_dim(const char* name, int64_t d);
-// name: K or V, whose n heads the n_q query heads share.
+// name: the argument with K or V, whose n heads the n_q query heads share.
 void check_heads(const char* name, int64_t n, int64_t n_q);
 void check_at_least(const char* name, int64_t value, int64_t least);
 

@@ -1,5 +1,5 @@
-// All in which the devices differ, so that an op is written once: who runs a call, whether the contents of its tensors
-// may be looked at, and the limits of the kernels.
+// What differs between devices, so that an op is written once for all: who runs a call, whether the contents of its
+// tensors may be looked at, and the limits of the kernels.
 #pragma once
 #include <memory>
 
@@ -38,7 +38,7 @@ class Device {
 
 // The caller's threads.
 std::unique_ptr<const Device> cpu_device(const Tensor& like);
-// The current stream of like's device; op: whose name errors get. In libraries that were built with CUDA.
+// The current stream of like's device, in libraries that were built with CUDA. op: the name that errors begin with.
 std::unique_ptr<const Device> cuda_device(const char* op, const Tensor& like);
 
 // The device of `like`, which has to outlive it.

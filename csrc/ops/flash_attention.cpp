@@ -87,14 +87,14 @@ void check_length(const Device& device, const char* name, int64_t tokens) {
   DIFFQKV_CHECK(tokens <= most, name, ": got ", tokens, " tokens, want up to ", most);
 }
 
-// Checks the arguments of a forward call. Params of all but the results and the sinks. packed: null where the sequences
+// Checks the arguments of a forward call, and fills all but the results and the sinks. packed: null where the sequences
 // lie side by side.
 AttentionParams checked_params(const Device& device, TensorChecks& checks, const Inputs& inputs,
                                const PackedSequences* packed, const AttentionOptions& options) {
   const Dtypes dtype = {checks.dtype()};
-  checks.unit_last_stride("q", inputs.q, dtype, packed ? "total_q n_q d_k" : "b n_q s_q d_k");
-  checks.unit_last_stride("k", inputs.k, dtype, packed ? "total_k n_k d_k" : "b n_k s_k d_k");
-  checks.unit_last_stride("v", inputs.v, dtype, packed ? "total_k n_v d_v" : "b n_v s_k d_v");
+  checks.rows("q", inputs.q, dtype, packed ? "total_q n_q d_k" : "b n_q s_q d_k");
+  checks.rows("k", inputs.k, dtype, packed ? "total_k n_k d_k" : "b n_k s_k d_k");
+  checks.rows("v", inputs.v, dtype, packed ? "total_k n_v d_v" : "b n_v s_k d_v");
   const Shapes& shapes = checks.shapes;
   AttentionParams p;
   p.heads = {shapes["n_q"], shapes["n_k"], shapes["n_v"]};
@@ -145,9 +145,9 @@ void check_results(TensorChecks& checks, const BackwardTensors& t, bool packed) 
   const Dtypes dtype = {checks.dtype()}, wide_dtype = {checks.wide_dtype()};
   const char* out = packed ? "total_q n_q d_v" : "b n_q s_q d_v";
   const char* lse = packed ? "n_q total_q" : "b n_q s_q";
-  checks.any_strides("dout", t.dout, dtype, out);
-  checks.unit_last_stride("out", t.out, dtype, out);
-  if (t.dlse) checks.any_strides("dlse", *t.dlse, wide_dtype, lse);
+  checks.tensor("dout", t.dout, dtype, out);
+  checks.rows("out", t.out, dtype, out);
+  if (t.dlse) checks.tensor("dlse", *t.dlse, wide_dtype, lse);
   checks.contiguous("lse", t.lse, wide_dtype, lse);
 }
 

@@ -168,9 +168,9 @@ void kv_cache_update(const UpdateArguments& a) {
   of_k.check("k", a.k, "b n_k s_new d_k");
   checks.shapes.set("b", of_k["b"]);
   const CacheArguments cache = cache_arguments(checks, a.k_cache, a.v_cache, a.block_table, a.k_layout);
-  checks.unit_last_stride("k", a.k, dtype, "b n_k s_new d_k");
-  checks.unit_last_stride("v", a.v, dtype, "b n_v s_new d_v");
-  checks.any_strides("positions", a.positions, {ScalarType::Int, ScalarType::Long}, "b s_new");
+  checks.rows("k", a.k, dtype, "b n_k s_new d_k");
+  checks.rows("v", a.v, dtype, "b n_v s_new d_v");
+  checks.tensor("positions", a.positions, {ScalarType::Int, ScalarType::Long}, "b s_new");
   check_rope(checks, a);
   if (a.v_stats) check_v_stats(checks, *a.v_stats);
   check_memory(a);

@@ -5,7 +5,7 @@
 
 namespace diffqkv {
 
-// Which keys a query sees, and what becomes of their scores.
+// They say which keys a query sees, and what becomes of their scores.
 struct LogitOptions : ArgumentGroup {
   int64_t window_left = next<int64_t>();
   int64_t window_right = next<int64_t>();
@@ -13,10 +13,11 @@ struct LogitOptions : ArgumentGroup {
   std::optional<Tensor> sinks = next<std::optional<Tensor>>();
 
   void check_ranges() const;
-  // Of a call whose n_q is known.
+  // checks: of a call whose n_q is known.
   void check_sinks(TensorChecks& checks) const;
-  // All but the sinks, which may need memory: these are wide_sinks.
+  // Fills all but the sinks, which may need memory.
   void fill(AttentionParams& p, bool causal) const;
+  // The sinks in the dtype that the kernels take.
   std::optional<Tensor> wide_sinks(ScalarType wide_dtype) const;
 };
 
@@ -31,13 +32,14 @@ struct AttentionOptions : ArgumentGroup {
   int64_t seed = next<int64_t>();
   int64_t offset = next<int64_t>();
 
-  // Of a call whose b and n_q are known.
+  // checks: of a call whose b and n_q are known.
   void check(TensorChecks& checks) const;
-  // All but the sinks.
+  // Fills all but the sinks.
   void fill(AttentionParams& p) const;
 };
 
 void check_softmax_scale(std::optional<double> softmax_scale);
+// The scale of a call, d_k^-0.5 by default.
 double softmax_scale_or_default(std::optional<double> softmax_scale, int64_t d_k);
 
 }  // namespace diffqkv

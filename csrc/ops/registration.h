@@ -63,12 +63,20 @@ void write_results(StableIValue* stack, const std::tuple<T...>& results) {
   std::apply([stack](const T&... each) mutable { ((*stack++ = torch::stable::detail::from(each)), ...); }, results);
 }
 
+template <class T>
+inline constexpr uint64_t result_count = 1;
+template <>
+inline constexpr uint64_t result_count<void> = 0;
+template <class... T>
+inline constexpr uint64_t result_count<std::tuple<T...>> = sizeof...(T);
+
 // `function` as torch calls it.
 template <auto function>
 struct Boxed;
 template <class Result, class... Parameters, Result (*function)(Parameters...)>
 struct Boxed<function> {
-  static void call(StableIValue* stack, uint64_t arguments, uint64_t /*results*/) {
+  static void call(StableIValue* stack, uint64_t arguments, uint64_t results) {
+    STD_TORCH_CHECK(results == result_count<Result>, "the function has other results than its schema");
     ArgumentReader reader(stack, arguments);
     // Braces, for they are evaluated from left to right.
     std::tuple<std::remove_cvref_t<Parameters>...> values{reader.next<std::remove_cvref_t<Parameters>>()...};

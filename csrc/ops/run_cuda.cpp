@@ -22,7 +22,7 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
-// Of the device with this number, asked for once.
+// The facts of the device with this number, which CUDA is asked for once.
 const DeviceFacts& facts_of(int32_t device) {
   static std::mutex mutex;
   static std::deque<DeviceFacts> all;  // by device; references stay valid

@@ -37,7 +37,7 @@ void check_indices(const SelectiveArguments& a, const AttentionParams& p) {
                 " where indices are asked for");
 }
 
-// All but the attention and the results.
+// Fills all but the attention and the results.
 SelectiveVAttentionParams params_of(const SelectiveArguments& a, int64_t capacity) {
   SelectiveVAttentionParams p;
   // No row can use more than there are.
