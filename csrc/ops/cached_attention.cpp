@@ -7,8 +7,25 @@
 namespace diffqkv {
 namespace {
 
-std::optional<Tensor> readable(const Device& device, const std::optional<Tensor>& t) {
-  return t ? device.readable(*t) : std::nullopt;
+// Fills all but the results and the options of decode_attention.
+AttentionParams params_of(const CachedTensors& tensors, const CacheOptions& options, const CacheArguments& cache) {
+  AttentionParams p;
+  p.heads = {tensors.q.size(1), cache.heads.n_k, cache.heads.n_v};
+  p.batch = tensors.q.size(0);
+  p.s_q = tensors.q.size(2);
+  p.s_k = cache.capacity;
+  p.d_k = cache.d_k;
+  p.d_v = cache.d_v;
+  p.q = token_view(tensors.q);
+  p.k = cache.k;
+  p.v = cache.v;
+  p.kv_start = data_of<const int32_t>(options.cache_start);
+  p.kv_end = data_of<const int32_t>(tensors.cache_seqlens);
+  p.length = p.kv_end;
+  p.paging = cache.paging;
+  p.softmax_scale = softmax_scale_or_default(options.softmax_scale, cache.d_k);
+  p.window_right = 0;
+  return p;
 }
 
 }  // namespace
@@ -19,8 +36,8 @@ CachedAttention::CachedAttention(const Device& device, TensorChecks& checks, con
   Shapes of_q;  // apart, for it is the cache that says what d_k is
   of_q.check("q", tensors.q, "b n_q s_q d_k");
   check_unit_last_stride("q", tensors.q);
-  const int64_t batch = of_q["b"], n_q = of_q["n_q"], d_k = of_q["d_k"];
-  checks.shapes.set("b", batch);
+  const int64_t n_q = of_q["n_q"], d_k = of_q["d_k"];
+  checks.shapes.set("b", of_q["b"]);
   checks.shapes.set("n_q", n_q);
   const CacheArguments cache =
       cache_arguments(checks, tensors.k_cache, tensors.v_cache, options.block_table, options.k_layout);
@@ -33,30 +50,16 @@ CachedAttention::CachedAttention(const Device& device, TensorChecks& checks, con
   if (options.cache_start) checks.vector("cache_start", *options.cache_start, {ScalarType::Int}, "b");
   check_softmax_scale(options.softmax_scale);
 
+  params = params_of(tensors, options, cache);
   pages_ = cache.pages;
-  params.heads = {n_q, cache.heads.n_k, cache.heads.n_v};
-  params.batch = batch;
-  params.s_q = of_q["s_q"];
-  params.s_k = cache.capacity;
-  params.d_k = cache.d_k;
-  params.d_v = cache.d_v;
-  params.q = token_view(tensors.q);
-  params.k = cache.k;
-  params.v = cache.v;
-  params.kv_start = data_of<const int32_t>(options.cache_start);
-  params.kv_end = data_of<const int32_t>(tensors.cache_seqlens);
-  params.length = params.kv_end;
-  params.paging = cache.paging;
-  params.softmax_scale = softmax_scale_or_default(options.softmax_scale, cache.d_k);
-  params.window_right = 0;
 }
 
 int64_t CachedAttention::check_contents() const {
   const int64_t capacity = params.s_k;
   const std::optional<Tensor> host_lengths = device_.readable(tensors_.cache_seqlens);
   if (!host_lengths) return capacity;
-  const std::optional<Tensor> host_starts = readable(device_, options_.cache_start);
-  const std::optional<Tensor> host_table = readable(device_, options_.block_table);
+  const std::optional<Tensor> host_starts = device_.readable(options_.cache_start);
+  const std::optional<Tensor> host_table = device_.readable(options_.block_table);
   const auto* lengths = data_of<const int32_t>(*host_lengths);
   const auto* starts = data_of<const int32_t>(host_starts);
   Paging paging = params.paging;

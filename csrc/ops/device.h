@@ -22,6 +22,7 @@ class Device {
   // device. With DIFFQKV_DEBUG=1 in the environment CUDA tensors are copied, which is an error while a graph is
   // captured.
   virtual std::optional<Tensor> readable(const Tensor& t) const = 0;
+  std::optional<Tensor> readable(const std::optional<Tensor>& t) const { return t ? readable(*t) : std::nullopt; }
   // The length to plan for, where `longest` was found in a readable tensor and the caller promised `bound`. A launch
   // does not depend on contents: a graph replays it with others.
   virtual int64_t planned_length(int64_t longest, int64_t bound) const = 0;

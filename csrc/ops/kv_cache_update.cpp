@@ -144,7 +144,7 @@ void check_slots(const Device& device, const UpdateArguments& a, KvCacheUpdatePa
   const std::optional<Tensor> host_positions = device.readable(a.positions);
   if (!host_positions) return;
   fill_positions(p, *host_positions);
-  const std::optional<Tensor> host_table = a.block_table ? device.readable(*a.block_table) : std::nullopt;
+  const std::optional<Tensor> host_table = device.readable(a.block_table);
   if (host_table) {
     p.paging.block_table = data_of<const int32_t>(*host_table);
     p.paging.stride = host_table->stride(0);
@@ -163,13 +163,16 @@ void check_slots(const Device& device, const UpdateArguments& a, KvCacheUpdatePa
 void kv_cache_update(const UpdateArguments& a) {
   const auto device = device_of("kv_cache_update", a.k_cache);
   TensorChecks checks("k_cache", a.k_cache, kFloatingDtypes);
-  const Dtypes dtype = {checks.dtype()};
+  checks.dtype_and_device("k", a.k, {checks.dtype()});
+  checks.dtype_and_device("v", a.v, {checks.dtype()});
   Shapes of_k;  // apart, for it is the cache that says what n_k and d_k are
   of_k.check("k", a.k, "b n_k s_new d_k");
   checks.shapes.set("b", of_k["b"]);
   const CacheArguments cache = cache_arguments(checks, a.k_cache, a.v_cache, a.block_table, a.k_layout);
-  checks.rows("k", a.k, dtype, "b n_k s_new d_k");
-  checks.rows("v", a.v, dtype, "b n_v s_new d_v");
+  checks.shapes.check("k", a.k, "b n_k s_new d_k");
+  checks.shapes.check("v", a.v, "b n_v s_new d_v");
+  check_unit_last_stride("k", a.k);
+  check_unit_last_stride("v", a.v);
   checks.tensor("positions", a.positions, {ScalarType::Int, ScalarType::Long}, "b s_new");
   check_rope(checks, a);
   if (a.v_stats) check_v_stats(checks, *a.v_stats);
