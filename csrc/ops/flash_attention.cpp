@@ -1,231 +1,222 @@
-#include "ops/flash_attention.h"
-
+// Attention over whole sequences, side by side or packed one behind the other, and its gradients.
 #include <algorithm>
 
-#include "ops/arguments.h"
-#include "ops/ops.h"
+#include "ops/device.h"
+#include "ops/options.h"
+#include "ops/views.h"
 
 namespace diffqkv {
 namespace {
 
-struct NamedTensor {
-  const char* name;
-  const Tensor& tensor;
+struct Inputs : ArgumentGroup {
+  Tensor q = next<Tensor>();
+  Tensor k = next<Tensor>();
+  Tensor v = next<Tensor>();
 };
 
-// The longest sequence of one side, whose offsets lie in host memory.
-int64_t longest_sequence(const char* name, const Tensor& cu_seqlens, const char* max_name, int64_t most,
-                         const char* packed_name, const Tensor& packed) {
-  const auto* at = static_cast<const int32_t*>(cu_seqlens.data_ptr());
-  const int64_t batch = cu_seqlens.size(0) - 1;
-  DIFFQKV_CHECK(at[0] == 0, name, ": got ", at[0], " first, want 0");
-  int64_t longest = 0;
+struct PackedSequences : ArgumentGroup {
+  Tensor cu_seqlens_q = next<Tensor>();
+  Tensor cu_seqlens_k = next<Tensor>();
+  int64_t max_seqlen_q = next<int64_t>();
+  int64_t max_seqlen_k = next<int64_t>();
+};
+
+// What a backward op gets: the gradients of the results, the inputs, the results.
+struct BackwardTensors : ArgumentGroup {
+  Tensor dout = next<Tensor>();
+  std::optional<Tensor> dlse = next<std::optional<Tensor>>();
+  Inputs inputs = next<Inputs>();
+  Tensor out = next<Tensor>();
+  Tensor lse = next<Tensor>();
+};
+
+using Results = std::tuple<Tensor, Tensor>;                    // out, lse
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // dq, dk, dv, dsinks (without sinks: of no elements)
+
+// The queries or the keys of packed sequences, and the names of their arguments.
+struct PackedSide {
+  const char *cu_seqlens_name, *max_seqlen_name, *tensor_name;
+  const Tensor& cu_seqlens;
+  int64_t max_seqlen, tokens;
+};
+
+int64_t longest_sequence(const PackedSide& side, const Tensor& cu_seqlens_on_host) {
+  const char* name = side.cu_seqlens_name;
+  const auto* first = data_of<const int32_t>(cu_seqlens_on_host);
+  const int64_t batch = cu_seqlens_on_host.size(0) - 1;
+  DIFFQKV_CHECK(first[0] == 0, name, ": got ", first[0], " first, want 0");
+  int64_t shortest = 0, longest = 0;
   for (int64_t b = 0; b < batch; ++b) {
-    DIFFQKV_CHECK(at[b + 1] >= at[b], name, ": got ", at[b + 1], " after ", at[b],
-                  ", want numbers that never decrease");
-    longest = std::max<int64_t>(longest, at[b + 1] - at[b]);
+    const int64_t length = int64_t{first[b + 1]} - first[b];
+    shortest = std::min(shortest, length);
+    longest = std::max(longest, length);
   }
-  DIFFQKV_CHECK(at[batch] == packed.size(0), name, ": got ", at[batch], " last, want ", packed.size(0),
-                ", the tokens of ", packed_name);
-  DIFFQKV_CHECK(longest <= most, max_name, ": got ", most, ", want at least ", longest, ", the longest sequence of ",
-                name);
+  DIFFQKV_CHECK(shortest >= 0, name, ": got an entry of length ", shortest, ", want values that never decrease");
+  DIFFQKV_CHECK(first[batch] == side.tokens, name, ": got ", first[batch], " last, want ", side.tokens,
+                ", the tokens of ", side.tensor_name);
+  DIFFQKV_CHECK(longest <= side.max_seqlen, side.max_seqlen_name, ": got ", side.max_seqlen, ", want at least ",
+                longest, ", the longest sequence of ", name);
   return longest;
 }
-// Checks one side; returns its s_q or s_k.
-int64_t checked_length(const char* name, const Tensor& cu_seqlens, int64_t batch, const char* max_name, int64_t most,
-                       const char* packed_name, const Tensor& packed) {
-  DIFFQKV_CHECK(cu_seqlens.scalar_type() == ScalarType::Int, name, ": got dtype ", name_of(cu_seqlens.scalar_type()),
-                ", want int32");
-  DIFFQKV_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) == batch + 1, name, ": got shape ", shape_of(cu_seqlens),
-                ", want [b + 1] = [", batch + 1, "]");
-  DIFFQKV_CHECK(cu_seqlens.is_contiguous(), name, ": got stride ", cu_seqlens.stride(0), ", want 1");
-  check_same_device(name, cu_seqlens, "q", packed);
-  DIFFQKV_CHECK(most >= 0, max_name, ": got ", most, ", want 0 or more");
-  return cu_seqlens.is_cpu() ? longest_sequence(name, cu_seqlens, max_name, most, packed_name, packed) : most;
+
+// s_q or s_k: the longest sequence where that is readable, elsewhere what the caller says.
+int64_t planned_length(const Device& device, const PackedSide& side) {
+  const std::optional<Tensor> on_host = device.readable(side.cu_seqlens);
+  return on_host ? device.planned_length(longest_sequence(side, *on_host), side.max_seqlen) : side.max_seqlen;
 }
 
-// [batch, heads, tokens, dim], or packed [total, heads, dim].
-TokenView queries_view(const Tensor& t) {
-  if (t.dim() == 4) return token_view(t);
-  return {t.data_ptr(), 0, t.stride(1), t.stride(0), dtype_of(t)};
-}
-KvView keys_view(const Tensor& t, int64_t heads_per_group) {
-  if (t.dim() == 4) return kv_view_of_heads(t, heads_per_group);
-  KvView view;
-  view.data = t.data_ptr();
-  view.stride_group = t.stride(1) * heads_per_group;
-  view.stride_head = t.stride(1);
-  view.stride_token = t.stride(0);
-  view.dtype = dtype_of(t);
-  return view;
-}
-
-void check_like(const char* name, const Tensor& t, const Tensor& like, const char* like_name, ScalarType dtype) {
-  DIFFQKV_CHECK(t.scalar_type() == dtype, name, ": got dtype ", name_of(t.scalar_type()), ", want ", name_of(dtype));
-  check_same_device(name, t, like_name, like);
-  bool same = t.dim() == like.dim();
-  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == like.size(i);
-  DIFFQKV_CHECK(same, name, ": got shape ", shape_of(t), ", want ", shape_of(like), ", that of ", like_name);
+void fill_packed(const Device& device, TensorChecks& checks, const PackedSequences& packed, AttentionParams& p) {
+  checks.vector("cu_seqlens_q", packed.cu_seqlens_q, {ScalarType::Int}, "b+1");
+  DIFFQKV_CHECK(checks.shapes["b+1"] >= 1, "cu_seqlens_q: got shape [0], want [b+1]");
+  checks.vector("cu_seqlens_k", packed.cu_seqlens_k, {ScalarType::Int}, "b+1");
+  checks.shapes.set("b", checks.shapes["b+1"] - 1);
+  check_at_least("max_seqlen_q", packed.max_seqlen_q, 0);
+  check_at_least("max_seqlen_k", packed.max_seqlen_k, 0);
+  p.packed_queries = checks.shapes["total_q"];
+  p.s_q = planned_length(
+      device, {"cu_seqlens_q", "max_seqlen_q", "q", packed.cu_seqlens_q, packed.max_seqlen_q, p.packed_queries});
+  p.s_k = planned_length(device, {"cu_seqlens_k", "max_seqlen_k", "k", packed.cu_seqlens_k, packed.max_seqlen_k,
+                                  checks.shapes["total_k"]});
+  p.cu_seqlens_q = data_of<const int32_t>(packed.cu_seqlens_q);
+  p.cu_seqlens_k = data_of<const int32_t>(packed.cu_seqlens_k);
+  p.paging.first_token = p.cu_seqlens_k;
 }
 
-}  // namespace
-
-void check_sequences(const PackedSequences& host, const Tensor& q, const Tensor& k) {
-  longest_sequence("cu_seqlens_q", host.cu_seqlens_q, "max_seqlen_q", host.max_seqlen_q, "q", q);
-  longest_sequence("cu_seqlens_k", host.cu_seqlens_k, "max_seqlen_k", host.max_seqlen_k, "k", k);
+void check_length(const Device& device, const char* name, int64_t tokens) {
+  const int64_t most = device.limits().flash_attention_tokens;
+  DIFFQKV_CHECK(tokens <= most, name, ": got ", tokens, " tokens, want up to ", most);
 }
 
-AttentionParams attention_params(const Tensor& q, const Tensor& k, const Tensor& v,
-                                 const std::optional<PackedSequences>& packed, AttentionOptions& options) {
-  const NamedTensor inputs[] = {{"q", q}, {"k", k}, {"v", v}};
-  const char* wants[] = {"[b, n_q, s_q, d_k]",  "[b, n_k, s_k, d_k]",  "[b, n_v, s_k, d_v]",
-                         "[total_q, n_q, d_k]", "[total_k, n_k, d_k]", "[total_k, n_v, d_v]"};
-  for (int i = 0; i < 3; ++i) check_rank(inputs[i].name, inputs[i].tensor, packed ? 3 : 4, wants[packed ? 3 + i : i]);
-  check_differentiable("q", q);
-  const int heads_dim = 1, token_dim = packed ? 0 : 2, last = packed ? 2 : 3;
-  for (int i = 1; i < 3; ++i) {
-    check_same_dtype(inputs[i].name, inputs[i].tensor, "q", q);
-    check_same_device(inputs[i].name, inputs[i].tensor, "q", q);
-    if (!packed) check_size(inputs[i].name, inputs[i].tensor, 0, q.size(0), "batch entries of q");
-  }
-  check_size("k", k, last, q.size(last), "d_k of q");
-  check_size("v", v, token_dim, k.size(token_dim), "tokens of k");
-  for (const auto& [name, t] : inputs) check_unit_last_stride(name, t);
-
+// Checks the arguments of a forward call, and fills all but the results and the sinks. packed: null where the sequences
+// lie side by side.
+AttentionParams checked_params(const Device& device, TensorChecks& checks, const Inputs& inputs,
+                               const PackedSequences* packed, const AttentionOptions& options) {
+  const Dtypes dtype = {checks.dtype()};
+  checks.rows("q", inputs.q, dtype, packed ? "total_q n_q d_k" : "b n_q s_q d_k");
+  checks.rows("k", inputs.k, dtype, packed ? "total_k n_k d_k" : "b n_k s_k d_k");
+  checks.rows("v", inputs.v, dtype, packed ? "total_k n_v d_v" : "b n_v s_k d_v");
+  const Shapes& shapes = checks.shapes;
   AttentionParams p;
-  p.heads = {q.size(heads_dim), k.size(heads_dim), v.size(heads_dim)};
-  check_heads(p.heads);
-  p.d_k = q.size(last);
-  p.d_v = v.size(last);
+  p.heads = {shapes["n_q"], shapes["n_k"], shapes["n_v"]};
+  p.d_k = shapes["d_k"];
+  p.d_v = shapes["d_v"];
   check_head_dim("q", p.d_k);
   check_head_dim("v", p.d_v);
+  check_heads("k", p.heads.n_k, p.heads.n_q);
+  check_heads("v", p.heads.n_v, p.heads.n_q);
   if (packed) {
-    DIFFQKV_CHECK(packed->cu_seqlens_q.dim() == 1 && packed->cu_seqlens_q.size(0) >= 1, "cu_seqlens_q: got shape ",
-                  shape_of(packed->cu_seqlens_q), ", want [b + 1]");
-    p.batch = packed->cu_seqlens_q.size(0) - 1;
-    p.s_q = checked_length("cu_seqlens_q", packed->cu_seqlens_q, p.batch, "max_seqlen_q", packed->max_seqlen_q, "q", q);
-    p.s_k = checked_length("cu_seqlens_k", packed->cu_seqlens_k, p.batch, "max_seqlen_k", packed->max_seqlen_k, "k", k);
-    p.cu_seqlens_q = static_cast<const int32_t*>(packed->cu_seqlens_q.data_ptr());
-    p.cu_seqlens_k = static_cast<const int32_t*>(packed->cu_seqlens_k.data_ptr());
-    p.packed_queries = q.size(0);
-    p.paging.first_token = p.cu_seqlens_k;
+    fill_packed(device, checks, *packed, p);
   } else {
-    p.batch = q.size(0);
-    p.s_q = q.size(2);
-    p.s_k = k.size(2);
+    p.s_q = shapes["s_q"];
+    p.s_k = shapes["s_k"];
   }
+  p.batch = shapes["b"];
   p.paging.page_size = p.s_k;
-  options.apply(q, p);
-  p.q = queries_view(q);
-  p.k = keys_view(k, p.heads.k_per_group());
-  p.v = keys_view(v, p.heads.v_per_group());
+  check_length(device, packed ? "max_seqlen_q" : "q", p.s_q);
+  check_length(device, packed ? "max_seqlen_k" : "k", p.s_k);
+  options.check(checks);
+  options.fill(p);
+  p.q = token_view(inputs.q);
+  p.k = kv_view(inputs.k, p.heads.k_per_group());
+  p.v = kv_view(inputs.v, p.heads.v_per_group());
   return p;
 }
 
-AttentionResults new_results(const Tensor& q, AttentionParams& p) {
-  const bool packed = p.cu_seqlens_q != nullptr;
-  using torch::stable::new_empty;
-  AttentionResults results = packed ? AttentionResults{new_empty(q, {q.size(0), p.heads.n_q, p.d_v}),
-                                                       new_empty(q, {p.heads.n_q, q.size(0)}, wide_dtype(q))}
-                                    : AttentionResults{new_empty(q, {p.batch, p.heads.n_q, p.s_q, p.d_v}),
-                                                       new_empty(q, {p.batch, p.heads.n_q, p.s_q}, wide_dtype(q))};
-  p.out = queries_view(results.out);
-  p.lse = results.lse.data_ptr();
-  return results;
-}
-
-AttentionGradients new_gradients(const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q,
-                                 const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-                                 const std::optional<PackedSequences>& packed, AttentionOptions& options) {
-  FlashAttentionBackwardParams bp;
-  AttentionParams& p = bp.forward;
-  p = attention_params(q, k, v, packed, options);
-  const int64_t last = q.dim() - 1;
-  check_rank("out", out, q.dim(), packed ? "[total_q, n_q, d_v]" : "[b, n_q, s_q, d_v]");
-  for (int64_t i = 0; i < last; ++i) check_size("out", out, i, q.size(i), "as q");
-  check_size("out", out, last, p.d_v, "d_v of v");
-  check_same_dtype("out", out, "q", q);
-  check_same_device("out", out, "q", q);
-  check_unit_last_stride("out", out);
-  check_like("dout", dout, out, "out", q.scalar_type());
-  check_rank("lse", lse, packed ? 2 : 3, packed ? "[n_q, total_q]" : "[b, n_q, s_q]");
-  for (int64_t i = 0; i < lse.dim(); ++i) check_size("lse", lse, i, q.size(packed ? 1 - i : i), "as q");
-  DIFFQKV_CHECK(lse.scalar_type() == wide_dtype(q), "lse: got dtype ", name_of(lse.scalar_type()), ", want ",
-                name_of(wide_dtype(q)));
-  check_same_device("lse", lse, "q", q);
-  DIFFQKV_CHECK(lse.is_contiguous(), "lse: got strides with gaps, want a contiguous tensor");
-  if (dlse) check_like("dlse", *dlse, lse, "lse", wide_dtype(q));
+Results forward(const char* op, const Inputs& inputs, const PackedSequences* packed, const AttentionOptions& options) {
+  const Tensor& q = inputs.q;
+  const auto device = device_of(op, q);
+  TensorChecks checks("q", q, kTrainingDtypes);
+  AttentionParams p = checked_params(*device, checks, inputs, packed, options);
 
   using torch::stable::new_empty;
-  AttentionGradients call{bp,
-                          new_empty(q, q.sizes()),
-                          new_empty(k, k.sizes()),
-                          new_empty(v, v.sizes()),
-                          options.new_dsinks(q),
-                          last_stride_is_one(dout) ? dout : torch::stable::contiguous(dout),  // expanded, transposed
-                          std::nullopt};
-  if (dlse) call.dlse = torch::stable::contiguous(*dlse);
-  call.params.forward.out = queries_view(out);
-  call.params.forward.lse = lse.data_ptr();
-  call.params.dout = queries_view(call.dout);
-  call.params.dlse = call.dlse ? call.dlse->data_ptr() : nullptr;
-  call.params.dq = queries_view(call.dq);
-  call.params.dk = queries_view(call.dk);
-  call.params.dv = queries_view(call.dv);
-  call.params.dsinks = p.sinks ? call.dsinks.data_ptr() : nullptr;
-  return call;
+  const int64_t n_q = p.heads.n_q, total_q = p.packed_queries;
+  const Tensor out = packed ? new_empty(q, {total_q, n_q, p.d_v}) : new_empty(q, {p.batch, n_q, p.s_q, p.d_v});
+  const Tensor lse = packed ? new_empty(q, {n_q, total_q}, checks.wide_dtype())
+                            : new_empty(q, {p.batch, n_q, p.s_q}, checks.wide_dtype());
+  const std::optional<Tensor> sinks = options.logits.wide_sinks(checks.wide_dtype());
+  p.out = token_view(out);
+  p.lse = lse.data_ptr();
+  p.sinks = data_of<const void>(sinks);
+  device->attention(p, p.s_k);
+  return {out, lse};
 }
 
-namespace {
-
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                   const std::optional<PackedSequences>& packed, AttentionOptions options) {
-  AttentionParams p = attention_params(q, k, v, packed, options);
-  const AttentionResults results = new_results(q, p);
-  run_attention(p, p.s_k, q);
-  return {results.out, results.lse};
+void check_results(TensorChecks& checks, const BackwardTensors& t, bool packed) {
+  const Dtypes dtype = {checks.dtype()}, wide_dtype = {checks.wide_dtype()};
+  const char* out = packed ? "total_q n_q d_v" : "b n_q s_q d_v";
+  const char* lse = packed ? "n_q total_q" : "b n_q s_q";
+  checks.tensor("dout", t.dout, dtype, out);
+  checks.rows("out", t.out, dtype, out);
+  if (t.dlse) checks.tensor("dlse", *t.dlse, wide_dtype, lse);
+  checks.contiguous("lse", t.lse, wide_dtype, lse);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, const std::optional<Tensor>& dlse,
-                                                    const Tensor& q, const Tensor& k, const Tensor& v,
-                                                    const Tensor& out, const Tensor& lse,
-                                                    const std::optional<PackedSequences>& packed,
-                                                    AttentionOptions options) {
-  const AttentionGradients call = new_gradients(dout, dlse, q, k, v, out, lse, packed, options);
-  const FlashAttentionBackwardPlan plan = plan_flash_attention_backward(call.params.forward, torch_threads());
-  Tensor workspace =
-      torch::stable::new_empty(q, {cpu::flash_attention_backward_workspace(call.params, plan)}, ScalarType::Byte);
-  cpu::flash_attention_backward(call.params, plan, workspace.data_ptr(), parallel_on_torch);
-  return {call.dq, call.dk, call.dv, options.as_sinks(call.dsinks)};
+Gradients backward(const char* op, const BackwardTensors& t, const PackedSequences* packed,
+                   const AttentionOptions& options) {
+  const Tensor &q = t.inputs.q, &k = t.inputs.k, &v = t.inputs.v;
+  const auto device = device_of(op, q);
+  TensorChecks checks("q", q, kTrainingDtypes);
+  FlashAttentionBackwardParams p;
+  p.forward = checked_params(*device, checks, t.inputs, packed, options);
+  check_results(checks, t, packed != nullptr);
+
+  using torch::stable::contiguous;
+  using torch::stable::new_empty;
+  const std::optional<Tensor> sinks = options.logits.wide_sinks(checks.wide_dtype());
+  const Tensor dq = new_empty(q, q.sizes()), dk = new_empty(k, k.sizes()), dv = new_empty(v, v.sizes());
+  const Tensor dsinks = new_empty(q, {sinks ? sinks->numel() : 0}, sinks ? checks.wide_dtype() : ScalarType::Float);
+  const Tensor dout = has_unit_last_stride(t.dout) ? t.dout : contiguous(t.dout);  // it may be expanded or transposed
+  std::optional<Tensor> dlse;
+  if (t.dlse) dlse = contiguous(*t.dlse);
+  p.forward.sinks = data_of<const void>(sinks);
+  p.forward.out = token_view(t.out);
+  p.forward.lse = t.lse.data_ptr();
+  p.dout = token_view(dout);
+  p.dlse = data_of<const void>(dlse);
+  p.dq = token_view(dq);
+  p.dk = token_view(dk);
+  p.dv = token_view(dv);
+  p.dsinks = sinks ? dsinks.data_ptr() : nullptr;
+  device->flash_attention_backward(p);
+  return {dq, dk, dv, sinks ? as_dtype(dsinks, options.logits.sinks->scalar_type()) : dsinks};
 }
+
+Results flash_attention(const Inputs& inputs, const AttentionOptions& options) {
+  return forward("flash_attention", inputs, nullptr, options);
+}
+Results flash_attention_varlen(const Inputs& inputs, const PackedSequences& packed, const AttentionOptions& options) {
+  return forward("flash_attention_varlen", inputs, &packed, options);
+}
+Gradients flash_attention_backward(const BackwardTensors& tensors, const AttentionOptions& options) {
+  return backward("flash_attention_backward", tensors, nullptr, options);
+}
+Gradients flash_attention_varlen_backward(const BackwardTensors& tensors, const PackedSequences& packed,
+                                          const AttentionOptions& options) {
+  return backward("flash_attention_varlen_backward", tensors, &packed, options);
+}
+
+// Between window_left and window_right tokens around its own a query sees keys (-1: all); dropout is a function of seed
+// and offset. out is [b, n_q, s_q, d_v] or [total_q, n_q, d_v], lse [b, n_q, s_q] or [n_q, total_q], in float32, of
+// float64 inputs in float64.
+STABLE_TORCH_LIBRARY_FRAGMENT(diffqkv, m) {
+  const std::string inputs = "Tensor q, Tensor k, Tensor v, ";
+  const std::string backward_tensors = "Tensor dout, Tensor? dlse, " + inputs + "Tensor out, Tensor lse, ";
+  const std::string packed = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, ";
+  const std::string options =
+      "bool causal=False, float? softmax_scale=None, int window_left=-1, int window_right=-1, float softcap=0.0, "
+      "Tensor? sinks=None, Tensor? kv_start=None, Tensor? kv_end=None, float dropout_p=0.0, SymInt seed=0, "
+      "SymInt offset=0";
+  const std::string results = ") -> (Tensor, Tensor)", gradients = ") -> (Tensor, Tensor, Tensor, Tensor)";
+  const auto def = [&](const std::string& schema) { m.def(schema.c_str()); };
+  def("flash_attention(" + inputs + options + results);
+  def("flash_attention_varlen(" + inputs + packed + options + results);
+  def("flash_attention_backward(" + backward_tensors + options + gradients);
+  def("flash_attention_varlen_backward(" + backward_tensors + packed + options + gradients);
+}
+DIFFQKV_REGISTER(flash_attention)
+DIFFQKV_REGISTER(flash_attention_varlen)
+DIFFQKV_REGISTER(flash_attention_backward)
+DIFFQKV_REGISTER(flash_attention_varlen_backward)
 
 }  // namespace
-
-std::tuple<Tensor, Tensor> flash_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
-                                               DIFFQKV_OPTION_PARAMETERS) {
-  return forward(q, k, v, std::nullopt, DIFFQKV_OPTION_ARGUMENTS);
-}
-std::tuple<Tensor, Tensor> flash_attention_varlen_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                      DIFFQKV_PACKED_PARAMETERS, DIFFQKV_OPTION_PARAMETERS) {
-  return forward(q, k, v, PackedSequences DIFFQKV_PACKED_ARGUMENTS, DIFFQKV_OPTION_ARGUMENTS);
-}
-std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward_cpu(const Tensor& dout,
-                                                                        const std::optional<Tensor>& dlse,
-                                                                        const Tensor& q, const Tensor& k,
-                                                                        const Tensor& v, const Tensor& out,
-                                                                        const Tensor& lse, DIFFQKV_OPTION_PARAMETERS) {
-  return backward(dout, dlse, q, k, v, out, lse, std::nullopt, DIFFQKV_OPTION_ARGUMENTS);
-}
-std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_varlen_backward_cpu(
-    const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
-    const Tensor& out, const Tensor& lse, DIFFQKV_PACKED_PARAMETERS, DIFFQKV_OPTION_PARAMETERS) {
-  return backward(dout, dlse, q, k, v, out, lse, PackedSequences DIFFQKV_PACKED_ARGUMENTS, DIFFQKV_OPTION_ARGUMENTS);
-}
-
-void run_attention(const AttentionParams& p, int64_t max_keys, const Tensor& like) {
-  const AttentionPlan plan = plan_attention(p, max_keys, torch_threads());
-  Tensor workspace = torch::stable::new_empty(like, {cpu::attention_workspace(plan)}, ScalarType::Byte);
-  cpu::attention(p, plan, workspace.data_ptr(), parallel_on_torch);
-}
-
 }  // namespace diffqkv

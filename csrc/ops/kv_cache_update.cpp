@@ -1,13 +1,27 @@
-#include <algorithm>
 #include <utility>
 
-#include "ops/arguments.h"
-#include "ops/cache_slots.h"
-#include "ops/ops.h"
+#include "ops/cache_arguments.h"
+#include "ops/device.h"
+#include "ops/registration.h"
+#include "ops/views.h"
+#include "params/layout.h"
 #include "plan/cpu/attention.h"
 
 namespace diffqkv {
 namespace {
+
+struct UpdateArguments : ArgumentGroup {
+  Tensor k_cache = next<Tensor>();
+  Tensor v_cache = next<Tensor>();
+  Tensor k = next<Tensor>();
+  Tensor v = next<Tensor>();
+  Tensor positions = next<Tensor>();
+  std::optional<Tensor> cos = next<std::optional<Tensor>>();
+  std::optional<Tensor> sin = next<std::optional<Tensor>>();
+  std::optional<Tensor> block_table = next<std::optional<Tensor>>();
+  std::optional<Tensor> v_stats = next<std::optional<Tensor>>();
+  int64_t k_layout = next<int64_t>();
+};
 
 // The bytes from the first element of a tensor to its last.
 struct Extent {
@@ -20,10 +34,14 @@ struct Extent {
 Extent extent_of(const char* name, const Tensor& t) {
   constexpr int kMostDims = 6;
   std::pair<int64_t, int64_t> steps[kMostDims];  // (stride, size), by stride
+  const auto sizes = t.sizes(), strides = t.strides();
   int n = 0;
-  for (int64_t i = 0; i < t.dim(); ++i)
-    if (t.size(i) > 1) steps[n++] = {t.stride(i), t.size(i)};
-  std::sort(steps, steps + n);
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] <= 1) continue;
+    int at = n++;
+    for (; at > 0 && steps[at - 1].first > strides[i]; --at) steps[at] = steps[at - 1];
+    steps[at] = {strides[i], sizes[i]};
+  }
   // Each dimension has to step over all that the smaller ones reach.
   int64_t reach = 0;
   bool apart = true;
@@ -35,19 +53,18 @@ Extent extent_of(const char* name, const Tensor& t) {
   return {name, begin, begin + uintptr_t((reach + 1) * dtype_size(dtype_of(t))), apart, reach + 1 == t.numel()};
 }
 
-// That what is written has one place for each element, which nothing else of these tensors takes. Tensors that are
+// Everything written has one place for each element, which nothing else of these tensors takes. Tensors that are
 // interleaved, in memory of which neither fills its part, are believed.
-void check_memory(const Tensor& k_cache, const Tensor& v_cache, const std::optional<Tensor>& v_stats, const Tensor& k,
-                  const Tensor& v) {
+void check_memory(const UpdateArguments& a) {
   Extent all[5];
-  int n = 0, written = 0;
+  int n = 0;
   const auto add = [&](const char* name, const Tensor& t) {
     if (t.numel() > 0) all[n++] = extent_of(name, t);
   };
-  add("k_cache", k_cache), add("v_cache", v_cache);
-  if (v_stats) add("v_stats", *v_stats);
-  written = n;
-  add("k", k), add("v", v);
+  add("k_cache", a.k_cache), add("v_cache", a.v_cache);
+  if (a.v_stats) add("v_stats", *a.v_stats);
+  const int written = n;
+  add("k", a.k), add("v", a.v);
   for (int i = 0; i < written; ++i) {
     const Extent& x = all[i];
     DIFFQKV_CHECK(x.apart, x.name, ": got elements that share memory, want one place for each: it is written");
@@ -60,97 +77,118 @@ void check_memory(const Tensor& k_cache, const Tensor& v_cache, const std::optio
   }
 }
 
-}  // namespace
+// One of cos and sin.
+void check_angles(TensorChecks& checks, const char* name, const Tensor& t) {
+  checks.dtype_and_device(name, t, {ScalarType::Float, checks.dtype()});
+  const int64_t batch = checks.shapes["b"], s_new = checks.shapes["s_new"], d_k = checks.shapes["d_k"];
+  const auto sizes = t.sizes();
+  DIFFQKV_CHECK(sizes.size() == 3 && (sizes[0] == 1 || sizes[0] == batch) && sizes[1] == s_new && sizes[2] % 2 == 0 &&
+                    sizes[2] <= d_k,
+                name, ": got shape ", list_of(sizes), ", want [", batch, " or 1, ", s_new, ", an even number <= ", d_k,
+                "]");
+  check_unit_last_stride(name, t);
+}
 
-KvCacheUpdateParams kv_cache_update_params(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
-                                           const Tensor& v, const Tensor& positions, const std::optional<Tensor>& cos,
-                                           const std::optional<Tensor>& sin, const std::optional<Tensor>& block_table,
-                                           const std::optional<Tensor>& v_stats, int64_t k_layout) {
-  check_rank("k", k, 4, "[b, n_k, s_new, d_k]");
-  check_rank("v", v, 4, "[b, n_v, s_new, d_v]");
-  const CacheArguments cache = cache_arguments(k_cache, v_cache, block_table, k_layout, k.size(0));
+int64_t batch_stride(const Tensor& angles) { return angles.size(0) == 1 ? 0 : angles.stride(0); }
 
-  KvCacheUpdateParams p;
-  p.heads = cache.heads;
-  p.batch = k.size(0);
-  p.s_new = k.size(2);
-  p.d_k = cache.d_k;
-  p.d_v = cache.d_v;
-  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"k", k}, {"v", v}}) {
-    check_same_dtype(name, t, "k_cache", k_cache);
-    check_same_device(name, t, "k_cache", k_cache);
-    check_unit_last_stride(name, t);
-  }
-  check_size("k", k, 1, p.heads.n_k, "K heads of k_cache");
-  check_size("k", k, 3, p.d_k, "d_k of k_cache");
-  check_size("v", v, 0, p.batch, "batch entries of k");
-  check_size("v", v, 1, p.heads.n_v, "V heads of v_cache");
-  check_size("v", v, 2, p.s_new, "tokens of k");
-  check_size("v", v, 3, p.d_v, "d_v of v_cache");
+void check_rope(TensorChecks& checks, const UpdateArguments& a) {
+  DIFFQKV_CHECK(a.cos.has_value() == a.sin.has_value(), a.cos ? "sin" : "cos", ": got None, want a tensor, as ",
+                a.cos ? "cos" : "sin", " is given");
+  if (!a.cos) return;
+  check_angles(checks, "cos", *a.cos);
+  check_angles(checks, "sin", *a.sin);
+  DIFFQKV_CHECK(a.sin->scalar_type() == a.cos->scalar_type(), "sin: got dtype ", name_of(a.sin->scalar_type()),
+                ", want ", name_of(a.cos->scalar_type()), ", that of cos");
+  DIFFQKV_CHECK(a.sin->sizes().equals(a.cos->sizes()), "sin: got shape ", list_of(a.sin->sizes()),
+                ", want the shape of cos = ", list_of(a.cos->sizes()));
+  DIFFQKV_CHECK(batch_stride(*a.sin) == batch_stride(*a.cos) && a.sin->stride(1) == a.cos->stride(1),
+                "sin: got strides ", list_of(a.sin->strides()), ", want ", list_of(a.cos->strides()), ", those of cos");
+}
 
-  const ScalarType index = positions.scalar_type();
-  DIFFQKV_CHECK(index == ScalarType::Int || index == ScalarType::Long, "positions: got dtype ", name_of(index),
-                ", want int32 or int64");
-  check_rank("positions", positions, 2, "[b, s_new]");
-  check_size("positions", positions, 0, p.batch, "batch entries of k");
-  check_size("positions", positions, 1, p.s_new, "tokens of k");
-  check_same_device("positions", positions, "k_cache", k_cache);
-
-  DIFFQKV_CHECK(cos.has_value() == sin.has_value(), cos ? "sin" : "cos", ": got None, want a tensor beside ",
-                cos ? "cos" : "sin");
-  if (cos) {
-    for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"cos", *cos}, {"sin", *sin}}) {
-      check_rank(name, t, 3, "[b or 1, s_new, d_rot]");
-      DIFFQKV_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == k.scalar_type(), name, ": got dtype ",
-                    name_of(t.scalar_type()), ", want float32 or that of k");
-      check_same_device(name, t, "k_cache", k_cache);
-      DIFFQKV_CHECK(t.size(0) == p.batch || t.size(0) == 1, name, ": got ", t.size(0), " batch entries, want 1 or ",
-                    p.batch);
-      check_size(name, t, 1, p.s_new, "tokens of k");
-      check_unit_last_stride(name, t);
-    }
-    p.d_rot = cos->size(2);
-    DIFFQKV_CHECK(p.d_rot % 2 == 0 && p.d_rot <= p.d_k, "cos: got d_rot = ", p.d_rot,
-                  ", want an even number up to d_k = ", p.d_k);
-    check_size("sin", *sin, 2, p.d_rot, "d_rot of cos");
-    check_same_dtype("sin", *sin, "cos", *cos);
-    const int64_t stride_batch = cos->size(0) == 1 ? 0 : cos->stride(0);
-    DIFFQKV_CHECK((sin->size(0) == 1 ? 0 : sin->stride(0)) == stride_batch && sin->stride(1) == cos->stride(1),
-                  "sin: got other strides, want those of cos");
-    p.cos = cos->data_ptr();
-    p.sin = sin->data_ptr();
-    p.rope_stride_batch = stride_batch;
-    p.rope_stride_token = cos->stride(1);
-    p.rope_dtype = dtype_of(*cos);
-  }
-  if (v_stats) {
-    check_v_stats(*v_stats, p.batch, p.heads.n_v, p.d_v, "k_cache", k_cache);
-    p.v_stats = static_cast<float*>(v_stats->data_ptr());
-  }
-
-  check_memory(k_cache, v_cache, v_stats, k, v);
-
-  p.k_new = token_view(k);
-  p.v_new = token_view(v);
-  p.k_cache = cache.k;
-  p.v_cache = cache.v;
+void fill_positions(KvCacheUpdateParams& p, const Tensor& positions) {
   p.positions = positions.data_ptr();
-  p.positions_int64 = index == ScalarType::Long;
+  p.positions_int64 = positions.scalar_type() == ScalarType::Long;
   p.positions_stride_batch = positions.stride(0);
   p.positions_stride_token = positions.stride(1);
+}
+
+KvCacheUpdateParams params_of(const UpdateArguments& a, const CacheArguments& cache) {
+  KvCacheUpdateParams p;
+  p.heads = cache.heads;
+  p.batch = a.k.size(0);
+  p.s_new = a.k.size(2);
+  p.d_k = cache.d_k;
+  p.d_v = cache.d_v;
+  p.k_new = token_view(a.k);
+  p.v_new = token_view(a.v);
+  p.k_cache = cache.k;
+  p.v_cache = cache.v;
+  fill_positions(p, a.positions);
+  if (a.cos) {
+    p.d_rot = a.cos->size(2);
+    p.cos = a.cos->data_ptr();
+    p.sin = a.sin->data_ptr();
+    p.rope_stride_batch = batch_stride(*a.cos);
+    p.rope_stride_token = a.cos->stride(1);
+    p.rope_dtype = dtype_of(*a.cos);
+  }
   p.paging = cache.paging;
   p.pages = cache.pages;
   p.capacity = cache.capacity;
+  p.v_stats = data_of<float>(a.v_stats);
   return p;
 }
 
-void kv_cache_update_cpu(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v, const Tensor& positions,
-                         const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-                         const std::optional<Tensor>& block_table, std::optional<Tensor> v_stats, int64_t k_layout) {
-  const KvCacheUpdateParams p =
-      kv_cache_update_params(k_cache, v_cache, k, v, positions, cos, sin, block_table, v_stats, k_layout);
-  check_new_token_slots(p);
-  cpu::kv_cache_update(p, torch_threads(), parallel_on_torch);
+// Each new token has -1 or a position in a page of the pool, as far as that is readable.
+void check_slots(const Device& device, const UpdateArguments& a, KvCacheUpdateParams p) {
+  const std::optional<Tensor> host_positions = device.readable(a.positions);
+  if (!host_positions) return;
+  fill_positions(p, *host_positions);
+  const std::optional<Tensor> host_table = device.readable(a.block_table);
+  if (host_table) {
+    p.paging.block_table = data_of<const int32_t>(*host_table);
+    p.paging.stride = host_table->stride(0);
+  }
+  for (int64_t b = 0; b < p.batch; ++b) {
+    for (int64_t t = 0; t < p.s_new; ++t) {
+      const int64_t position = new_token_position(p, b, t);
+      DIFFQKV_CHECK(position >= -1 && position < p.capacity, "positions: got ", position, ", want -1 (skip) or 0 to ",
+                    p.capacity - 1);
+      if (host_table && position >= 0) check_block(p.paging, p.pages, b, position / p.paging.page_size);
+    }
+  }
 }
 
+// On CUDA a token whose position is out of range or unmapped is not written.
+void kv_cache_update(const UpdateArguments& a) {
+  const auto device = device_of("kv_cache_update", a.k_cache);
+  TensorChecks checks("k_cache", a.k_cache, kFloatingDtypes);
+  checks.dtype_and_device("k", a.k, {checks.dtype()});
+  checks.dtype_and_device("v", a.v, {checks.dtype()});
+  Shapes of_k;  // apart, for it is the cache that says what n_k and d_k are
+  of_k.check("k", a.k, "b n_k s_new d_k");
+  checks.shapes.set("b", of_k["b"]);
+  const CacheArguments cache = cache_arguments(checks, a.k_cache, a.v_cache, a.block_table, a.k_layout);
+  checks.shapes.check("k", a.k, "b n_k s_new d_k");
+  checks.shapes.check("v", a.v, "b n_v s_new d_v");
+  check_unit_last_stride("k", a.k);
+  check_unit_last_stride("v", a.v);
+  checks.tensor("positions", a.positions, {ScalarType::Int, ScalarType::Long}, "b s_new");
+  check_rope(checks, a);
+  if (a.v_stats) check_v_stats(checks, *a.v_stats);
+  check_memory(a);
+  const KvCacheUpdateParams p = params_of(a, cache);
+  check_slots(*device, a, p);
+  device->kv_cache_update(p);
+}
+
+// k_layout: 0 rows, 1 panels.
+STABLE_TORCH_LIBRARY_FRAGMENT(diffqkv, m) {
+  m.def(
+      "kv_cache_update(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor positions, *, "
+      "Tensor? cos=None, Tensor? sin=None, Tensor? block_table=None, Tensor(c!)? v_stats=None, int k_layout=0) -> ()");
+}
+DIFFQKV_REGISTER(kv_cache_update)
+
+}  // namespace
 }  // namespace diffqkv

@@ -1,59 +1,65 @@
-#include "ops/arguments.h"
-#include "ops/ops.h"
+#include <algorithm>
+
+#include "ops/checks.h"
+#include "ops/device.h"
+#include "ops/registration.h"
+#include "ops/views.h"
 
 namespace diffqkv {
 namespace {
 
-void check_like_gate(const char* name, const Tensor& t, const Tensor& gate) {
-  check_same_dtype(name, t, "gate", gate);
-  check_same_device(name, t, "gate", gate);
-  bool same = t.dim() == gate.dim();
-  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == gate.size(i);
-  DIFFQKV_CHECK(same, name, ": got shape ", shape_of(t), ", want ", shape_of(gate), ", that of gate");
+void check_like_gate(const TensorChecks& checks, const char* name, const Tensor& t, const Tensor& gate) {
+  checks.dtype_and_device(name, t, {checks.dtype()});
+  DIFFQKV_CHECK(t.sizes().equals(gate.sizes()), name, ": got shape ", list_of(t.sizes()),
+                ", want the shape of gate = ", list_of(gate.sizes()));
+}
+
+TensorChecks check_inputs(const Tensor& gate, const Tensor& up) {
+  const TensorChecks checks("gate", gate, kFloatingDtypes);
+  check_like_gate(checks, "up", up, gate);
+  return checks;
 }
 
 Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 Tensor empty_of_shape(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
 
+SwigluParams params_of(const Tensor& gate, const Tensor& up) {
+  SwigluParams p;
+  p.gate = gate.data_ptr();
+  p.up = up.data_ptr();
+  p.numel = gate.numel();
+  p.dtype = dtype_of(gate);
+  return p;
+}
+
+Tensor swiglu(const Tensor& gate, const Tensor& up) {
+  check_inputs(gate, up);
+  const Tensor packed_gate = packed(gate), packed_up = packed(up), out = empty_of_shape(gate);
+  SwigluParams p = params_of(packed_gate, packed_up);
+  p.out = out.data_ptr();
+  device_of("swiglu", gate)->swiglu(p);
+  return out;
+}
+
+// -> dgate, dup
+std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dout, const Tensor& gate, const Tensor& up) {
+  check_like_gate(check_inputs(gate, up), "dout", dout, gate);
+  const Tensor packed_dout = packed(dout), packed_gate = packed(gate), packed_up = packed(up);
+  const Tensor dgate = empty_of_shape(gate), dup = empty_of_shape(gate);
+  SwigluParams p = params_of(packed_gate, packed_up);
+  p.dout = packed_dout.data_ptr();
+  p.dgate = dgate.data_ptr();
+  p.dup = dup.data_ptr();
+  device_of("swiglu_backward", gate)->swiglu_backward(p);
+  return {dgate, dup};
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(diffqkv, m) {
+  m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
+  m.def("swiglu_backward(Tensor dout, Tensor gate, Tensor up) -> (Tensor, Tensor)");
+}
+DIFFQKV_REGISTER(swiglu)
+DIFFQKV_REGISTER(swiglu_backward)
+
 }  // namespace
-
-SwigluForward swiglu_forward(const Tensor& gate, const Tensor& up) {
-  check_floating("gate", gate);
-  check_like_gate("up", up, gate);
-  SwigluForward call{packed(gate), packed(up), empty_of_shape(gate), {}};
-  call.p.gate = call.gate.data_ptr();
-  call.p.up = call.up.data_ptr();
-  call.p.out = call.out.data_ptr();
-  call.p.numel = gate.numel();
-  call.p.dtype = dtype_of(gate);
-  return call;
-}
-
-SwigluBackward swiglu_backward(const Tensor& dout, const Tensor& gate, const Tensor& up) {
-  check_floating("gate", gate);
-  check_like_gate("up", up, gate);
-  check_like_gate("dout", dout, gate);
-  SwigluBackward call{packed(dout), packed(gate), packed(up), empty_of_shape(gate), empty_of_shape(gate), {}};
-  call.p.dout = call.dout.data_ptr();
-  call.p.gate = call.gate.data_ptr();
-  call.p.up = call.up.data_ptr();
-  call.p.dgate = call.dgate.data_ptr();
-  call.p.dup = call.dup.data_ptr();
-  call.p.numel = gate.numel();
-  call.p.dtype = dtype_of(gate);
-  return call;
-}
-
-Tensor swiglu_cpu(const Tensor& gate, const Tensor& up) {
-  const SwigluForward call = swiglu_forward(gate, up);
-  cpu::swiglu(call.p, torch_threads(), parallel_on_torch);
-  return call.out;
-}
-
-std::tuple<Tensor, Tensor> swiglu_backward_cpu(const Tensor& dout, const Tensor& gate, const Tensor& up) {
-  const SwigluBackward call = swiglu_backward(dout, gate, up);
-  cpu::swiglu_backward(call.p, torch_threads(), parallel_on_torch);
-  return {call.dgate, call.dup};
-}
-
 }  // namespace diffqkv
