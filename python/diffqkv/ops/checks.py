@@ -230,7 +230,7 @@ def _cache(like: Tensor, batch: int, k_cache: Tensor, v_cache: Tensor, table: Te
         _unit_last_stride("block_table", table)
         multiple = PANEL_TOKENS if k_layout == PANELS else 1
         if page_size < 1 or page_size % multiple != 0:
-            raise wrong("v_cache", f"blocks of {page_size} tokens", f"a multiple of {multiple}")
+            raise wrong("v_cache", f"block size {page_size}", f"a multiple of {multiple}")
         capacity = sizes["max_blocks"] * page_size
     return CacheSizes(n_k, n_v, d_k, d_v, sizes[first], page_size, capacity)
 
@@ -392,8 +392,8 @@ def decode_attention(
     _rows("q", q, q, sizes, "b n_q s_q d_k")
     start, table = options.cache_start, options.block_table
     cache = _cache(q, sizes["b"], k_cache, v_cache, table, options.k_layout)
-    sizes["d_k"] = cache.d_k
-    sizes.check("q", q, "b n_q s_q d_k")
+    if cache.d_k != sizes["d_k"]:
+        raise wrong("q", f"head dimension {sizes['d_k']}", f"that of k_cache, {cache.d_k}")
     heads("k_cache", cache.n_k, sizes["n_q"])
     heads("v_cache", cache.n_v, sizes["n_q"])
     per_entry("cache_seqlens", cache_seqlens, q, sizes)
@@ -437,16 +437,16 @@ def _rope(k: Tensor, sizes: Sizes, cos: Tensor | None, sin: Tensor | None) -> No
         raise wrong(missing, None, f"a tensor, as {given} is given")
     if cos is None:
         return
-    both = {"cos": cos, "sin": sin}
-    for name, x in both.items():
+    for name, x in (("cos", cos), ("sin", sin)):
         _kind(name, x, k, (torch.float32, k.dtype))
-    rows = "1" if cos.shape[:1] == (1,) else "b"
-    for name, x in both.items():
-        sizes.check(name, x, f"{rows} s_new d_rot")
-        _unit_last_stride(name, x)
-    d_rot = sizes["d_rot"]
-    if d_rot % 2 != 0 or d_rot > sizes["d_k"]:
-        raise wrong("cos", f"d_rot = {d_rot}", f"an even number up to d_k = {sizes['d_k']}")
+    batch, s_new, d_k = sizes["b"], sizes["s_new"], sizes["d_k"]
+    d_rot = cos.shape[2] if cos.dim() == 3 else 1
+    if cos.dim() != 3 or cos.shape[0] not in (1, batch) or cos.shape[1] != s_new or d_rot % 2 != 0 or d_rot > d_k:
+        raise wrong("cos", f"shape {list(cos.shape)}", f"[{batch} or 1, {s_new}, an even number <= {d_k}]")
+    if sin.shape != cos.shape:
+        raise wrong("sin", f"shape {list(sin.shape)}", f"the shape of cos = {list(cos.shape)}")
+    _unit_last_stride("cos", cos)
+    _unit_last_stride("sin", sin)
     if sin.dtype != cos.dtype:
         raise wrong("sin", f"dtype {_dtype_name(sin.dtype)}", f"{_dtype_name(cos.dtype)}, that of cos", TypeError)
     if sin.stride() != cos.stride():
@@ -456,12 +456,11 @@ def _rope(k: Tensor, sizes: Sizes, cos: Tensor | None, sin: Tensor | None) -> No
 def kv_cache_update(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, positions: Tensor, options: UpdateOptions
 ) -> CacheSizes:
-    sizes = Sizes()
     _kind("k_cache", k_cache, k_cache, DTYPES)
-    _rows("k", k, k_cache, sizes, "b n_k s_new d_k")
-    batch, table = sizes["b"], options.block_table
+    _rows("k", k, k_cache, Sizes(), "b n_k s_new d_k")
+    batch, table = k.shape[0], options.block_table
     cache = _cache(k_cache, batch, k_cache, v_cache, table, options.k_layout)
-    sizes.update(n_k=cache.n_k, d_k=cache.d_k, n_v=cache.n_v, d_v=cache.d_v)
+    sizes = Sizes(b=batch, n_k=cache.n_k, d_k=cache.d_k, n_v=cache.n_v, d_v=cache.d_v)
     sizes.check("k", k, "b n_k s_new d_k")
     _rows("v", v, k_cache, sizes, "b n_v s_new d_v")
     tensor("positions", positions, k, (torch.int32, torch.int64), sizes, "b s_new")
@@ -487,9 +486,10 @@ def swiglu_backward(dout: Tensor, gate: Tensor, up: Tensor) -> None:
 
 def _elementwise(gate: Tensor, **others: Tensor) -> None:
     _kind("gate", gate, gate, DTYPES)
-    layout = " ".join(map(str, gate.shape))
     for name, x in others.items():
-        tensor(name, x, gate, (gate.dtype,), Sizes(zip(layout.split(), gate.shape, strict=True)), layout)
+        _kind(name, x, gate, (gate.dtype,))
+        if x.shape != gate.shape:
+            raise wrong(name, f"shape {list(x.shape)}", f"the shape of gate = {list(gate.shape)}")
 
 
 # ---- the schemas' signatures -----------------------------------------------------------------------------------------

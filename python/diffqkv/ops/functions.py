@@ -55,7 +55,7 @@ def _translated(op: Callable, error: RuntimeError, args: tuple, kwargs: dict[str
         named = dict(zip((a.name for a in op._schema.arguments), args, strict=False)) | kwargs
         for argument in op._schema.arguments:
             if str(argument.type) == "Tensor" and named[argument.name] is None:
-                return wrong(argument.name, "None", "a Tensor", TypeError)
+                return wrong(argument.name, "NoneType", "a Tensor", TypeError)
     for name, x in named.items():
         if isinstance(x, Tensor) and (refused := refused_kind(name, x)):
             return refused
@@ -63,12 +63,12 @@ def _translated(op: Callable, error: RuntimeError, args: tuple, kwargs: dict[str
         return (TypeError if ours[2].startswith("dtype ") else ArgumentError)(ours[1])
     if dispatcher := _DISPATCHER.search(text):
         want, name, got = dispatcher.groups()
-        return wrong(name, got, f"a {want}", TypeError)
+        return wrong(name, got, f"a {want.removeprefix('Optional[').removesuffix(']')}", TypeError)
     tensors = {name: x for name, x in named.items() if isinstance(x, Tensor)}
-    first, device = next(((name, x.device) for name, x in tensors.items()), (None, None))
+    device = next((x.device for x in tensors.values()), None)
     for name, x in tensors.items():
         if x.device != device:
-            return wrong(name, f"device {x.device}", f"{device}, where {first} is")
+            return wrong(name, f"device {x.device}", f"{device}, where the other tensors are")
     return None
 
 

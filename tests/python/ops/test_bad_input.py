@@ -3,6 +3,7 @@
 import os
 import pickle
 import traceback
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from helpers import assert_refusal, int32
 
 import diffqkv
+from diffqkv.ops import dispatch
 from diffqkv.ops import library as compiled
 from diffqkv.ops.checks import ArgumentError
 
@@ -80,7 +82,10 @@ def wide(x):
 
 
 def check(function, arguments, changes, error, name):
-    """function refuses the changed arguments with `name: got ..., want ...`, and changes no tensor."""
+    """function refuses the changed arguments with `name: got ..., want ...`, and changes no tensor.
+
+    Plain torch, which checks in Python, says the same sentence as the compiled ops.
+    """
     arguments = {n: changes[n](x) if callable(changes.get(n)) else changes.get(n, x) for n, x in arguments.items()} | {
         n: x for n, x in changes.items() if n not in arguments
     }
@@ -91,6 +96,9 @@ def check(function, arguments, changes, error, name):
     assert_refusal(caught.value, error, name)
     for n, x in tensors.items():
         assert torch.equal(x.detach(), before[n]), f"{n} was written"
+    with mock.patch.object(dispatch, "uses_kernel", lambda *args, **options: False), pytest.raises(error) as in_python:
+        function(**arguments)
+    assert str(in_python.value) == str(caught.value)
 
 
 def half(x):
