@@ -181,3 +181,25 @@ def test_a_cache_is_written_in_place_where_it_can_be(compression, monkeypatch):
             out = model(tokens(1, 5), cache=kind(config=model.config) if kind is DynamicCache else kind(model.config))
         assert out.get(CACHE).get_seq_length() == 5
         assert set(calls) == {want}, (kind, dtype, records_graph, attention_name)
+
+
+def test_what_files_of_earlier_releases_use_is_there():
+    """Their models, saved beside checkpoints, call the attention function and write the cache themselves."""
+    assert diffqkv_attention.takes_unequal_heads is True
+    assert {"kv_cache", "v_stats", "selective_v"} <= inspect.signature(diffqkv_attention).parameters.keys()
+    assert list(diffqkv.models.mask.packing_of(torch.tensor([[True, False, True]])).cu_seqlens_q) == [0, 2, 3]
+    for name in ("check_cache", "reserve_static_cache"):
+        assert callable(getattr(diffqkv.cache, name))
+    cache = diffqkv.Cache([(2, 16, 4, 16)])
+    layer = cache.layers[0]
+    cos, sin = torch.ones(1, 3, 16), torch.zeros(1, 3, 16)
+    k, v = torch.randn(1, 2, 3, 16), torch.randn(1, 4, 3, 16)
+    layer.append(k, v, cos, sin)
+    keys, values = layer.dense()
+    assert torch.equal(keys, k) and torch.equal(values, v) and layer.v_stats().shape == (1, 4, 17)
+    q, kv_cache = torch.randn(1, 8, 1, 16), (layer.k_cache, layer.v_cache, layer.k_layout)
+    module = tiny_model().model.layers[0].self_attn
+    mask = diffqkv.models.mask.diffqkv_mask(1, 1, 3, q_offset=2)
+    out, _ = diffqkv_attention(module, q, k, v, mask, kv_cache=kv_cache, v_stats=layer.v_stats, selective_v=None)
+    want, _ = diffqkv_attention(module, q, k, v, None)
+    torch.testing.assert_close(out, want)
