@@ -7,6 +7,7 @@ import sys
 import pytest
 from paths import ROOT
 
+UPDATE = ("k_cache", "v_cache", "k", "v", "positions", "cos", "sin", "block_table")
 SCRIPT = ROOT / "scripts" / "argument_lists.py"
 
 
@@ -26,8 +27,7 @@ def script():
         ("x.py", "f(dout, dlse, q, k, v)", []),
         ("x.py", "f(dout, dlse, q, (k, v, out, lse))", []),  # a group in a group
         ("x.py", '"""f(dout, dlse, q, k, v, out, lse)"""  # f(dout, dlse, q, k, v, out, lse)', []),
-        ("x.py", "class X(NamedTuple):\n    k_cache: int\n    v_cache: int\n    k: int\n    v: int\n    positions: int\n"
-         "    cos: int\n    sin: int\n    block_table: int\n", [(1, "kv_cache_update")]),
+        ("x.py", "class X(NamedTuple):\n" + "".join(f"    {name}: int\n" for name in UPDATE), [(1, "kv_cache_update")]),
         ("x.h", "struct X { int dout, dlse, q, k, v, out, lse; };  // (dout, dlse, q, k, v, out, lse)",
          [(1, "backward tensors")]),
         ("x.cpp", "#define LIST \\\n  dout, dlse, q, \\\n  k, v, out, lse\n", [(1, "backward tensors")]),
