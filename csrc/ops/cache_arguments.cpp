@@ -66,8 +66,9 @@ HeadGroups checked_heads(const Shapes& shapes) {
   check_head_dim("k_cache", shapes["d_k"]);
   check_head_dim("v_cache", shapes["d_v"]);
   DIFFQKV_CHECK(n_k >= 1, "k_cache: got ", n_k, " heads, want at least 1");
-  DIFFQKV_CHECK(n_v >= 1 && groups == HeadGroups::gcd(n_k, n_v), "v_cache: got ", groups, " groups for ", n_k,
-                " K and ", n_v, " V heads, want gcd(n_k, n_v) = ", HeadGroups::gcd(n_k, n_v), " groups");
+  DIFFQKV_CHECK(n_v >= 1, "v_cache: got ", n_v, " heads, want at least 1");
+  DIFFQKV_CHECK(groups == HeadGroups::gcd(n_k, n_v), "v_cache: got ", groups, " groups for ", n_k, " K and ", n_v,
+                " V heads, want gcd(n_k, n_v) = ", HeadGroups::gcd(n_k, n_v), " groups");
   return {n_k * n_v, n_k, n_v};
 }
 

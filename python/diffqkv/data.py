@@ -351,6 +351,6 @@ def _refuse_string(texts: Iterable[str]) -> None:
 
 
 def _write_header(file: io.BufferedWriter, dtype: np.dtype, count: int) -> None:
-    """Of the same size for every count: .npy headers have room for the first axis to grow."""
+    """Writes a header of the same size for every count: those of .npy have room for the first axis to grow."""
     descr = np.lib.format.dtype_to_descr(dtype)
     np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": (count,)})

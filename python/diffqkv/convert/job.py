@@ -211,7 +211,7 @@ def _shared_fields(checkpoint: Checkpoint, old: PreTrainedConfig, dtype: torch.d
 
 
 class _Job:
-    """From the model in a checkpoint to that of a new config. Nothing is written before `folder`."""
+    """Takes the model in a checkpoint to that of a new config. Nothing is written before `folder`."""
 
     def __init__(
         self,

@@ -114,7 +114,7 @@ def _rows(name: str, x: Tensor, like: Tensor, sizes: Sizes, layout: str, dtypes:
     _unit_last_stride(name, x)
 
 
-def _packed(name: str, x: Tensor) -> None:
+def _contiguous(name: str, x: Tensor) -> None:
     if not x.is_contiguous():
         if x.dim() == 1:
             raise wrong(name, f"stride {x.stride(0)}", "1")
@@ -141,14 +141,14 @@ def values(name: str, x: Tensor, low: int | Tensor, high: int | Tensor, want: st
 
 def per_entry(name: str, x: Tensor, like: Tensor, sizes: Sizes) -> None:
     tensor(name, x, like, (torch.int32,), sizes, "b")
-    _packed(name, x)
+    _contiguous(name, x)
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
 def attention_options(q: Tensor, sizes: Sizes, options: AttentionOptions) -> None:
-    """sizes: those of b and n_q are known."""
+    """Checks the options of a call on q, whose b and n_q are among the sizes."""
     for name in ("window_left", "window_right"):
         if (tokens := getattr(options, name)) < -1:
             raise wrong(name, tokens, "a number of tokens, or -1 (unlimited)")
@@ -158,7 +158,7 @@ def attention_options(q: Tensor, sizes: Sizes, options: AttentionOptions) -> Non
         raise wrong("softcap", options.softcap, "0 (none) to 1e38")
     if options.sinks is not None:
         tensor("sinks", options.sinks, q, (torch.float32, q.dtype), sizes, "n_q")
-        _packed("sinks", options.sinks)
+        _contiguous("sinks", options.sinks)
     for name in ("kv_start", "kv_end"):
         if (x := getattr(options, name)) is not None:
             per_entry(name, x, q, sizes)
@@ -216,14 +216,14 @@ def _cache(like: Tensor, batch: int, k_cache: Tensor, v_cache: Tensor, table: Te
         if k_cache.numel() and k_cache.stride()[3:] != strides:
             raise wrong("k_cache", f"strides {list(k_cache.stride())}", f"{list(strides)} inside a panel")
     n_v, d_v = groups * sizes["n_v/G"], sizes["d_v"]
+    _head_dim("k_cache", d_k)
+    _head_dim("v_cache", d_v)
     for name, n in (("k_cache", n_k), ("v_cache", n_v)):
         if n < 1:
             raise wrong(name, f"{n} heads", "at least 1")
     if groups != gcd(n_k, n_v):
         want = f"gcd(n_k, n_v) = {gcd(n_k, n_v)} groups"
         raise wrong("v_cache", f"{groups} groups for {n_k} K and {n_v} V heads", want)
-    _head_dim("k_cache", d_k)
-    _head_dim("v_cache", d_v)
     capacity = page_size
     if table is not None:
         tensor("block_table", table, like, (torch.int32,), sizes, "b max_blocks")
@@ -240,11 +240,11 @@ def _v_stats(v_stats: Tensor | None, like: Tensor, batch: int, cache: CacheSizes
         return
     sizes = Sizes({"b": batch, "n_v": cache.n_v, "d_v+1": cache.d_v + 1})
     tensor("v_stats", v_stats, like, (torch.float32,), sizes, "b n_v d_v+1")
-    _packed("v_stats", v_stats)
+    _contiguous("v_stats", v_stats)
 
 
 def _has_memory(x: Tensor) -> bool:
-    """Not fake, functional, mapped, ..."""
+    """Whether x is a plain tensor: not fake, functional or mapped."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
     return type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta" and not wrapped
 
@@ -330,7 +330,7 @@ def flash_attention_varlen(
         tensor(name, x, q, (torch.int32,), sizes, "b+1")
         if x.shape[0] < 1:
             raise wrong(name, "shape [0]", "[b+1]")
-        _packed(name, x)
+        _contiguous(name, x)
     for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if value < 0:
             raise wrong(name, value, "an integer >= 0")
@@ -347,9 +347,11 @@ def _gradients(
     wide = (torch.promote_types(q.dtype, torch.float32),)
     tensor("dout", dout, q, (q.dtype,), sizes, of_out)
     tensor("out", out, q, (q.dtype,), sizes, of_out)
+    _unit_last_stride("out", out)
     if dlse is not None:
         tensor("dlse", dlse, q, wide, sizes, of_lse)
     tensor("lse", lse, q, wide, sizes, of_lse)
+    _contiguous("lse", lse)
 
 
 def flash_attention_backward(
@@ -437,18 +439,17 @@ def _rope(k: Tensor, sizes: Sizes, cos: Tensor | None, sin: Tensor | None) -> No
         raise wrong(missing, None, f"a tensor, as {given} is given")
     if cos is None:
         return
+    batch, s_new, d_k = sizes["b"], sizes["s_new"], sizes["d_k"]
     for name, x in (("cos", cos), ("sin", sin)):
         _kind(name, x, k, (torch.float32, k.dtype))
-    batch, s_new, d_k = sizes["b"], sizes["s_new"], sizes["d_k"]
-    d_rot = cos.shape[2] if cos.dim() == 3 else 1
-    if cos.dim() != 3 or cos.shape[0] not in (1, batch) or cos.shape[1] != s_new or d_rot % 2 != 0 or d_rot > d_k:
-        raise wrong("cos", f"shape {list(cos.shape)}", f"[{batch} or 1, {s_new}, an even number <= {d_k}]")
-    if sin.shape != cos.shape:
-        raise wrong("sin", f"shape {list(sin.shape)}", f"the shape of cos = {list(cos.shape)}")
-    _unit_last_stride("cos", cos)
-    _unit_last_stride("sin", sin)
+        fits = x.dim() == 3 and x.shape[0] in (1, batch) and x.shape[1] == s_new
+        if not fits or x.shape[2] % 2 != 0 or x.shape[2] > d_k:
+            raise wrong(name, f"shape {list(x.shape)}", f"[{batch} or 1, {s_new}, an even number <= {d_k}]")
+        _unit_last_stride(name, x)
     if sin.dtype != cos.dtype:
         raise wrong("sin", f"dtype {_dtype_name(sin.dtype)}", f"{_dtype_name(cos.dtype)}, that of cos", TypeError)
+    if sin.shape != cos.shape:
+        raise wrong("sin", f"shape {list(sin.shape)}", f"the shape of cos = {list(cos.shape)}")
     if sin.stride() != cos.stride():
         raise wrong("sin", f"strides {list(sin.stride())}", f"{list(cos.stride())}, those of cos")
 

@@ -103,7 +103,7 @@ def _uses_kernel(op: str, name: str, x: Tensor, *inputs: Tensor | None, k_layout
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> int:
-    """What the schemas have for the string."""
+    """The number that the schemas have for the string."""
     if not isinstance(value, str):
         raise wrong(name, type(value).__name__, "a str", TypeError)
     if value not in choices:
@@ -160,7 +160,7 @@ def _scale(softmax_scale: float | None) -> float | None:
 
 
 def _refuse_forward_mode(op: str, *tensors: Tensor) -> None:
-    """torch would take the compiled ops for constants."""
+    """Refuses tensors with tangents, for which torch would take the compiled ops for constants."""
     if torch.compiler.is_compiling():
         return
     for x in tensors:

@@ -72,7 +72,7 @@ def _register_writes(op: torch._ops.OpOverload) -> None:
 _register_attention("flash_attention")
 _register_attention("flash_attention_varlen")
 torch.library.register_autograd("diffqkv::swiglu", _swiglu_backward, setup_context=_swiglu_setup)
-for _name in ("flash_attention_backward", "flash_attention_varlen_backward", "swiglu_backward"):
+for _name in BACKWARD.values():
     _refuse_second(_name)
 for _name in (*OPS, *BACKWARD.values()):
     if (_op := getattr(torch.ops.diffqkv, _name).default)._schema.is_mutable:

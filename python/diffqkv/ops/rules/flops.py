@@ -10,7 +10,7 @@ from ..checks import readable
 
 
 def attention_flops(b: int, n_q: int, s_q: int, s_k: int, d_k: int, d_v: int, causal: bool = False) -> int:
-    """Of q @ K^T and weights @ V; half of it if causal, as is the custom, whatever s_q and s_k are."""
+    """The FLOPs of q @ K^T and weights @ V; half of it if causal, as is the custom, whatever s_q and s_k are."""
     flops = 2 * b * n_q * s_q * s_k * (d_k + d_v)
     return flops // 2 if causal else flops
 
