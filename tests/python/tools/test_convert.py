@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import PAGES
 from paths import ROOT
 from safetensors.torch import load_file, save_file
 from tiny_sigma import tiny_config
@@ -24,9 +25,9 @@ from transformers import (
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import diffqkv
-from diffqkv import SigmaForCausalLM, convert
+from diffqkv import SigmaForCausalLM
 from diffqkv.__main__ import main
-from diffqkv.convert import to_llama, to_sigma
+from diffqkv.convert import job, to_llama, to_sigma
 from diffqkv.convert.augmented_q import fit_augmented_q
 from diffqkv.convert.head_maps import Moments, fit_key_map, pool_heads
 from diffqkv.convert.measure import read_windows
@@ -418,7 +419,7 @@ class TestFiles:
             written.extend(tmp_path.glob(".out.part/*.safetensors"))
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(convert, "custom_object_save", interrupted)
+        monkeypatch.setattr(job, "custom_object_save", interrupted)
         with pytest.raises(KeyboardInterrupt):
             to_sigma(llama, output, num_key_heads=2, overwrite=True)
         assert written, "the weights had been written elsewhere"
@@ -696,8 +697,7 @@ def test_recovery(tmp_path):
     sys.path.append(str(ROOT / "examples" / "python"))
     import recover_conversion
 
-    documents = [(ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md")]
-    (tmp_path / "text.txt").write_text("\n\n".join(documents))
+    (tmp_path / "text.txt").write_text("\n\n".join(PAGES.values()))
     losses = recover_conversion.main(
         f"--text {tmp_path}/text.txt --out {tmp_path} --source-steps 80 --steps 25 --batch-size 8 --context 64 "
         "--key-heads 1 --value-heads 2 --k-map mean".split()
