@@ -6,6 +6,7 @@ before`: exit status 1 if a line differs. Hashes hold on one kind of CPU and one
 
 import argparse
 import hashlib
+import math
 import os
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def lines(level: str) -> Iterator[str]:
                 yield line("flash_attention_varlen", f"{heads}/{name}", dtype, out, lse, *gradients)
             if dtype not in floats:
                 continue
-            groups = torch.gcd(torch.tensor(n_k), torch.tensor(n_v)).item()
+            groups = math.gcd(n_k, n_v)
             slots, seqlens = 320, int32(300, 41)
             for layout in ("rows", "panels"):
                 panel = (d_k // 2, 32, 2) if dtype == torch.bfloat16 else (d_k, 32)
@@ -82,7 +83,7 @@ def lines(level: str) -> Iterator[str]:
                 k_cache = torch.zeros(2, *k_shape, dtype=dtype)
                 v_cache = torch.zeros(2, groups, slots, n_v // groups, d_v, dtype=dtype)
                 stats = torch.zeros(2, n_v, d_v + 1)
-                angles = random(2, 310, d_k // 2 * 2)
+                angles = random(2, 310, d_k)
                 positions = torch.arange(310).repeat(2, 1)
                 new = random(2, n_k, 310, d_k), random(2, n_v, 310, d_v), positions
                 rope = {"cos": angles, "sin": angles.flip(1).contiguous()}

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from ..reference import PANEL_TOKENS
-from .options import PANELS, ROWS, AttentionOptions, DecodeOptions, SelectiveVOptions, UpdateOptions
+from .options import PANELS, ROWS, AttentionOptions, DecodeOptions, SelectiveVOptions, UpdateOptions, shared
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRAINING_DTYPES = (*DTYPES, torch.float64)
@@ -405,8 +405,7 @@ def decode_attention(
         values("cache_start", start, 0, torch.iinfo(torch.int32).max, "0 or more")
     if table is not None and readable(table):
         blocks_of_tokens(table, cache.page_size, start, cache_seqlens, cache.pages)
-    shared = {name: getattr(options, name) for name in options._fields if name in AttentionOptions._fields}
-    attention_options(q, sizes, AttentionOptions(**shared))
+    attention_options(q, sizes, shared(options, AttentionOptions))
     return cache
 
 
@@ -424,8 +423,7 @@ def selective_v_attention(
             raise wrong(name, value, f"an integer >= {least}")
     if options.tail not in (0, 1, 2):
         raise wrong("tail", options.tail, "0 (drop), 1 (renorm) or 2 (mean)")
-    shared = {name: getattr(options, name) for name in options._fields if name in DecodeOptions._fields}
-    cache = decode_attention(q, k_cache, v_cache, cache_seqlens, DecodeOptions(**shared))
+    cache = decode_attention(q, k_cache, v_cache, cache_seqlens, shared(options, DecodeOptions))
     most = max(cache.capacity, MOST_INDICES // max(1, q.shape[:3].numel()))
     if options.return_indices and top_k > most:
         raise wrong("top_k", top_k, f"1 to {most} where indices are asked for")

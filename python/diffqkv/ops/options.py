@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
 ROWS, PANELS = 0, 1
 DROP, RENORM, MEAN = 0, 1, 2
+
+
+Options = TypeVar("Options", bound=tuple)
+
+
+def shared(options: NamedTuple, kind: type[Options]) -> Options:
+    """The options that another kind has too, as that kind; the others have their defaults."""
+    return kind(**{name: x for name, x in options._asdict().items() if name in kind._fields})
 
 
 class AttentionOptions(NamedTuple):
