@@ -27,7 +27,13 @@ class Precision:
     results: float  # of a result in the tensor's dtype
     least: float  # absolute: what is too small for the dtype or flushed to 0
     largest: float
-    lse: float = 0.0  # of lse, where weights are not sums' shares but exponentials of a difference to it
+    # Of lse, where weights are not sums' shares but exponentials of a difference to it; the backward pass then computes
+    # the scores in another order, too.
+    lse: float = 0.0
+
+    def weight(self, x: Array) -> Array:
+        """The error of rounding x, which is multiplied by V, K or Q next."""
+        return self.weights * np.abs(x) + self.least * (x != 0)
 
 
 PRECISION = {
@@ -189,18 +195,21 @@ def softmax(q: Array, k: Array, sink: float | None, o: Options) -> Row:
     weights = np.exp(x - log_sum)
     others_high, others_low = _log_sums_of_others(x + shift), _log_sums_of_others(x - shift)
     errors = np.maximum(_shares(x + shift, others_low) - weights, weights - _shares(x - shift, others_high))
-    errors = np.maximum(errors, 0) + weights * p.lse * abs(lse) + 1e-37
+    errors = np.maximum(errors, 0) + 1e-37
+    errors += (weights + errors) * np.expm1(min(p.lse * abs(lse), 100))
     high = np.logaddexp.reduce(x + shift) - log_sum
     low = log_sum - np.logaddexp.reduce(x - shift)
     lse_error = max(high, low) + 4 * p.sums * max(abs(lse), 1)
     if o.exact_scores:
         lse_error += 2 * p.sums * abs(top)
     sink_weight, sink_error = (weights[n], errors[n]) if sink is not None else (0.0, 0.0)
-    # lse is the maximum plus log_sum, rounded; a score is rounded the same each time, and exact if the scale does not
-    # change its digits.
+    # lse is the maximum plus log_sum, rounded; a score is rounded the same each time, unless it is computed in another
+    # order, and exact if the scale does not change its digits.
     again = np.full(len(x), min(2 * p.sums * abs(lse), log_sum)) + 4 * p.sums * np.minimum(size, 200)
     if not o.exact_scores or o.softcap or abs(math.frexp(o.scale)[0]) != 0.5:
         again += np.where(x == 0, 0, 2 * p.sums * size)
+    if p.lse:
+        again += 2 * shift + lse_error
     again = np.expm1(np.minimum(again, 100))
     sink_again = again[n] if sink is not None else 0.0
     return Row(
@@ -260,7 +269,8 @@ def _attend_row(r: Result, entry: Entry, o: Options, query: int, head: int, keys
     used, size = row.weights * factor, np.abs(v)
     long = p.sums * (4 + n / 4)
     out = used @ v
-    out_error = (row.errors * factor) @ size + (p.weights + long) * (used @ size)
+    most = used + row.errors * factor
+    out_error = (row.errors * factor + p.weight(most) + long * most) @ size
     r.add("out", (head, query), out, out_error)
     if gradients is None:
         return
@@ -271,23 +281,27 @@ def _attend_row(r: Result, entry: Entry, o: Options, query: int, head: int, keys
     dp = factor * (v @ dout)
     dp_error = wide * factor * (size @ abs_dout)
     dot = float(used @ (v @ dout))
-    dot_error = abs_dout @ (out_error + p.results * np.abs(out) + p.least) + wide * (abs_dout @ np.abs(out))
+    most_out = np.abs(out) + out_error
+    dot_error = abs_dout @ (out_error + (p.results + wide) * most_out + p.least)
     inner = dp - dot + dlse
     inner_error = dp_error + dot_error + 2 * p.sums * (np.abs(dp) + abs(dot) + abs(dlse))
-    errors = row.errors + row.weights * row.again
-    ds = row.weights * inner
-    ds_error = errors * (np.abs(inner) + inner_error) + row.weights * inner_error + p.weights * np.abs(ds)
+    errors = row.errors + (row.weights + row.errors) * row.again
+    ds, most = row.weights * inner, row.weights + errors
+    ds_error = errors * np.abs(inner) + most * inner_error
+    ds_error += p.weight(np.abs(ds) + ds_error)
     dx = ds * row.slopes
-    dx_error = ds_error * (row.slopes + row.slope_errors) + np.abs(ds) * row.slope_errors + p.weights * np.abs(dx)
-    scale, abs_k, abs_q = abs(o.scale), np.abs(k), np.abs(q)
-    r.add("dq", (head, query), o.scale * (dx @ k), scale * ((dx_error + long * np.abs(dx)) @ abs_k))
+    dx_error = ds_error * (row.slopes + row.slope_errors) + np.abs(ds) * row.slope_errors
+    dx_error += p.weight(np.abs(dx) + dx_error)
+    scale, abs_k, abs_q, most_dx = abs(o.scale), np.abs(k), np.abs(q), np.abs(dx) + dx_error
+    r.add("dq", (head, query), o.scale * (dx @ k), scale * ((dx_error + long * most_dx) @ abs_k))
     many = p.sums * (4 + entry.q.shape[1] * n_q / len(entry.k) / 4)
-    r.add("dk", (k_head, keys), o.scale * np.outer(dx, q), scale * np.outer(dx_error + many * np.abs(dx), abs_q))
-    dv_error = errors * factor + (p.weights + many) * used
+    r.add("dk", (k_head, keys), o.scale * np.outer(dx, q), scale * np.outer(dx_error + many * most_dx, abs_q))
+    most = most * factor
+    dv_error = errors * factor + p.weight(most) + many * most
     r.add("dv", (v_head, keys), np.outer(used, dout), np.outer(dv_error, abs_dout))
     if sink is not None:
         value = row.sink * (dlse - dot)
-        error = row.sink_error + row.sink * (8 * p.sums + row.sink_again)
+        error = row.sink_error + (row.sink + row.sink_error) * (8 * p.sums + row.sink_again)
         dsinks.add("dsinks", head, value, error * (abs(dlse - dot) + dot_error) + row.sink * dot_error)
 
 
