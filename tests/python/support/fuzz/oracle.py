@@ -31,9 +31,10 @@ class Precision:
     # the scores in another order, too.
     lse: float = 0.0
 
-    def weight(self, x: Array) -> Array:
-        """The error of rounding x, which is multiplied by V, K or Q next."""
-        return self.weights * np.abs(x) + self.least * (x != 0)
+    def rounded(self, x: Array, error: Array) -> Array:
+        """The error of x in the dtype, before it is multiplied by V, K or Q; infinite where x may be."""
+        most = np.abs(x) + error
+        return np.where(most < self.largest, error + self.weights * most + self.least * (most != 0), np.inf)
 
 
 PRECISION = {
@@ -242,7 +243,8 @@ def attend(entries: list[Entry], o: Options, douts: list[Array] | None = None, d
                 if douts is not None:
                     dlse = 0.0 if dlses is None else dlses[at][head, query]
                     gradients = (douts[at][head, query], dlse, dsinks)
-                _attend_row(r, entry, o, query, head, keys, gradients)
+                with np.errstate(invalid="ignore"):  # 0 times an error that has no bound has none
+                    _attend_row(r, entry, o, query, head, keys, gradients)
         for name in r.values:
             if name != "lse":
                 r.rounded(name, o.precision)
@@ -269,8 +271,8 @@ def _attend_row(r: Result, entry: Entry, o: Options, query: int, head: int, keys
     used, size = row.weights * factor, np.abs(v)
     long = p.sums * (4 + n / 4)
     out = used @ v
-    most = used + row.errors * factor
-    out_error = (row.errors * factor + p.weight(most) + long * most) @ size
+    used_error = p.rounded(used, row.errors * factor)
+    out_error = (used_error + long * (used + used_error)) @ size
     r.add("out", (head, query), out, out_error)
     if gradients is None:
         return
@@ -287,17 +289,15 @@ def _attend_row(r: Result, entry: Entry, o: Options, query: int, head: int, keys
     inner_error = dp_error + dot_error + 2 * p.sums * (np.abs(dp) + abs(dot) + abs(dlse))
     errors = row.errors + (row.weights + row.errors) * row.again
     ds, most = row.weights * inner, row.weights + errors
-    ds_error = errors * np.abs(inner) + most * inner_error
-    ds_error += p.weight(np.abs(ds) + ds_error)
+    ds_error = p.rounded(ds, errors * np.abs(inner) + most * inner_error)
     dx = ds * row.slopes
-    dx_error = ds_error * (row.slopes + row.slope_errors) + np.abs(ds) * row.slope_errors
-    dx_error += p.weight(np.abs(dx) + dx_error)
+    dx_error = p.rounded(dx, ds_error * (row.slopes + row.slope_errors) + np.abs(ds) * row.slope_errors)
     scale, abs_k, abs_q, most_dx = abs(o.scale), np.abs(k), np.abs(q), np.abs(dx) + dx_error
     r.add("dq", (head, query), o.scale * (dx @ k), scale * ((dx_error + long * most_dx) @ abs_k))
     many = p.sums * (4 + entry.q.shape[1] * n_q / len(entry.k) / 4)
     r.add("dk", (k_head, keys), o.scale * np.outer(dx, q), scale * np.outer(dx_error + many * most_dx, abs_q))
-    most = most * factor
-    dv_error = errors * factor + p.weight(most) + many * most
+    used_error = p.rounded(used, errors * factor)
+    dv_error = used_error + many * (used + used_error)
     r.add("dv", (v_head, keys), np.outer(used, dout), np.outer(dv_error, abs_dout))
     if sink is not None:
         value = row.sink * (dlse - dot)
