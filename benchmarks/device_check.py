@@ -67,6 +67,10 @@ class Step(NamedTuple):
     needs: tuple[str, ...] = ()  # ops that must be right
 
 
+def _speed(op: str, planned: int, limit: int, *besides: str) -> Step:
+    return Step(op, f"gpu.speed.{op}", planned, limit, needs=(op, *besides))
+
+
 STEPS = (
     Step("environment", "gpu.device", 10, 60),
     Step("smoke", "gpu.checks", 25, 60, decides=True),
@@ -77,12 +81,12 @@ STEPS = (
     Step("racecheck", "gpu.sanitizer", 35, 70, decides=True, on_cpu=False),
     Step("contract", "gpu.checks", 30, 60, decides=True),
     Step("probes", "gpu.device", 12, 30, on_cpu=False),
-    Step("decode_attention", "gpu.speed", 70, 150, needs=("decode_attention",)),
-    Step("flash_attention", "gpu.speed", 30, 60, needs=("flash_attention",)),
-    Step("flash_attention_backward", "gpu.speed", 35, 70, needs=("flash_attention", "flash_attention_backward")),
-    Step("selective_v_attention", "gpu.speed", 25, 50, needs=("selective_v_attention", "decode_attention")),
-    Step("kv_cache_update", "gpu.speed", 15, 40, needs=("kv_cache_update",)),
-    Step("swiglu", "gpu.speed", 8, 30, needs=("swiglu", "swiglu_backward")),
+    _speed("decode_attention", 70, 150),
+    _speed("flash_attention", 30, 60),
+    _speed("flash_attention_backward", 35, 70, "flash_attention"),
+    _speed("selective_v_attention", 25, 50, "decode_attention"),
+    _speed("kv_cache_update", 15, 40),
+    _speed("swiglu", 8, 30, "swiglu_backward"),
 )
 # What a dry run compares its lines with.
 _PEAKS_OF_A_DRY_RUN = {"read_gb_s": 10.0, "copy_gb_s": 10.0, "bf16_tflops": 0.1}

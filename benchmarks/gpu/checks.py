@@ -221,29 +221,18 @@ def contract(context: Context, name: str) -> None:
 
 # ---- offsets that do not fit into 32 bits ----------------------------------------------------------------------------
 
-_IN_DECODE = ("q", "k_cache", "v_cache")
-_ANY_STRIDES = {
-    "decode_attention": _IN_DECODE,
-    "selective_v_attention": _IN_DECODE,
-    "kv_cache_update": ("k_cache", "v_cache", "k", "v"),
-    "flash_attention": ("q", "k", "v"),
-    "flash_attention_varlen": ("q", "k", "v"),
-    "flash_attention_backward": ("q", "k", "v", "dout", "out"),
-    "flash_attention_varlen_backward": ("q", "k", "v", "dout", "out"),
-}
-
 
 def large(context: Context, name: str) -> None:
     """The same bits from tensors whose last index in a dimension lies more than 2^31 elements after the first."""
     distance = _FAR[context.device.type]
-    if name.startswith("swiglu"):
-        return _many_elements(context, name, distance)
     tested = TESTED_OPS[name]
+    if not tested.any_strides:
+        return _many_elements(context, name, distance)
     reserve = torch.empty(4 * (distance + 2**24), dtype=torch.uint8, device=context.device)  # hardly ever touched
     for case in tested.stable_cases(context.dtypes(name), False):
         near = tested.make(case, 11, context.device)
         want = {x: y.clone() for x, y in near.run(context.op(name)).items()}
-        for argument in _ANY_STRIDES[name]:
+        for argument in tested.any_strides:
             inside = 3 if argument == "k_cache" and near.args.get("k_layout") else 1  # a panel is contiguous
             for dim in range(near.args[argument].dim() - inside):
                 near.reset()

@@ -86,6 +86,8 @@ class TestedOp:
     op: str
     # The dimension of arguments and results in which their batch entries lie.
     by_entry: dict[str, int] = {}
+    # The arguments that the kernel reads by their strides, however large. Without any, it packs what it is given.
+    any_strides: tuple[str, ...] = ()
 
     def cases(self, dtypes: Sequence[torch.dtype], on_gpu: bool) -> list[Case]:
         """All cases. The first one is small and plain."""

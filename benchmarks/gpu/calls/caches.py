@@ -94,6 +94,7 @@ def _placed(rows: Tensor, case: CachedCase) -> Tensor:
 
 class OnCache(TestedOp):
     by_entry = dict.fromkeys(("q", "cache_seqlens", "cache_start", "block_table", "out", "lse"), 0)
+    any_strides = ("q", "k_cache", "v_cache")
 
     def alone(self, call: Call, entry: int):
         one, part = super().alone(call, entry)

@@ -68,6 +68,7 @@ class _FlashAttention(TestedOp):
     def __init__(self, backward: bool):
         self.backward = backward
         self.op = self.forward + ("_backward" if backward else "")
+        self.any_strides = ("q", "k", "v", "dout", "out") if backward else ("q", "k", "v")
 
     def cases(self, dtypes: Sequence[torch.dtype], on_gpu: bool) -> list[FlashCase]:
         lengths = _SHORT + _LONG * 2 if on_gpu else _SHORT

@@ -37,6 +37,7 @@ class UpdateCase(Case):
 class KvCacheUpdate(TestedOp):
     op = "kv_cache_update"
     by_entry = dict.fromkeys(("k", "v", "positions", "block_table", "v_stats"), 0)
+    any_strides = ("k_cache", "v_cache", "k", "v")
 
     def cases(self, dtypes: Sequence[torch.dtype], on_gpu: bool) -> list[UpdateCase]:
         shapes = (

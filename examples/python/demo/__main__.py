@@ -15,7 +15,7 @@ from transformers import pipeline
 from transformers.utils import logging as transformers_logging
 
 import diffqkv
-from diffqkv.benchmarks.cpu import model_training
+from diffqkv.benchmarks.cpu.cases import model_training
 from diffqkv.data import PackedDataset, byte_tokenizer, write_tokens
 
 from .corpus import Corpus, CorpusError, build_corpus, python_documentation, read_files

@@ -5,7 +5,7 @@ from rich.table import Table
 
 from diffqkv import SigmaConfig
 from diffqkv.benchmarks.common.targets import OURS, SDPA_MODEL, SDPA_REPEATED, SDPA_TWIN
-from diffqkv.benchmarks.cpu import run
+from diffqkv.benchmarks.cpu.cases import run
 from diffqkv.benchmarks.cpu.layer import Size
 
 TRAINING_CONTEXTS = (256, 1024)

@@ -16,8 +16,8 @@ import torch
 from ..benchmarks.common.inputs import dtype_name
 from ..benchmarks.common.line import TOLERANCE
 from ..benchmarks.common.report import write
-from ..benchmarks.cpu import CASES, case
-from ..benchmarks.cpu import run as run_case
+from ..benchmarks.cpu.cases import CASES, case
+from ..benchmarks.cpu.cases import run as run_case
 from ..benchmarks.cpu.report import machine, markdown
 from ..ops import library
 

@@ -103,7 +103,7 @@ def to_sigma(
         num_key_heads, num_value_heads: n_k and n_v, which divide the number of query heads. Default for n_v: the
             source's. Fewer V heads are mean-pooled.
         key_map: how K heads become fewer. "mean": mean pooling. "fit": those that change the scores least on sample
-            text, for which `text` is needed; `diffqkv._convert.head_maps.fit_key_map` has the criterion.
+            text, for which `text` is needed; `diffqkv.convert.head_maps.fit_key_map` has the criterion.
         q_aug_dim: None: no augmented Q. A number: its intermediate dimension. It is fitted to hand q on unchanged on
             sample text, which it can do only nearly, without bias and residual (Appendix E).
         text: a file, folder or glob, or several, as `diffqkv.data.read_texts` takes them. With it, the report has the

@@ -59,9 +59,9 @@ def record_selective_v() -> Iterator[list[tuple[int, SelectiveVStats]]]:
 class DiffqkvAttention:
     """How a forward pass of a `SigmaModel` stores K and V and attends to them by `diffqkv_attention`.
 
-    It has the methods of `StockAttention` in modeling_sigma.py, and leaves cached tokens where they lie. The layer is
-    its `SigmaAttention`, which may come from a file that was saved beside a checkpoint by another release of diffqkv:
-    names and meanings of the methods here, and of those that they call of the layer, must not change.
+    It has the protocol that `StockAttention` in modeling_sigma.py describes, and leaves cached tokens where they lie.
+    The layer is its `SigmaAttention`, which may come from a file that was saved beside a checkpoint by another release
+    of diffqkv: names and meanings of the methods here, and of those that they call of the layer, must not change.
     """
 
     takes_packed_rows = True  # The bounds of their sequences serve as their mask.
@@ -85,14 +85,9 @@ class DiffqkvAttention:
         cache_is_empty: bool,
         cached_rope: _Rope | None,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        """Writes the new tokens, key `[b, t, n_k, d_k]` and value `[b, t, n_v, d_v]`, into the cache, if there is one.
+        """As `StockAttention.store`, but returns the new tokens alone as `[b, heads, t, d]`.
 
-        Returns the new tokens as `[b, heads, t, d]`, K ready for the scores, and what `attend` is told besides: the
-        whole cache, where older tokens are to be seen too.
-
-        Args:
-            rope: cos and sin `[b or 1, t, d]` of the new tokens.
-            cached_rope: those of all slots of the cache, for keys that are cached without their rotation.
+        Where older tokens are to be seen too, what `attend` is told besides has the whole cache.
         """
         if cache is None:
             key, told = layer.key_to_cache(key, rope), {}
@@ -268,13 +263,7 @@ def diffqkv_attention(
     packing = _packing_in(kwargs, query.shape[0] * query.shape[2])
     if packing is not None and not is_prompt:
         raise NotImplementedError("cu_seq_lens_q: packed sequences with cached tokens are not built")
-    seen = spans
-    if spans is None:
-        window = sliding_window - 1 if sliding_window and attention_mask is None and causal else -1
-        seen = Spans(None, None, None, window, packing)
-    elif packing is not None:
-        seen = Spans(*spans[:4], packing)
-
+    seen = _seen(spans, sliding_window if attention_mask is None and causal else None, packing)
     call = _Call(query, key, value, kv_cache, attention_mask, seen, causal, dropout, scaling, softcap, s_aux)
     inputs = (query, key, value) if s_aux is None else (query, key, value, s_aux)
     has_dense_mask = attention_mask is not None and (
@@ -311,6 +300,13 @@ def _as_under_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """The tensors in the dtype that autocast gives SDPA: rotations may have left Q and K in float32."""
     dtype = autocast_dtype(tensors[0].device.type)
     return list(tensors) if dtype is None else [cast(x, dtype) for x in tensors]
+
+
+def _seen(spans: Spans | None, sliding_window: int | None, packing: Packing | None) -> Spans:
+    """The keys that are seen: what a mask says, if there is one of spans, and what the other arguments say."""
+    if spans is None:
+        return Spans(None, None, None, sliding_window - 1 if sliding_window else -1, packing)
+    return spans if packing is None else spans._replace(packing=packing)
 
 
 def _packing_in(kwargs: dict[str, Any], tokens: int) -> Packing | None:

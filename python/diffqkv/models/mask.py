@@ -74,39 +74,59 @@ def diffqkv_mask(
     total = total.to(torch.int32)
     start, end, padded = torch.zeros_like(total), total, False
     if attention_mask is not None:
-        padding_mask = attention_mask[:, kv_offset:]
-        slots = torch.arange(padding_mask.shape[-1], dtype=torch.int32, device=device)
-        valid = (padding_mask & (slots < total[:, None])).to(torch.int32)
-        start = valid.argmax(-1).to(torch.int32)
-        end = ((slots + 1) * valid).amax(-1)
-        count = valid.sum(-1)
-        # Cached steps know no end but the newest slot: a mask that hides it cannot be said by a span either.
-        one_span = ((count == end - start) & ((end == total) | (kv_length == q_length))).all()
-        padded = True
-        if torch.compiler.is_compiling():
-            torch._assert_async(one_span, "attention_mask: got holes, want one span of tokens per row to be compiled")
-        else:
-            is_one_span, is_full = torch.stack([one_span, (count == total).all()]).tolist()
-            if not is_one_span:
-                return sdpa_mask(**dense)
-            padded = not is_full
+        span = _one_span(attention_mask[:, kv_offset:], total, kv_length == q_length)
+        if span is None:
+            return sdpa_mask(**dense)
+        start, end, padded = span
 
     spans = torch.stack([start, end, total], -1)[:, None, None]
     packing = None
     if window >= 0 or sequences is not None:
-        own = total[:, None] - q_length + torch.arange(q_length, device=device)
-        first = start[:, None].expand(-1, q_length)
-        if sequences is not None:
-            sequences = sequences.expand(batch_size, -1).contiguous()
-            first = torch.searchsorted(sequences, sequences)
-            packing = packing_of(first == own)
-        if window >= 0:
-            first = torch.maximum(first, own - window)
+        first, packing = _first_seen(start, total[:, None] - q_length, q_length, window, sequences)
         spans = torch.cat([first[:, None, :, None].to(torch.int32), spans[..., 1:].expand(-1, -1, q_length, -1)], -1)
     if not torch.compiler.is_compiling():
         # Every layer would otherwise work this out again.
         spans.diffqkv_spans = Spans(*((start, end) if padded else (None, None)), total, window, packing)
     return spans
+
+
+def _one_span(
+    padding_mask: torch.Tensor, total: torch.Tensor, is_prompt: bool
+) -> tuple[torch.Tensor, torch.Tensor, bool] | None:
+    """First slot and end `[b]` of the tokens in a padding mask, and whether any row has padding; None if it has holes.
+
+    total: the slots written, `[b]`. Compiled code, which cannot look, says that there is padding, and fails at holes.
+    """
+    slots = torch.arange(padding_mask.shape[-1], dtype=torch.int32, device=total.device)
+    valid = (padding_mask & (slots < total[:, None])).to(torch.int32)
+    start = valid.argmax(-1).to(torch.int32)
+    end = ((slots + 1) * valid).amax(-1)
+    count = valid.sum(-1)
+    # Cached steps know no end but the newest slot: a mask that hides it cannot be said by a span either.
+    one_span = ((count == end - start) & ((end == total) | is_prompt)).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(one_span, "attention_mask: got holes, want one span of tokens per row to be compiled")
+        return start, end, True
+    is_one_span, is_full = torch.stack([one_span, (count == total).all()]).tolist()
+    return (start, end, not is_full) if is_one_span else None
+
+
+def _first_seen(
+    start: torch.Tensor, first_query: torch.Tensor, q_length: int, window: int, sequences: torch.Tensor | None
+) -> tuple[torch.Tensor, Packing | None]:
+    """The first slot `[b, q_length]` that each query sees in its window or sequence, and the sequences of packed rows.
+
+    start `[b]` is the first slot that is no padding, first_query `[b, 1]` the slot of the first query.
+    """
+    own = first_query + torch.arange(q_length, device=start.device)
+    first, packing = start[:, None].expand(-1, q_length), None
+    if sequences is not None:
+        sequences = sequences.expand(len(start), -1).contiguous()
+        first = torch.searchsorted(sequences, sequences)
+        packing = packing_of(first == own)
+    if window >= 0:
+        first = torch.maximum(first, own - window)
+    return first, packing
 
 
 def _pattern_of(mask_function: Callable) -> tuple[int, torch.Tensor | None] | None:

@@ -32,6 +32,7 @@ from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, Trai
 
 import diffqkv
 from diffqkv.models import attention as diffqkv_attention_module
+from diffqkv.models.sigma import generation_sigma
 
 pytestmark = [
     pytest.mark.usefixtures("library"),
@@ -152,7 +153,7 @@ def test_packed_rows_train_bitwise_alike_however_they_are_told_and_cut():
 def test_packed_rows_of_a_training_loop_make_no_cache(monkeypatch):
     model = tiny_model().train()
     warned = []
-    monkeypatch.setattr(sys.modules[type(model).__module__].logger, "warning_once", warned.append)
+    monkeypatch.setattr(generation_sigma.logger, "warning_once", warned.append)
     out = model(**batch_of("packed"))
     assert cache_in(out) is None
     assert len(warned) == 1 and "jumps begin new sequences in a row, which do not see the tokens before" in warned[0]

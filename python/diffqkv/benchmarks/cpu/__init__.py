@@ -1,32 +1,5 @@
-"""The cases of `python -m diffqkv bench`, called as their op or what they measure.
+"""The benchmarks of a CPU: `cases` has the lines of `python -m diffqkv bench`, one module each.
 
-Each is a module with a TITLE, the SIZES measured by default, and `contenders(size, dtype)`; those that TRAIN record
-gradients.
+What they share stands beside them: `layer` has their inputs, `limits` what the machine does at best, `targets` what
+they should reach; `report` writes the run down.
 """
-
-from importlib import import_module
-from types import ModuleType
-
-import torch
-
-from ..common.line import measure
-from .layer import CLOCK, Size
-from .targets import TARGETS
-
-CASES = (
-    "flash_attention", "decode_attention", "kv_cache_update", "selective_v_attention", "flash_attention_backward",
-    "swiglu", "call_overhead", "model_decode", "model_training",
-)  # fmt: skip
-
-
-def case(name: str) -> ModuleType:
-    """The case's module, imported when it is asked for: some need more than the package does."""
-    return import_module(f".{name}", __package__)
-
-
-def run(name: str, size: Size, dtype: torch.dtype, seconds: float) -> dict:
-    """Measures a line for about `seconds`; see `common.line.measure` for its record."""
-    trains = getattr(case(name), "TRAINS", False)
-    torch.manual_seed(0)
-    with torch.enable_grad() if trains else torch.inference_mode():
-        return measure(name, size, dtype, seconds, case(name).contenders(size, dtype), CLOCK, TARGETS)

@@ -15,7 +15,7 @@ import diffqkv
 from ..common.inputs import N_K, N_Q, N_V, D
 from ..common.line import DISTURBED, cells
 from ..common.report import commit, table
-from . import CASES, case
+from .cases import CASES, case
 
 
 def machine() -> dict:

@@ -107,4 +107,4 @@ class SigmaFusingMixin:
             )
 
 
-__all__ = ["SigmaFusingMixin"]
+__all__ = ["SigmaFusingMixin", "project_fused"]

@@ -1,25 +1,30 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Caches of the SIGMA models and generation with them: what is made, counted and refused.
+"""Caches and positions of the SIGMA models, and generation with them: what is made, counted and refused.
 
-This file stands alone, as those beside it do: `save_pretrained` copies it beside a checkpoint, where it runs without
-the diffqkv package, on the caches of transformers.
+The functions serve the forward pass of the model, the mixin serves `generate`. This file stands alone, as those beside
+it do: `save_pretrained` copies it beside a checkpoint, where it runs without the diffqkv package, on the caches of
+transformers.
 """
 
 from copy import copy
 from inspect import signature
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 from transformers.generation import GenerationMixin
 from transformers.generation.continuous_batching import PagedAttentionCache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
 
 try:
     import diffqkv
 except ImportError:
     diffqkv = None
+
+logger = logging.get_logger(__name__)
 
 # What transformers calls a cache in arguments and results; before 5.24 it was past_key_values.
 CACHE = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
@@ -40,8 +45,15 @@ def _has_own_cache(dtype: torch.dtype) -> bool:
     return diffqkv is not None and dtype in OP_DTYPES
 
 
-def new_cache(model: PreTrainedModel, inputs_embeds: torch.Tensor) -> Cache:
-    """The cache that a forward pass makes."""
+def cache_to_fill(
+    model: PreTrainedModel, cache: Cache | None, use_cache: bool | None, inputs_embeds: torch.Tensor
+) -> Cache | None:
+    """The given cache, or a new one if use_cache asks for it; a ValueError if the given one has other shapes."""
+    if cache is not None and diffqkv is not None:
+        # A cache of another model or batch would be left half written.
+        diffqkv.cache.check_cache(cache, model._cache_shapes(), *inputs_embeds.shape[:2])
+    if cache is not None or not use_cache:
+        return cache
     # A compiled region must not own the buffers that later calls write; and a graph must reach the cached tokens.
     records_graph = torch.is_grad_enabled() and (
         inputs_embeds.requires_grad or any(x.requires_grad for x in model.parameters())
@@ -83,6 +95,134 @@ def cache_of_stage(cache: Cache | None, layers: nn.ModuleList) -> Cache | None:
     stage = copy(cache)
     stage.layers = cache.layers[is_elsewhere.index(False) :]
     return stage
+
+
+def cache_of_checkpointed_layers(cache: Cache | None, tokens: int, layers: nn.ModuleList) -> Cache | None:
+    """The given cache; None where the backward pass runs layers once more, which must not write into it again."""
+    is_recording = layers.training and torch.is_grad_enabled()
+    runs_twice = is_recording and any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+    if cache is None or not runs_twice:
+        return cache
+    if not is_empty(cache.get_seq_length(), tokens):
+        raise ValueError(
+            "cache: got one with tokens while activations are checkpointed, where layers run without a cache; "
+            "want None, eval() or gradient_checkpointing_disable()"
+        )
+    logger.warning_once("cache: activations are checkpointed, so that nothing is cached")
+    return None
+
+
+def sequence_begins(
+    position_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    cache: Cache | None,
+    kwargs: dict,
+    inputs_embeds: torch.Tensor,
+) -> torch.Tensor | None:
+    """The first tokens of sequences, bool `[b, tokens]`, where rows hold several; None where each row is one.
+
+    Transformers tells it by flash attention's keyword arguments, or by jumps in position_ids without a mask.
+    """
+    batch, tokens = inputs_embeds.shape[:2]
+    is_compiling = torch.compiler.is_compiling()
+    cu_seqlens = kwargs.get("cu_seq_lens_q")
+    if cu_seqlens is not None:
+        if attention_mask is not None:
+            raise ValueError("attention_mask: got one beside cu_seq_lens_q, want None: packed rows have no padding")
+        end = batch * tokens
+        begins = torch.zeros(end + 1, dtype=torch.bool, device=cu_seqlens.device)
+        begins = begins.index_fill(0, cu_seqlens.clamp(0, end).long(), True)[:-1].view(batch, tokens)
+        if not is_compiling and not (int(cu_seqlens[-1]) == end and bool(begins[:, 0].all())):
+            raise ValueError(
+                f"cu_seq_lens_q: got {cu_seqlens.tolist()}, want the bounds of sequences that fill {batch} rows of "
+                f"{tokens} tokens"
+            )
+        return begins
+    if position_ids is None or attention_mask is not None or tokens == 1:
+        return None
+    if is_compiling and cache is not None:
+        return None
+    # Compiled code cannot look: there, any positions may be those of packed rows.
+    sequences = find_packed_sequence_indices(position_ids)
+    if sequences is None:
+        return None
+    return F.pad(sequences.diff(dim=-1) != 0, (1, 0), value=True).expand(batch, -1)
+
+
+def positions_in_sequences(begins: torch.Tensor) -> torch.Tensor:
+    """The positions `[b, tokens]` of tokens in rows of several sequences, each of which begins where `begins` says."""
+    slots = torch.arange(begins.shape[1], device=begins.device)
+    return slots - (slots * begins).cummax(-1).values
+
+
+def use_cache_of_packed_rows(cache: Cache | None, use_cache: bool | None) -> bool | None:
+    """use_cache, or False where a row holds several sequences, whose cache would mix them up."""
+    if torch.compiler.is_compiling():
+        return use_cache
+    if cache is not None:
+        raise ValueError("position_ids: got several sequences in a row with a cache, want no cache")
+    if use_cache:
+        logger.warning_once(
+            "position_ids: without an attention_mask, jumps begin new sequences in a row, which do not see the "
+            "tokens before them; they cannot be cached, so that use_cache returns none"
+        )
+    return False
+
+
+def positions_of_slots(
+    position_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: Cache,
+    past: int | torch.Tensor,
+    cache_is_empty: bool,
+) -> torch.Tensor:
+    """The positions of all cache slots, `[b or 1, s]`, for keys that are cached without their rotation.
+
+    A cache keeps no positions. Those of older tokens follow from the newest one, since the tokens of a row are
+    consecutive; where a mask shows that they are not, an error says so. Without older tokens any positions do.
+    """
+    tokens = position_ids.shape[1]
+    slots, _ = cache.get_mask_sizes(tokens, 0)
+    newest = past + tokens - 1
+    positions = position_ids[:, -1:] - newest + torch.arange(slots, device=position_ids.device)
+    new_slots = torch.arange(tokens, device=position_ids.device) + past
+    positions = positions.index_copy(1, new_slots, position_ids)
+    if torch.compiler.is_compiling():
+        return positions
+    has_gaps = _has_gaps(positions, attention_mask)
+    if cache_is_empty:
+        cache.has_position_gaps = has_gaps  # The steps that follow these tokens ask for it.
+    elif has_gaps or getattr(cache, "has_position_gaps", False):
+        raise NotImplementedError(
+            "k_compression='expand' with a cache: the tokens of a row must have consecutive positions, "
+            "without padding between them"
+        )
+    return positions
+
+
+def _has_gaps(positions: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+    """Whether positions `[b or 1, s]` jump, or padding lies, between two tokens of a row."""
+    if attention_mask is None:
+        return bool((positions.diff(dim=-1) != 1).any())
+    visible = _visible_slots(attention_mask)
+    if visible is None:
+        return False
+    visible = visible[:, : positions.shape[1]]
+    both = visible[:, 1:] & visible[:, :-1]
+    jumps = (positions[:, : visible.shape[1]].diff(dim=-1) != 1) & both
+    resumes = visible[:, 1:] & ~visible[:, :-1] & (visible.cumsum(-1)[:, :-1] > 0)
+    return bool((jumps | resumes).any())
+
+
+def _visible_slots(attention_mask: torch.Tensor) -> torch.Tensor | None:
+    """The slots `[b, s]` that the newest query sees, by a padding mask or a dense mask; None where a mask of spans
+    says that nothing is hidden between them."""
+    if attention_mask.dtype == torch.int32 and attention_mask.dim() == 4:
+        return None
+    if attention_mask.dim() == 2:
+        return attention_mask.bool()
+    newest = attention_mask[:, 0, -1]
+    return newest if newest.dtype == torch.bool else newest > torch.finfo(newest.dtype).min / 2
 
 
 class SigmaGenerationMixin(GenerationMixin):
@@ -186,60 +326,17 @@ class SigmaGenerationMixin(GenerationMixin):
         raise NotImplementedError(_NO_CONTINUOUS_BATCHING)
 
 
-def positions_of_slots(
-    position_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    cache: Cache,
-    past: int | torch.Tensor,
-    cache_is_empty: bool,
-) -> torch.Tensor:
-    """The positions of all cache slots, `[b or 1, s]`, for keys that are cached without their rotation.
-
-    A cache keeps no positions. Those of older tokens follow from the newest one, since the tokens of a row are
-    consecutive; where a mask shows that they are not, an error says so. Without older tokens any positions do.
-    """
-    tokens = position_ids.shape[1]
-    slots, _ = cache.get_mask_sizes(tokens, 0)
-    newest = past + tokens - 1
-    positions = position_ids[:, -1:] - newest + torch.arange(slots, device=position_ids.device)
-    new_slots = torch.arange(tokens, device=position_ids.device) + past
-    positions = positions.index_copy(1, new_slots, position_ids)
-    if torch.compiler.is_compiling():
-        return positions
-    has_gaps = _has_gaps(positions, attention_mask)
-    if cache_is_empty:
-        cache.has_position_gaps = has_gaps  # The steps that follow these tokens ask for it.
-    elif has_gaps or getattr(cache, "has_position_gaps", False):
-        raise NotImplementedError(
-            "k_compression='expand' with a cache: the tokens of a row must have consecutive positions, "
-            "without padding between them"
-        )
-    return positions
-
-
-def _has_gaps(positions: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
-    """Whether positions `[b or 1, s]` jump, or padding lies, between two tokens of a row."""
-    if attention_mask is None:
-        return bool((positions.diff(dim=-1) != 1).any())
-    visible = _visible_slots(attention_mask)
-    if visible is None:
-        return False
-    visible = visible[:, : positions.shape[1]]
-    both = visible[:, 1:] & visible[:, :-1]
-    jumps = (positions[:, : visible.shape[1]].diff(dim=-1) != 1) & both
-    resumes = visible[:, 1:] & ~visible[:, :-1] & (visible.cumsum(-1)[:, :-1] > 0)
-    return bool((jumps | resumes).any())
-
-
-def _visible_slots(attention_mask: torch.Tensor) -> torch.Tensor | None:
-    """The slots `[b, s]` that the newest query sees, by a padding mask or a dense mask; None where a mask of spans
-    says that nothing is hidden between them."""
-    if attention_mask.dtype == torch.int32 and attention_mask.dim() == 4:
-        return None
-    if attention_mask.dim() == 2:
-        return attention_mask.bool()
-    newest = attention_mask[:, 0, -1]
-    return newest if newest.dtype == torch.bool else newest > torch.finfo(newest.dtype).min / 2
-
-
-__all__ = ["SigmaGenerationMixin"]
+__all__ = [
+    "CACHE",
+    "OP_DTYPES",
+    "SigmaGenerationMixin",
+    "cache_of_checkpointed_layers",
+    "cache_of_stage",
+    "cache_to_fill",
+    "is_empty",
+    "one_cache",
+    "positions_in_sequences",
+    "positions_of_slots",
+    "sequence_begins",
+    "use_cache_of_packed_rows",
+]

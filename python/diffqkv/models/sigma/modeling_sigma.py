@@ -29,7 +29,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.integrations import use_kernel_forward_from_hub
-from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -50,11 +50,15 @@ from .generation_sigma import (
     CACHE,
     OP_DTYPES,
     SigmaGenerationMixin,
+    cache_of_checkpointed_layers,
     cache_of_stage,
+    cache_to_fill,
     is_empty,
-    new_cache,
     one_cache,
+    positions_in_sequences,
     positions_of_slots,
+    sequence_begins,
+    use_cache_of_packed_rows,
 )
 
 try:
@@ -127,7 +131,7 @@ class SigmaRotaryEmbedding(nn.Module):
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
-def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 2) -> torch.Tensor:
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 2) -> torch.Tensor:
     """Rotates x, by default `[b, tokens, heads, d]`, by cos and sin `[b or 1, tokens, d]` (half-split convention)."""
     first, second = x.chunk(2, dim=-1)
     rotated = torch.cat((-second, first), dim=-1)
@@ -162,9 +166,17 @@ class StockAttention:
 
     Such a function knows one head count and, save for eager attention, one dimension of heads, takes every token from
     the cache and reads every V row. `diffqkv.models.attention.DiffqkvAttention` is the same for attention "diffqkv".
+    Both have this protocol, which `SigmaModel` and, layer by layer, `SigmaAttention` follow:
+
+        takes_packed_rows    rows of several sequences come with their bounds, by packing(begins), not a dense mask
+        selects_v_rows       it reads the V rows alone that `selective_v` asks for
+        store(layer, ...)    writes the new K and V into the cache; returns K, V and options of `attend`
+        attend(layer, ...)   computes attention with what `store` returned; returns out and the probabilities, or None
+
+    Of the layer they use layer_idx, expands_k, and key_to_cache, key_from_cache and update_cache.
     """
 
-    takes_packed_rows = False  # Packed rows come with a dense mask.
+    takes_packed_rows = False
     selects_v_rows = False
 
     def __init__(self, function: Callable) -> None:
@@ -183,6 +195,11 @@ class StockAttention:
         """Writes the new tokens, key `[b, t, n_k, d_k]` and value `[b, t, n_v, d_v]`, into the cache, if there is one.
 
         Returns K and V of all tokens as `[b, heads, s, d]`, K ready for the scores, and what `attend` takes besides.
+
+        Args:
+            rope: cos and sin `[b or 1, t, d]` of the new tokens.
+            cache_is_empty: the new tokens are all there is; asked before any layer writes.
+            cached_rope: cos and sin of all slots of the cache, for keys that are cached without their rotation.
         """
         key = layer.key_to_cache(key, rope)
         if cache is None:
@@ -225,6 +242,9 @@ class SigmaMLP(nn.Module):
 
 class SigmaAttention(nn.Module):
     """DiffQKV attention: K and V with head counts and dimensions of their own, and an augmented Q (section 2.1, 2.2).
+
+    It reads as `LlamaAttention`, but `_project` augments Q, and an object, see `StockAttention`, updates the cache and
+    calls the attention function: those of transformers want K and V of one shape.
 
     Caches hold the grouped layout: K `[b, G, s, (n_k / G) * d_k]` and V `[b, G, s, (n_v / G) * d_v]` with
     G = gcd(n_k, n_v), so K and V have the same number of "heads" for code that expects that.
@@ -277,25 +297,26 @@ class SigmaAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         attention = _chosen_attention(self.config) if attention is None else attention
-        query, key, value = self._project(hidden_states)
-        query = apply_rotary_pos_emb(query, *position_embeddings).transpose(1, 2)
+        query_states, key_states, value_states = self._project(hidden_states)
+        query_states = apply_rope(query_states, *position_embeddings).transpose(1, 2)
         with _profiler_range("kv_cache"):
-            key, value, cached = attention.store(
-                self, key, value, position_embeddings, cache, cache_is_empty, cached_position_embeddings
+            key_states, value_states, options = attention.store(
+                self, key_states, value_states, position_embeddings, cache, cache_is_empty, cached_position_embeddings
             )
         with _profiler_range("attention"):
-            out, weights = attention.attend(
+            attn_output, attn_weights = attention.attend(
                 self,
-                query,
-                key,
-                value,
+                query_states,
+                key_states,
+                value_states,
                 attention_mask,
                 dropout=self.attention_dropout if self.training else 0.0,
                 scaling=self.scaling,
-                **cached,
+                **options,
                 **kwargs,
             )
-        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
+        attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1)
+        return self.o_proj(attn_output), attn_weights
 
     def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Q, K and V of the new tokens, `[b, t, heads, dim]`, not rotated.
@@ -321,7 +342,7 @@ class SigmaAttention(nn.Module):
 
     def key_to_cache(self, key: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """New K `[b, t, n_k, d_k]` as it is cached: rotated, unless `key_from_cache` expands it at every step."""
-        return key if self.expands_k else apply_rotary_pos_emb(key, *rope)
+        return key if self.expands_k else apply_rope(key, *rope)
 
     def key_from_cache(
         self, key: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, unsqueeze_dim: int = 2
@@ -329,7 +350,7 @@ class SigmaAttention(nn.Module):
         """K as it meets Q, made of what is cached; unsqueeze_dim is its dimension of heads."""
         if not self.expands_k:
             return key
-        return apply_rotary_pos_emb(self.k_expand_proj(key), *rope, unsqueeze_dim=unsqueeze_dim)
+        return apply_rope(self.k_expand_proj(key), *rope, unsqueeze_dim=unsqueeze_dim)
 
     def update_cache(self, cache: Cache, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds new K and V `[b, t, heads, d]` as to a cache of transformers; returns all, `[b, G, s, heads / G, d]`."""
@@ -556,44 +577,31 @@ class SigmaModel(SigmaPreTrainedModel):
             raise ValueError("input_ids: got both or neither of input_ids and inputs_embeds, want exactly one")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        batch, tokens = inputs_embeds.shape[:2]
+        tokens = inputs_embeds.shape[1]
         attention = _chosen_attention(self.config)
-        cache = self._cache_of_checkpointed_layers(one_cache(cache, past_key_values), tokens)
+        cache = cache_of_checkpointed_layers(one_cache(cache, past_key_values), tokens, self.layers)
         selected_v = self._selected_v(selective_v, attention, cache)
 
         packed_positions = None
-        begins = self._sequence_begins(position_ids, attention_mask, cache, kwargs, batch, tokens)
+        begins = sequence_begins(position_ids, attention_mask, cache, kwargs, inputs_embeds)
         if begins is not None:
-            use_cache = self._use_cache_of_packed_rows(cache, use_cache)
-            slots = torch.arange(tokens, device=inputs_embeds.device)
-            packed_positions = slots - (slots * begins).cummax(-1).values
+            use_cache = use_cache_of_packed_rows(cache, use_cache)
+            packed_positions = positions_in_sequences(begins)
             position_ids = packed_positions if position_ids is None else position_ids
             if attention.takes_packed_rows and kwargs.get("cu_seq_lens_q") is None:
                 kwargs.update(attention.packing(begins))
-        if cache is not None and diffqkv is not None:
-            # A cache of another model or batch would be left half written.
-            diffqkv.cache.check_cache(cache, self._cache_shapes(), batch, tokens)
-        if cache is None and use_cache:
-            cache = new_cache(self, inputs_embeds)
 
+        cache = cache_to_fill(self, cache, use_cache, inputs_embeds)
         counted_cache = cache_of_stage(cache, self.layers)
         past = counted_cache.get_seq_length() if counted_cache is not None else 0
-        if position_ids is None:
-            position_ids = (torch.arange(tokens, device=inputs_embeds.device) + past).unsqueeze(0)
-        causal_mask = None
-        if begins is None or not attention.takes_packed_rows:
-            causal_mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=packed_positions,
-                # With a cache, which compiled code may fill here, transformers looks for no sequences.
-                **{CACHE: counted_cache if begins is None else None},
-            )
-        rope = self.rotary_emb(inputs_embeds, position_ids=position_ids)
-        cached_rope = None
         # It is asked before the first layer writes: the counter of a static cache is live.
         cache_is_empty = is_empty(past, tokens)
+        if position_ids is None:
+            position_ids = (torch.arange(tokens, device=inputs_embeds.device) + past).unsqueeze(0)
+
+        causal_mask = self._causal_mask(attention, inputs_embeds, attention_mask, packed_positions, counted_cache)
+        rope = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        cached_rope = None
         # CODEPATH: the rows with half K dim of Tables 2 and 6.
         if self.config.k_compression == "expand" and cache is not None:
             positions = positions_of_slots(position_ids, attention_mask, counted_cache, past, cache_is_empty)
@@ -615,33 +623,26 @@ class SigmaModel(SigmaPreTrainedModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
-    def _cache_of_checkpointed_layers(self, cache: Cache | None, tokens: int) -> Cache | None:
-        """The given cache; None where the backward pass runs layers once more, which must not write into it again."""
-        is_recording = self.training and torch.is_grad_enabled()
-        runs_twice = is_recording and any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers)
-        if cache is None or not runs_twice:
-            return cache
-        if not is_empty(cache.get_seq_length(), tokens):
-            raise ValueError(
-                "cache: got one with tokens while activations are checkpointed, where layers run without a cache; "
-                "want None, eval() or gradient_checkpointing_disable()"
-            )
-        logger.warning_once("cache: activations are checkpointed, so that nothing is cached")
-        return None
-
-    @staticmethod
-    def _use_cache_of_packed_rows(cache: Cache | None, use_cache: bool | None) -> bool | None:
-        """use_cache, or False where a row holds several sequences, whose cache would mix them up."""
-        if torch.compiler.is_compiling():
-            return use_cache
-        if cache is not None:
-            raise ValueError("position_ids: got several sequences in a row with a cache, want no cache")
-        if use_cache:
-            logger.warning_once(
-                "position_ids: without an attention_mask, jumps begin new sequences in a row, which do not see the "
-                "tokens before them; they cannot be cached, so that use_cache returns none"
-            )
-        return False
+    def _causal_mask(
+        self,
+        attention: StockAttention,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        packed_positions: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> torch.Tensor | None:
+        """The mask as the attention function takes it; None where the bounds of packed rows say all."""
+        is_packed = packed_positions is not None
+        if is_packed and attention.takes_packed_rows:
+            return None
+        return create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=packed_positions,
+            # With a cache, which compiled code may fill here, transformers looks for no sequences.
+            **{CACHE: None if is_packed else cache},
+        )
 
     def _selected_v(
         self, selective_v: dict[str, Any] | None, attention: StockAttention, cache: Cache | None
@@ -655,43 +656,6 @@ class SigmaModel(SigmaPreTrainedModel):
             if cache is not None and not torch.compiler.is_compiling():
                 logger.warning_once(f"selective_v_top_k: {problem}")
         return per_layer
-
-    @staticmethod
-    def _sequence_begins(
-        position_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        cache: Cache | None,
-        kwargs: dict,
-        batch: int,
-        tokens: int,
-    ) -> torch.Tensor | None:
-        """The first tokens of sequences, bool `[b, tokens]`, where rows hold several; None where each row is one.
-
-        Transformers tells it by flash attention's keyword arguments, or by jumps in position_ids without a mask.
-        """
-        is_compiling = torch.compiler.is_compiling()
-        cu_seqlens = kwargs.get("cu_seq_lens_q")
-        if cu_seqlens is not None:
-            if attention_mask is not None:
-                raise ValueError("attention_mask: got one beside cu_seq_lens_q, want None: packed rows have no padding")
-            end = batch * tokens
-            begins = torch.zeros(end + 1, dtype=torch.bool, device=cu_seqlens.device)
-            begins = begins.index_fill(0, cu_seqlens.clamp(0, end).long(), True)[:-1].view(batch, tokens)
-            if not is_compiling and not (int(cu_seqlens[-1]) == end and bool(begins[:, 0].all())):
-                raise ValueError(
-                    f"cu_seq_lens_q: got {cu_seqlens.tolist()}, want the bounds of sequences that fill {batch} rows of "
-                    f"{tokens} tokens"
-                )
-            return begins
-        if position_ids is None or attention_mask is not None or tokens == 1:
-            return None
-        if is_compiling and cache is not None:
-            return None
-        # Compiled code cannot look: there, any positions may be those of packed rows.
-        sequences = find_packed_sequence_indices(position_ids)
-        if sequences is None:
-            return None
-        return F.pad(sequences.diff(dim=-1) != 0, (1, 0), value=True).expand(batch, -1)
 
 
 def _positions_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
@@ -788,10 +752,15 @@ AUTO_CLASSES = {
 AutoModel.register(SigmaConfig, SigmaModel, exist_ok=True)
 
 __all__ = [
+    "AUTO_CLASSES",
+    "MismatchedWeightsError",
+    "SigmaAttention",
+    "SigmaDecoderLayer",
     "SigmaForCausalLM",
     "SigmaForQuestionAnswering",
     "SigmaForSequenceClassification",
     "SigmaForTokenClassification",
     "SigmaModel",
     "SigmaPreTrainedModel",
+    "StockAttention",
 ]

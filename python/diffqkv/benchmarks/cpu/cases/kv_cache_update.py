@@ -8,11 +8,11 @@ from torch import Tensor
 import diffqkv
 from diffqkv import reference
 
-from ..common.accuracy import difference
-from ..common.inputs import N_K, N_V, D
-from ..common.line import Contenders
-from . import limits
-from .layer import Size, cache_layer, cache_layers, heads, on_each, rows
+from ...common.accuracy import difference
+from ...common.inputs import N_K, N_V, D
+from ...common.line import Contenders
+from .. import limits
+from ..layer import Size, cache_layer, cache_layers, heads, on_each, rows
 
 TITLE = (
     "`kv_cache_update` with RoPE, K in panels: one token into a cache of so many, or a whole prompt; torch: rotation "

@@ -17,12 +17,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import diffqkv
 from diffqkv.cache import CacheLayer
 
-from ..common import timing
-from ..common.accuracy import distance
-from ..common.line import Contenders
-from ..common.targets import LLAMA, OURS
-from . import limits
-from .layer import Size
+from ...common import timing
+from ...common.accuracy import distance
+from ...common.line import Contenders
+from ...common.targets import LLAMA, OURS
+from .. import limits
+from ..layer import Size
 
 TITLE = (
     "one token through Sigma-1.5B with its `diffqkv.Cache`, and through a Llama of equal size (GQA-16, sdpa) with its "

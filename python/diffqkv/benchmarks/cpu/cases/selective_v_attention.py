@@ -6,13 +6,13 @@ from torch import Tensor
 import diffqkv
 from diffqkv import reference
 
-from ..common.accuracy import difference
-from ..common.inputs import N_Q, D, as_caches
-from ..common.line import Contenders
-from ..common.peers import matmul_top_k
-from ..common.targets import OWN_DENSE
-from . import limits
-from .layer import Decode, Size, cache_layers, on_each, rows
+from ...common.accuracy import difference
+from ...common.inputs import N_Q, D, as_caches
+from ...common.line import Contenders
+from ...common.peers import matmul_top_k
+from ...common.targets import OWN_DENSE
+from .. import limits
+from ..layer import Decode, Size, cache_layers, on_each, rows
 
 TOP_K = 100
 TITLE = (

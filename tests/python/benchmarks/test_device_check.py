@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -456,7 +457,6 @@ PEAKS = {"read_gb_s": 10.0, "copy_gb_s": 10.0, "bf16_tflops": 0.1}
     "name", ["decode_attention", "flash_attention", "flash_attention_backward", "selective_v_attention"]
 )
 def test_a_wrong_result_gets_no_times(name, monkeypatch):
-    from gpu import speed
     from gpu.context import Context
 
     def halved(op, *args, **options):
@@ -464,7 +464,7 @@ def test_a_wrong_result_gets_no_times(name, monkeypatch):
 
     break_op(name, halved, monkeypatch)
     context = Context("cpu", lambda result: None)
-    context.run(getattr(speed, name), PEAKS)
+    context.run(getattr(import_module(f"gpu.speed.{name}"), name), PEAKS)
     assert context.result["status"] == "failed" and not context.result.get("rows")
     assert len(context.failures) == 2 and ": error " in context.failures[0]
 
@@ -506,7 +506,7 @@ def test_ops_that_are_wrong_are_not_timed(tmp_path):
     ],
 )  # fmt: skip
 def test_targets(line, measured, verdicts):
-    from gpu.targets import TARGETS
+    from gpu.speed.decode_attention import TARGETS
 
     from diffqkv.benchmarks.common.targets import bounds
 

@@ -5,11 +5,11 @@ import torch.nn.functional as F
 
 import diffqkv
 
-from ..common.accuracy import difference
-from ..common.line import Contenders
-from ..common.timing import pool
-from . import limits
-from .layer import CLOCK, Size, on_each
+from ...common.accuracy import difference
+from ...common.line import Contenders
+from ...common.timing import pool
+from .. import limits
+from ..layer import CLOCK, Size, on_each
 
 COLUMNS = 6144  # the intermediate size of Sigma-1.5B
 TITLE = "`swiglu` of so many tokens; torch: silu, then a product; limit: copying as many bytes"

@@ -7,13 +7,13 @@ from torch import Tensor
 
 import diffqkv
 
-from ..common.accuracy import difference, worst
-from ..common.inputs import N_K, N_Q, N_V, D
-from ..common.line import TRAINING_TOLERANCE, Contenders
-from ..common.peers import sdpa
-from ..common.targets import OWN_MHA, SDPA_REPEATED
-from . import limits
-from .layer import Size, heads
+from ...common.accuracy import difference, worst
+from ...common.inputs import N_K, N_Q, N_V, D
+from ...common.line import TRAINING_TOLERANCE, Contenders
+from ...common.peers import sdpa
+from ...common.targets import OWN_MHA, SDPA_REPEATED
+from .. import limits
+from ..layer import Size, heads
 
 TITLE = (
     "`flash_attention`, causal, and its gradients; own MHA: the same kernels, 32 K and V heads; limit: multiply-adds "

@@ -5,13 +5,13 @@ from torch import Tensor
 
 import diffqkv
 
-from ..common.accuracy import difference, worst
-from ..common.inputs import N_K, N_Q, N_V, D
-from ..common.line import Contenders
-from ..common.peers import sdpa
-from ..common.targets import OWN_TWIN, SDPA_REPEATED, SDPA_TWIN
-from . import limits
-from .layer import Size, heads
+from ...common.accuracy import difference, worst
+from ...common.inputs import N_K, N_Q, N_V, D
+from ...common.line import Contenders
+from ...common.peers import sdpa
+from ...common.targets import OWN_TWIN, SDPA_REPEATED, SDPA_TWIN
+from .. import limits
+from ..layer import Size, heads
 
 TITLE = "`flash_attention`, causal; limit: multiply-adds on registers"
 SIZES = (Size(512), Size(1024), Size(2048), Size(4096))

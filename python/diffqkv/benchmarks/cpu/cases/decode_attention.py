@@ -2,12 +2,12 @@
 
 import torch
 
-from ..common.accuracy import difference
-from ..common.line import Contenders
-from ..common.peers import matmul_decode, sdpa
-from ..common.targets import MATMUL, OWN_TWIN, SDPA_REPEATED, SDPA_TWIN
-from . import limits
-from .layer import Decode, Size, cache_layers, on_each, rows
+from ...common.accuracy import difference
+from ...common.line import Contenders
+from ...common.peers import matmul_decode, sdpa
+from ...common.targets import MATMUL, OWN_TWIN, SDPA_REPEATED, SDPA_TWIN
+from .. import limits
+from ..layer import Decode, Size, cache_layers, on_each, rows
 
 TITLE = "`decode_attention` on a `diffqkv.Cache`, K in panels; limit: reading as many bytes"
 SIZES = (Size(2048), Size(8192), Size(32768), Size(2048, batch=8))

@@ -10,10 +10,10 @@ from torch import Tensor
 
 import diffqkv
 
-from ..common.accuracy import distance
-from ..common.line import Contenders
-from ..common.targets import SDPA_MODEL
-from .layer import Size
+from ...common.accuracy import distance
+from ...common.line import Contenders
+from ...common.targets import SDPA_MODEL
+from ..layer import Size
 
 TITLE = (
     "a training step (forward, backward, AdamW) of a Sigma, and of the same model through SDPA; bfloat16: autocast. "

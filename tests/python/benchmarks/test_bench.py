@@ -17,7 +17,8 @@ from diffqkv.benchmarks.common.accuracy import difference, distance
 from diffqkv.benchmarks.common.inputs import as_caches
 from diffqkv.benchmarks.common.line import DISTURBED, MEASURED, Contenders, cells, measure
 from diffqkv.benchmarks.common.timing import Clock, Elsewhere, Timing, interleaved
-from diffqkv.benchmarks.cpu import CASES, layer, model_decode, model_training
+from diffqkv.benchmarks.cpu import layer
+from diffqkv.benchmarks.cpu.cases import CASES, model_decode, model_training
 from diffqkv.benchmarks.cpu.report import markdown
 from diffqkv.benchmarks.cpu.targets import TARGETS
 

@@ -2,11 +2,11 @@
 
 import torch
 
-from ..common.accuracy import difference
-from ..common.line import Contenders
-from ..common.peers import sdpa
-from ..common.targets import SDPA_TWIN
-from .layer import Decode, Size, cache_layer
+from ...common.accuracy import difference
+from ...common.line import Contenders
+from ...common.peers import sdpa
+from ...common.targets import SDPA_TWIN
+from ..layer import Decode, Size, cache_layer
 
 TITLE = "`decode_attention` of one token and so few, always the same, that the call is what takes time"
 SIZES = (Size(128),)
