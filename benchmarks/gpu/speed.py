@@ -18,7 +18,7 @@ from diffqkv.benchmarks.common.line import TRAINING_TOLERANCE, Contenders, Limit
 from diffqkv.benchmarks.common.peers import repeated
 from diffqkv.benchmarks.common.targets import OWN_DENSE, OWN_TWIN
 from diffqkv.benchmarks.common.timing import Calls, first_line, pool
-from diffqkv.ops import composed
+from diffqkv.ops.dispatch import OPS
 
 from .calls import TESTED_OPS
 from .calls.kv_cache_update import UpdateCase
@@ -282,7 +282,7 @@ def _selective_line(context: Context, peaks: Peaks, batch: int, tokens: int, d: 
     ours = [partial(context.op("selective_v_attention"), q, *layer, lengths, _TOP_K) for layer in layers]
     dense = [partial(context.op("decode_attention"), q, *layer, lengths) for layer in layers]
     one = (q[:1], *(x[:1] for x in layers[0]), lengths[:1], _TOP_K)
-    error = difference(ours[0]()[0][:1], composed.selective_v_attention(*one)[0])
+    error = difference(ours[0]()[0][:1], OPS["selective_v_attention"].composed(*one)[0])
     who = Contenders(error, ours, {OWN_DENSE: dense}, _limit("read", peaks), nbytes)
     _add_line(context, "selective_v_attention", size, who, {}, graph=True)
 
@@ -308,7 +308,8 @@ def kv_cache_update(context: Context, peaks: Peaks) -> None:
     for name, case in (_UPDATES if context.on_gpu else _UPDATES_ON_CPU).items():
         calls = [tested.make(case, 0, context.device), tested.make(case, 0, context.device)]
         calls[0].run(op)
-        composed.kv_cache_update(**calls[1].args)
+        composed = OPS["kv_cache_update"].composed
+        composed(**calls[1].args)
         got, want = ([x.nan_to_num(0) for x in call.written.values()] for call in calls)
         error = difference(got, want)
         args = calls[0].args
@@ -317,7 +318,7 @@ def kv_cache_update(context: Context, peaks: Peaks) -> None:
         nbytes += 0 if args["v_stats"] is None else 2 * args["v_stats"].nbytes
         count = min(context.timer(graph=True).sets(nbytes), _MOST_UPDATES)
         calls += [tested.make(case, seed, context.device) for seed in range(1, count - 1)]
-        ours, of_torch = ([partial(f, **call.args) for call in calls] for f in (op, composed.kv_cache_update))
+        ours, of_torch = ([partial(f, **call.args) for call in calls] for f in (op, composed))
         who = Contenders(error, ours, {"torch": of_torch}, _limit("copy", peaks), nbytes)
         _add_line(context, "kv_cache_update", Size(name, nbytes=nbytes), who, {}, graph=True)
 
@@ -329,10 +330,11 @@ _SWIGLU_ON_CPU = [(4, 100)]
 def swiglu(context: Context, peaks: Peaks) -> None:
     timer = context.timer(graph=True)
     for rows, columns in _SWIGLU if context.on_gpu else _SWIGLU_ON_CPU:
-        for name, reads, writes in (("swiglu", 2, 1), ("swiglu_backward", 3, 2)):
+        for of_op, reads, writes in ((OPS["swiglu"], 2, 1), (OPS["swiglu"].backward, 3, 2)):
+            name = of_op.name
             nbytes = 2 * rows * columns * (reads + writes)
             inputs = pool(timer, nbytes, partial(_several, context, reads, rows, columns))
-            ours, of_torch = ([partial(f, *x) for x in inputs] for f in (context.op(name), getattr(composed, name)))
+            ours, of_torch = ([partial(f, *x) for x in inputs] for f in (context.op(name), of_op.composed))
             error = difference(ours[0](), of_torch[0]())
             who = Contenders(error, ours, {"torch": of_torch}, _limit("copy", peaks), nbytes)
             _add_line(context, name, Size(f"{name}, {rows} x {columns}", nbytes=nbytes), who, {}, graph=True)
