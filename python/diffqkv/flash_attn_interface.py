@@ -41,6 +41,16 @@ from .ops.caches import check_blocks_of_tokens
 from .ops.checks import Sizes, wrong
 from .ops.flash_attention_varlen import check_cu_seqlens
 
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+]
+
 
 def _not_built(argument: str, got: object, want: str) -> NotImplementedError:
     return NotImplementedError(f"{argument}: got {got}, want {want}; more is not built")

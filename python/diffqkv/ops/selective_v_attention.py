@@ -135,7 +135,7 @@ def _rows_to_read(
 
 
 def _kept_mass(weights: Tensor, rows_used: Tensor, count: Tensor) -> Tensor:
-    """The sum of the weights of the rows that are read: exactly 1 where they are all that a query sees."""
+    """The sum of the weights of the rows that are read: 1 where they are all that a query sees, 0 of none."""
     mass = weights.sum(-1)
     return torch.where((rows_used == count) & ~mass.isnan(), (count > 0).float(), mass)
 
