@@ -39,7 +39,7 @@ class Context:
     def dtypes(self, name: str) -> tuple[torch.dtype, ...]:
         """The dtypes of the kernel, bfloat16 and float16 first."""
         order = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-        return tuple(sorted(dispatch.KERNEL_DTYPES[name.removesuffix("_backward")], key=order.index))
+        return tuple(sorted(dispatch.OPS[name.removesuffix("_backward")].dtypes, key=order.index))
 
     def calls(self, name: str, *, stable: bool = False) -> list[tuple[str, Callable[[], Call]]]:
         """The calls that the op is tried with, each as a text and the function that makes it."""

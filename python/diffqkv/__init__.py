@@ -8,17 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import _transformers, flash_attn_interface, reference
+from . import _transformers, flash_attn_interface, ops, reference
 from ._version import OLDEST_TRANSFORMERS, __version__
 from .installation import config, explain, show_config
-from .ops import (
-    decode_attention,
-    flash_attention,
-    flash_attention_varlen,
-    kv_cache_update,
-    selective_v_attention,
-    swiglu,
-)
+from .ops import *  # noqa: F403 (`__all__` names them)
 from .reference import SelectiveVStats
 
 # For CMake's find_package(diffqkv), as torch.utils.cmake_prefix_path is for Torch.
@@ -29,17 +22,12 @@ __all__ = [
     "__version__",
     "cmake_prefix_path",
     "config",
-    "decode_attention",
     "explain",
-    "flash_attention",
-    "flash_attention_varlen",
     "flash_attn_interface",
-    "kv_cache_update",
     "reference",
-    "selective_v_attention",
     "show_config",
-    "swiglu",
 ]
+__all__ += ops.__all__
 
 if _transformers.error is None:
     try:

@@ -35,9 +35,21 @@ from torch import Tensor
 
 from . import ops, reference
 from .ops import checks
+from .ops.arguments import as_integer, as_number, as_scale, refuse_gradients
+from .ops.attention import AttentionOptions, check_options
+from .ops.caches import check_blocks_of_tokens
 from .ops.checks import Sizes, wrong
-from .ops.functions import _integer, _number, _refuse_gradients, _scale
-from .ops.options import AttentionOptions
+from .ops.flash_attention_varlen import check_cu_seqlens
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+]
 
 
 def _not_built(argument: str, got: object, want: str) -> NotImplementedError:
@@ -45,8 +57,7 @@ def _not_built(argument: str, got: object, want: str) -> NotImplementedError:
 
 
 def _tensor(name: str, x: Tensor, sizes: Sizes, layout: str) -> None:
-    if not isinstance(x, Tensor):
-        raise wrong(name, type(x).__name__, "a Tensor", TypeError)
+    checks.any_tensor(name, x)
     sizes.check(name, x, layout)
 
 
@@ -92,10 +103,10 @@ def _scores(
         raise wrong("window_size", type(window_size).__name__, "a tuple (left, right)", TypeError) from None
     except ValueError:
         raise wrong("window_size", window_size, "(left, right)") from None
-    left, right = (max(-1, _integer("window_size", n, -(2**63))) for n in (left, right))
-    softcap = _number("softcap", softcap)
+    left, right = (max(-1, as_integer("window_size", n, -(2**63))) for n in (left, right))
+    softcap = as_number("softcap", softcap)
     return {
-        "softmax_scale": _scale(softmax_scale),
+        "softmax_scale": as_scale(softmax_scale),
         "causal": bool(causal),
         "window": (left, right),
         "softcap": 0.0 if softcap <= 0 else softcap,  # NaN is refused by the op
@@ -223,11 +234,11 @@ def _places(
         raise wrong("block_table", f"{b} entries", f"{len(cu_seqlens_k) - 1}, those of cu_seqlens_k")
     lengths = cu_seqlens_k.diff()
     if checks.readable(cu_seqlens_k):
-        checks.cu_seqlens_values("k", cu_seqlens_k, int(cu_seqlens_k[-1]), max_seqlen_k)
+        check_cu_seqlens("k", cu_seqlens_k, int(cu_seqlens_k[-1]), max_seqlen_k)
         longest = int(lengths.max()) if b else 0
         if longest > max_blocks * slots:
             raise wrong("cu_seqlens_k", f"a sequence of {longest}", f"at most {max_blocks * slots}, as block_table has")
-        checks.blocks_of_tokens(block_table, slots, None, lengths, blocks)
+        check_blocks_of_tokens(block_table, slots, None, lengths, blocks)
     entry = torch.arange(b, device=q.device).repeat_interleave(lengths)
     token = torch.arange(len(entry), device=q.device) - cu_seqlens_k[entry]
     # Where the table cannot be looked at, a block that is outside must not be an illegal memory access.
@@ -276,8 +287,8 @@ def flash_attn_varlen_func(
         NotImplementedError: alibi_slopes.
     """
     scores = _scores(alibi_slopes, softmax_scale, causal, window_size, softcap)
-    max_seqlen_q = _integer("max_seqlen_q", max_seqlen_q, 0)
-    max_seqlen_k = _integer("max_seqlen_k", max_seqlen_k, 0)
+    max_seqlen_q = as_integer("max_seqlen_q", max_seqlen_q, 0)
+    max_seqlen_k = as_integer("max_seqlen_k", max_seqlen_k, 0)
     rows = "total_k" if block_table is None else "blocks block_size"
     sizes = Sizes()
     _tensor("q", q, sizes, "total_q n_q d_k")
@@ -530,7 +541,7 @@ def flash_attn_with_kvcache(
     """
     scores = _scores(alibi_slopes, softmax_scale, causal, window_size, softcap)
     if torch.is_grad_enabled():
-        _refuse_gradients(
+        refuse_gradients(
             "flash_attn_with_kvcache",
             q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
         )  # fmt: skip
@@ -545,7 +556,7 @@ def flash_attn_with_kvcache(
     checks.heads("k_cache", sizes["n_k"], sizes["n_q"])
     checks.heads("v_cache", sizes["n_v"], sizes["n_q"])
     options = AttentionOptions(softmax_scale=scores["softmax_scale"], softcap=scores["softcap"])
-    checks.attention_options(q, sizes, options)
+    check_options(q, sizes, options)
     full = "" if block_table is None else ", what block_table has room for"
     block_table, capacity = _blocks(block_table, cache_batch_idx, q, sizes)
 
@@ -559,7 +570,7 @@ def flash_attn_with_kvcache(
             raise wrong("cache_seqlens", None, "the number of tokens before k")
     s_new = sizes.get("s_new", 0)
     if not isinstance(cache_seqlens, Tensor) or cache_seqlens.dim() == 0:
-        length = capacity if cache_seqlens is None else _integer("cache_seqlens", cache_seqlens, 0, 2**31 - 1)
+        length = capacity if cache_seqlens is None else as_integer("cache_seqlens", cache_seqlens, 0, 2**31 - 1)
         cache_seqlens = torch.full((b,), length, dtype=torch.int32, device=q.device)
     _int32("cache_seqlens", cache_seqlens, q, b, capacity - s_new, full)
     if cache_leftpad is not None:

@@ -23,7 +23,7 @@ _KERNEL, _COMPOSED = "compiled kernel", "plain torch"
 
 
 def _cuda_path(op: str) -> str:
-    runs, remark = dispatch.cuda_path(op)
+    runs, remark = dispatch.cuda_path(OPS[op])
     return (_KERNEL if runs else _COMPOSED) + (f" ({remark})" if remark else "")
 
 

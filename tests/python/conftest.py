@@ -9,11 +9,10 @@ import pytest
 import torch
 
 import diffqkv
-from diffqkv.ops import composed, dispatch
+from diffqkv.ops import dispatch
 from diffqkv.ops import library as compiled
 
-OPS = (*dispatch.OPS, "swiglu_backward")  # torch differentiates plain torch's attention
-LIBRARY_OPS = (*dispatch.OPS, *dispatch.BACKWARD.values())
+OPS = (*dispatch.OPS.values(), *(dispatch.OPS[name].backward for name in dispatch.BACKWARD))
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +27,7 @@ def library():
         pytest.skip("DIFFQKV_DISABLE_LIBRARY=1")
     if not compiled.loaded:
         pytest.fail(f"the compiled library is missing: {compiled.reason}")
-    return SimpleNamespace(name="library", **{op: getattr(torch.ops.diffqkv, op).default for op in LIBRARY_OPS})
+    return SimpleNamespace(name="library", **{op.name: op.kernel for op in OPS})
 
 
 @pytest.fixture(params=["library", "composed"])
@@ -36,7 +35,7 @@ def ops(request):
     """The compiled ops, then the plain-torch ones; both with the signatures of the schemas."""
     if request.param == "library":
         return request.getfixturevalue("library")
-    return SimpleNamespace(name="composed", **{op: getattr(composed, op) for op in OPS})
+    return SimpleNamespace(name="composed", **{op.name: op.composed for op in OPS if op.composed})
 
 
 @pytest.fixture(params=["library", "composed"])

@@ -6,7 +6,7 @@ from functools import partial
 
 from diffqkv.benchmarks.common.accuracy import difference
 from diffqkv.benchmarks.common.line import Contenders
-from diffqkv.ops import composed
+from diffqkv.ops.dispatch import OPS
 
 from ..calls import TESTED_OPS
 from ..calls.kv_cache_update import UpdateCase
@@ -32,7 +32,8 @@ def kv_cache_update(context: Context, peaks: Peaks) -> None:
     for name, case in (_LINES if context.on_gpu else _LINES_ON_CPU).items():
         calls = [tested.make(case, 0, context.device), tested.make(case, 0, context.device)]
         calls[0].run(op)
-        composed.kv_cache_update(**calls[1].args)
+        composed = OPS["kv_cache_update"].composed
+        composed(**calls[1].args)
         got, want = ([x.nan_to_num(0) for x in call.written.values()] for call in calls)
         error = difference(got, want)
         args = calls[0].args
@@ -41,6 +42,6 @@ def kv_cache_update(context: Context, peaks: Peaks) -> None:
         nbytes += 0 if args["v_stats"] is None else 2 * args["v_stats"].nbytes
         count = min(context.timer(graph=True).sets(nbytes), _MOST_CACHES)
         calls += [tested.make(case, seed, context.device) for seed in range(1, count - 1)]
-        ours, of_torch = ([partial(f, **call.args) for call in calls] for f in (op, composed.kv_cache_update))
+        ours, of_torch = ([partial(f, **call.args) for call in calls] for f in (op, composed))
         who = Contenders(error, ours, {"torch": of_torch}, limit("copy", peaks), nbytes)
         add_line(context, "kv_cache_update", Size(name, nbytes=nbytes), who, {}, graph=True)

@@ -11,7 +11,7 @@ from diffqkv.benchmarks.common.inputs import N_K, N_Q, N_V, as_caches
 from diffqkv.benchmarks.common.line import Contenders
 from diffqkv.benchmarks.common.targets import OWN_DENSE
 from diffqkv.benchmarks.common.timing import pool
-from diffqkv.ops import composed
+from diffqkv.ops.dispatch import OPS
 
 from ..context import Context
 from .base import K, Peaks, add_line, cached, fits, limit, random, sized, target
@@ -47,6 +47,6 @@ def _selective_line(context: Context, peaks: Peaks, batch: int, tokens: int, d: 
     ours = [partial(context.op("selective_v_attention"), q, *layer, lengths, _TOP_K) for layer in layers]
     dense = [partial(context.op("decode_attention"), q, *layer, lengths) for layer in layers]
     one = (q[:1], *(x[:1] for x in layers[0]), lengths[:1], _TOP_K)
-    error = difference(ours[0]()[0][:1], composed.selective_v_attention(*one)[0])
+    error = difference(ours[0]()[0][:1], OPS["selective_v_attention"].composed(*one)[0])
     who = Contenders(error, ours, {OWN_DENSE: dense}, limit("read", peaks), nbytes)
     add_line(context, "selective_v_attention", size, who, {}, graph=True, targets=TARGETS)

@@ -26,7 +26,7 @@ class AugmentedQ(NamedTuple):
 
 
 def fit_augmented_q(q: Tensor, dim: int) -> AugmentedQ:
-    """The SwiGLU down(silu(gate q) * up q) nearest to q on a sample, float32 `[tokens, n_q * d]`, in closed form.
+    """The gated MLP down(silu(gate q) * up q) nearest to q on a sample, float32 `[tokens, n_q * d]`, in closed form.
 
     Without bias and residual it is not the identity for any weights: for small q it is a square. But q of real models
     is far from zero on average. So there is a direction w with w q near 1, by least squares, and gates along w are near

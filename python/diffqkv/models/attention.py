@@ -21,8 +21,8 @@ from transformers.utils import logging
 from ..cache import Cache
 from ..cache.layers import CacheLayer
 from ..ops import decode_attention, flash_attention, flash_attention_varlen, selective_v_attention
-from ..ops.dispatch import KERNEL_DTYPES, uses_kernel
-from ..ops.rules.autocast import autocast_dtype, cast
+from ..ops.autocast import autocast_dtype, cast
+from ..ops.dispatch import OPS, uses_kernel
 from ..reference import SelectiveVStats, group, ungroup
 from .mask import Packing, Spans, packing_of, read_spans
 from .stock_attention import KvCache, dense_mask, dense_rows, stock_attention
@@ -148,7 +148,7 @@ class DiffqkvAttention:
 def _is_written_in_place(cache: HuggingFaceCache, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether the ops write into the cache: they know no graph, and a cache that they write keeps none."""
     records_graph = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
-    return isinstance(cache, Cache) and key.dtype in KERNEL_DTYPES["kv_cache_update"] and not records_graph
+    return isinstance(cache, Cache) and key.dtype in OPS["kv_cache_update"].dtypes and not records_graph
 
 
 def _expanded(layer: torch.nn.Module, kv_cache: KvCache, rope: _Rope) -> KvCache:
@@ -279,8 +279,8 @@ def diffqkv_attention(
         is_causal=causal,
         is_prompt=is_prompt,
         is_packed=seen.packing is not None,
-        has_varlen_kernel=seen.packing is None or uses_kernel("flash_attention_varlen", *inputs),
-        can_decode=query.dtype in KERNEL_DTYPES["decode_attention"],
+        has_varlen_kernel=seen.packing is None or uses_kernel(OPS["flash_attention_varlen"], *inputs),
+        can_decode=query.dtype in OPS["decode_attention"].dtypes,
         selects_v=selects_v,
         is_compiling=torch.compiler.is_compiling(),
     )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 DISABLED = "DIFFQKV_DISABLE_LIBRARY=1"
 LIBRARY = "DIFFQKV_LIBRARY"
-_NEWEST_OP = "flash_attention_varlen_backward"
 
 
 def _load() -> tuple[str | None, str | None]:
@@ -25,13 +25,23 @@ def _load() -> tuple[str | None, str | None]:
         torch.ops.load_library(path)
     except OSError as error:
         return None, f"{path} does not load in torch {torch.__version__}: {error}"
-    if not hasattr(torch.ops.diffqkv, _NEWEST_OP):
-        return None, f"{path} is older than this package: it has no {_NEWEST_OP}; run make build"
     return str(path), None
 
 
 path, reason = _load()
 loaded = path is not None
+
+
+def kernel(op: str) -> Callable | None:
+    """The compiled op; None without the library. One that does not have it is too old, and is not used at all."""
+    global path, reason, loaded
+    if not loaded:
+        return None
+    if not hasattr(torch.ops.diffqkv, op):
+        reason = f"{path} is older than this package: it has no {op}; run make build"
+        path, loaded = None, False
+        return None
+    return getattr(torch.ops.diffqkv, op).default
 
 
 def has_kernel(op: str, device: str) -> bool:

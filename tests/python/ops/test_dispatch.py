@@ -11,13 +11,13 @@ from paths import ROOT
 from torch._subclasses import FakeTensorMode
 
 import diffqkv
-from diffqkv.ops import composed, dispatch, functions
+from diffqkv.ops import dispatch
 from diffqkv.ops import library as compiled
 
 ALL = (*dispatch.OPS, *dispatch.BACKWARD.values())
+COMPILED = (*dispatch.OPS.values(), *(dispatch.OPS[name].backward for name in dispatch.BACKWARD))
 BF16, F32 = torch.bfloat16, torch.float32
 KERNEL, PLAIN = "kernel", "plain torch"
-KERNELS = dict(zip(dispatch.OPS, ("_FLASH", "_VARLEN", "_DECODE", "_UPDATE", "_SELECTIVE", "_SWIGLU"), strict=True))
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -36,15 +36,16 @@ def arrives_at(what):
 @pytest.fixture
 def kernels(monkeypatch):
     """A function that sets which CUDA kernels the library has, which of them have been tested, and the flag."""
-    for op, name in KERNELS.items():
-        monkeypatch.setattr(composed, op, arrives_at(PLAIN))
-        monkeypatch.setattr(functions, name, arrives_at(KERNEL))
+    for op in dispatch.OPS.values():
+        monkeypatch.setattr(op, "composed", arrives_at(PLAIN))
+        monkeypatch.setattr(op, "kernel", arrives_at(KERNEL))
 
     def install(present=ALL, tested=ALL, untested=False):
         monkeypatch.setattr(compiled, "has_kernel", lambda op, device: op in present)
         monkeypatch.setattr(dispatch, "CUDA_TESTED", frozenset(tested))
         monkeypatch.setattr(dispatch, "CUDA_UNTESTED", untested)
-        monkeypatch.setattr(dispatch, "_IN_USE", dispatch._in_use())
+        for op in COMPILED:
+            monkeypatch.setattr(op, "on_cuda", dispatch.may_use_cuda(op.name))
 
     install()
     return install
@@ -128,15 +129,15 @@ def test_dtypes(kernels, op):
 
 def test_autocast_decides_on_the_dtype(kernels, monkeypatch):
     monkeypatch.setattr(torch.amp, "is_autocast_available", lambda device: True)
-    monkeypatch.setitem(dispatch.KERNEL_DTYPES, "flash_attention", (BF16,))
+    monkeypatch.setattr(dispatch.OPS["flash_attention"], "dtypes", (BF16,))
     before = torch.get_autocast_dtype("cuda")
     with FakeTensorMode():
         x = torch.empty(1, 4, 3, 16, device="cuda")
         torch.set_autocast_enabled("cuda", True)
         torch.set_autocast_dtype("cuda", BF16)
         try:
-            assert dispatch.uses_kernel("flash_attention", x)
-            assert not dispatch.uses_kernel("decode_attention", x.double())  # autocast leaves it alone
+            assert dispatch.uses_kernel(dispatch.OPS["flash_attention"], x)
+            assert not dispatch.uses_kernel(dispatch.OPS["decode_attention"], x.double())  # autocast leaves it alone
         finally:
             torch.set_autocast_dtype("cuda", before)
             torch.set_autocast_enabled("cuda", False)
@@ -149,16 +150,16 @@ def test_old_gpus(kernels, monkeypatch, capability, runs):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     dispatch._is_new_enough.cache_clear()
     try:
-        assert dispatch.cuda_path("swiglu")[0] == runs
+        assert dispatch.cuda_path(dispatch.OPS["swiglu"])[0] == runs
         x = type("OnGpu", (), {"device": torch.device("cuda", 0), "dtype": BF16})()
-        assert dispatch.uses_kernel("kv_cache_update", x) == runs
+        assert dispatch.uses_kernel(dispatch.OPS["kv_cache_update"], x) == runs
     finally:
         dispatch._is_new_enough.cache_clear()
 
 
 def test_the_question_can_be_traced(kernels):
     def branch(x):
-        return x + 1 if dispatch.uses_kernel("swiglu", x, k_layout=0) else x - 1
+        return x + 1 if dispatch.uses_kernel(dispatch.OPS["swiglu"], x, k_layout=0) else x - 1
 
     torch._dynamo.reset()
     compiled = torch.compile(branch, fullgraph=True, backend="eager")
@@ -193,7 +194,7 @@ def test_compiled_packed_rows_of_a_model_need_a_kernel(runs, monkeypatch):
     asked = []
 
     def uses_kernel(op, *tensors):
-        asked.append((op, len(tensors)))
+        asked.append((op.name, len(tensors)))
         return runs
 
     monkeypatch.setattr(attention, "uses_kernel", uses_kernel)

@@ -227,7 +227,7 @@ def test_strides_of_tensors_without_elements_mean_nothing(ops):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", HEADS)
-def test_decode_heads(ops, heads, dtype, layout, block_size):
+def test_decode_attention_heads(ops, heads, dtype, layout, block_size):
     q, k, v = qkv(3, heads, 1, 100, (64, 64), dtype)
     check_decode(ops, q, cache_of(k, v, int32(100, 1, 33), layout=layout, block_size=block_size))
 
@@ -235,7 +235,7 @@ def test_decode_heads(ops, heads, dtype, layout, block_size):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dims", [*DIMS, (8, 8), (16, 248), (256, 256)])
-def test_decode_dims(ops, dims, dtype, layout):
+def test_decode_attention_dims(ops, dims, dtype, layout):
     q, k, v = qkv(2, (12, 4, 6), 2, 70, dims, dtype)
     check_decode(ops, q, cache_of(k, v, int32(70, 31), layout=layout))
 
@@ -244,7 +244,7 @@ def test_decode_dims(ops, dims, dtype, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("s_q", [0, 1, 3, 16, 40])
-def test_decode_lengths(ops, s_q, dtype, layout, block_size):
+def test_decode_attention_lengths(ops, s_q, dtype, layout, block_size):
     """Empty, one token, fewer tokens than queries, several splits; left padding that ends in the last block."""
     q, k, v = qkv(6, (8, 2, 4), s_q, 1100, (32, 40), dtype)
     seqlens, start = int32(0, 1, 2, 513, 1100, 1024), int32(0, 0, 1, 512, 77, 1024)
@@ -257,7 +257,7 @@ def test_decode_lengths(ops, s_q, dtype, layout, block_size):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("s_q", [1, 17, 40])
-def test_decode_of_padding_alone(ops, s_q, dtype, layout, block_size, with_sinks):
+def test_decode_attention_of_padding_alone(ops, s_q, dtype, layout, block_size, with_sinks):
     """Entries that begin at their end or behind it, some beyond the cache: none of their pages is looked up."""
     q, k, v = qkv(6, (8, 2, 4), s_q, 64, (32, 40), dtype)
     seqlens, start = int32(5, 64, 0, 40, 33, 50), int32(5, 64, 70, 41, 2**31 - 1, 49)
@@ -277,7 +277,7 @@ def test_decode_of_padding_alone(ops, s_q, dtype, layout, block_size, with_sinks
 
 
 @pytest.mark.parametrize("keep", [2**31, 2**63 - 1])
-def test_selective_keeps_more_than_there_is(ops, keep):
+def test_selective_v_attention_keeps_more_than_there_is(ops, keep):
     q, k, v = qkv(2, (8, 2, 4), 3, 90, (16, 24))
     cache = cache_of(k, v, int32(90, 40), start=int32(7, 0))
     args = (q, cache.k_cache, cache.v_cache, cache.seqlens)
@@ -290,18 +290,18 @@ def test_selective_keeps_more_than_there_is(ops, keep):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_decode_long(ops, dtype, layout):
+def test_decode_attention_long(ops, dtype, layout):
     q, k, v = qkv(1, (8, 1, 4), 1, 20000, (64, 32), dtype)
     check_decode(ops, q, cache_of(k, v, int32(19999), layout=layout), softmax_scale=0.2)
 
 
 @pytest.mark.parametrize("block_size", [1, 5, 16])
-def test_decode_small_pages(ops, block_size):
+def test_decode_attention_small_pages(ops, block_size):
     q, k, v = qkv(2, (8, 4, 2), 2, 43, (16, 16))
     check_decode(ops, q, cache_of(k, v, int32(43, 20), block_size=block_size, start=int32(6, 0)))
 
 
-def test_decode_of_a_plain_cache(ops):
+def test_decode_attention_of_a_plain_cache(ops):
     """A `[b, n_k, s, d_k]` tensor is a cache by a free view, whatever its strides."""
     q, k, v = qkv(2, (12, 4, 6), 1, 50, (24, 16))
     k, v = strided(k, "tokens first"), strided(v, "gaps")
@@ -349,7 +349,7 @@ def check_selective(ops, q, cache, top_k, tail="drop", v_stats=None, **kwargs):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", HEADS)
-def test_selective_heads(ops, heads, dtype, layout, tail):
+def test_selective_v_attention_heads(ops, heads, dtype, layout, tail):
     q, k, v = integers(3, heads, 1, 150, (16, 24), dtype)
     check_selective(ops, q, cache_of(k, v, int32(150, 7, 64), layout=layout), 20, tail)
 
@@ -357,7 +357,7 @@ def test_selective_heads(ops, heads, dtype, layout, tail):
 @pytest.mark.parametrize("top_k", [1, 7, 100, 999, 1000, 3000])
 @pytest.mark.parametrize("block_size", [None, 32])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_selective_sizes(ops, layout, block_size, top_k):
+def test_selective_v_attention_sizes(ops, layout, block_size, top_k):
     q, k, v = integers(3, (8, 2, 4), 3, 1000, (32, 16), torch.float32)
     seqlens, start = int32(1000, 0, 600), int32(0, 0, 555)
     cache = cache_of(k, v, seqlens, layout=layout, block_size=block_size, start=start)
@@ -366,7 +366,7 @@ def test_selective_sizes(ops, layout, block_size, top_k):
 
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("keep", [(3, 0), (0, 3), (5, 40), (100, 100)])
-def test_selective_keeps_ends(ops, keep, tail):
+def test_selective_v_attention_keeps_ends(ops, keep, tail):
     """Forced rows may overlap each other and the best ones, or reach beyond the sequence."""
     q, k, v = integers(2, (8, 2, 4), 2, 90, (16, 16), torch.float32)
     cache = cache_of(k, v, int32(90, 45), start=int32(10, 0))
@@ -374,7 +374,7 @@ def test_selective_keeps_ends(ops, keep, tail):
 
 
 @pytest.mark.parametrize("order", ["constant", "ascending", "descending"])
-def test_selective_orders(ops, order):
+def test_selective_v_attention_orders(ops, order):
     steps = {"constant": torch.ones(2000), "ascending": torch.arange(2000.0), "descending": -torch.arange(2000.0)}
     q, k, v = torch.zeros(1, 2, 1, 8), torch.zeros(1, 1, 2000, 8), torch.randn(1, 2, 2000, 8)
     q[..., 0], k[..., 0] = 1.0, steps[order]
@@ -385,7 +385,7 @@ def test_selective_orders(ops, order):
 
 
 @pytest.mark.parametrize("tail", ["mean", "renorm"])
-def test_selective_with_v_stats(ops, tail):
+def test_selective_v_attention_with_v_stats(ops, tail):
     q, k, v = integers(2, (8, 2, 4), 1, 80, (16, 16), torch.bfloat16)
     cache = cache_of(k, v, int32(80, 60))
     rows = cache.v.double().nan_to_num(0.0)
@@ -399,7 +399,7 @@ def test_selective_with_v_stats(ops, tail):
 @pytest.mark.parametrize("block_size", [None, 32])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tail", TAILS)
-def test_selective_of_several_queries_is_that_of_each(ops, tail, layout, block_size, stats):
+def test_selective_v_attention_of_several_queries_is_that_of_each(ops, tail, layout, block_size, stats):
     """Whatever lies behind a query, as the drafts of speculative decoding do, is nothing to it."""
     q, k, v = integers(3, (8, 2, 4), 4, 130, (16, 24), torch.float32)
     v = v + 10 * torch.arange(130)[:, None]  # the newest rows move any mean that takes them in
@@ -424,7 +424,7 @@ def test_selective_of_several_queries_is_that_of_each(ops, tail, layout, block_s
     assert ((out - dense).norm(dim=-1) <= bound * (1 + 1e-4) + 2e-3).all()
 
 
-def test_selective_asks_for_no_more_than_the_cache_holds(ops):
+def test_selective_v_attention_asks_for_no_more_than_the_cache_holds(ops):
     """top_k beyond the capacity costs nothing, but where the caller wants places for as many indices."""
     q, k, v = qkv(2, (8, 2, 4), 1, 100, (16, 24))
     cache = cache_of(k, v, int32(100, 61))
@@ -442,7 +442,7 @@ def test_selective_asks_for_no_more_than_the_cache_holds(ops):
         ops.selective_v_attention(*args, 2**40, return_indices=True)
 
 
-def test_selective_bound_holds(ops):
+def test_selective_v_attention_bound_holds(ops):
     q, k, v = qkv(2, (8, 2, 4), 1, 400, (32, 32))
     cache = cache_of(k, v, int32(400, 250))
     args = (q, cache.k_cache, cache.v_cache, cache.seqlens)
@@ -471,7 +471,7 @@ def certified_inputs(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("kind", ["random", "sharp", "flat", "adversarial"])
 @pytest.mark.parametrize("max_error", [1e-3, 0.05, 0.5, 3.0, 1e9])
-def test_selective_keeps_max_error(ops, max_error, kind, tail):
+def test_selective_v_attention_keeps_max_error(ops, max_error, kind, tail):
     """Against exact dense attention; and no row reads more than its guarantee needs."""
     q, k, v = certified_inputs(kind)
     cache = cache_of(k, v, int32(700, 350))
@@ -493,7 +493,7 @@ def test_selective_keeps_max_error(ops, max_error, kind, tail):
         assert dense.all()
 
 
-def test_selective_max_error_zero_is_dense_attention(library):
+def test_selective_v_attention_max_error_zero_is_dense_attention(library):
     q, k, v = certified_inputs("random")
     cache = cache_of(k, v, int32(700, 350))
     args = (q, cache.k_cache, cache.v_cache, cache.seqlens)
@@ -504,7 +504,7 @@ def test_selective_max_error_zero_is_dense_attention(library):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_selective_max_error_with_pages_and_forced_rows(ops, layout, dtype):
+def test_selective_v_attention_max_error_with_pages_and_forced_rows(ops, layout, dtype):
     q, k, v = qkv(2, (12, 4, 6), 3, 300, (40, 56), dtype)
     cache = cache_of(k, v, int32(300, 170), layout=layout, block_size=32, start=int32(0, 11))
     args = (q, cache.k_cache, cache.v_cache, cache.seqlens)
@@ -518,7 +518,7 @@ def test_selective_max_error_with_pages_and_forced_rows(ops, layout, dtype):
         assert (bound <= max_error).all() and (rows >= 30).all()
 
 
-def test_selective_nan_score_makes_its_rows_nan(ops):
+def test_selective_v_attention_nan_score_makes_its_rows_nan(ops):
     """K head 1 has a NaN among the keys that count: the q heads that read it are NaN, the others are not."""
     q, k, v = qkv(1, (8, 2, 4), 1, 600, (16, 16))
     k[0, 1, 123, 4] = NAN
@@ -536,7 +536,7 @@ def test_selective_nan_score_makes_its_rows_nan(ops):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [(32, 4, 16), (12, 6, 4), (5, 1, 5)])
-def test_update_writes_these_slots_only(ops, heads, dtype, layout, block_size):
+def test_kv_cache_update_writes_these_slots_only(ops, heads, dtype, layout, block_size):
     n_q, n_k, n_v = heads
     _, k, v = qkv(2, heads, 1, 6, (24, 16), dtype)
     positions = torch.tensor([[3, -1, 95, 40, 41, 0], [-1, -1, -1, -1, 7, 64]])
@@ -561,7 +561,7 @@ def test_update_writes_these_slots_only(ops, heads, dtype, layout, block_size):
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_update_rotates(ops, dtype, layout, shared, d_rot, rope_dtype):
+def test_kv_cache_update_rotates(ops, dtype, layout, shared, d_rot, rope_dtype):
     _, k, v = qkv(2, (8, 2, 4), 1, 5, (24, 16), dtype)
     angle = torch.rand(1 if shared else 2, 5, d_rot) * 6.3
     rope = torch.float32 if rope_dtype == "float32" else dtype
@@ -580,7 +580,7 @@ def test_update_rotates(ops, dtype, layout, shared, d_rot, rope_dtype):
 @pytest.mark.parametrize("block_size", [None, 64])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_update_of_a_prompt_is_that_of_its_tokens(library, dtype, layout, block_size, rope):
+def test_kv_cache_update_of_a_prompt_is_that_of_its_tokens(library, dtype, layout, block_size, rope):
     """Bit by bit, however the tokens lie to panels, pages and threads; of two in one slot the last one counts."""
     _, k, v = qkv(2, (12, 6, 4), 1, 400, (24, 16), dtype)
     angles = torch.randn(2, 1, 400, 20).unbind() if rope else ()
@@ -609,7 +609,7 @@ def test_update_of_a_prompt_is_that_of_its_tokens(library, dtype, layout, block_
                 torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
-def test_update_of_strided_inputs(ops):
+def test_kv_cache_update_of_strided_inputs(ops):
     _, k, v = qkv(2, (8, 2, 4), 1, 7, (16, 16))
     k, v = strided(k, "tokens first"), strided(v, "gaps")
     positions = torch.arange(14).view(7, 2).T

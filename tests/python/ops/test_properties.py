@@ -79,7 +79,9 @@ def test_gradients_equal_reference(
 
 @given(seeds, dtypes, layouts, head_counts(), head_dims, head_dims, st.integers(1, 5), st.sampled_from([None, 32, 96]),
        st.lists(st.integers(0, 700), min_size=1, max_size=3), st.floats(0, 1))  # fmt: skip
-def test_decode_equals_reference(library, seed, dtype, layout, heads, d_k, d_v, s_q, block_size, lengths, skip):
+def test_decode_attention_equals_reference(
+    library, seed, dtype, layout, heads, d_k, d_v, s_q, block_size, lengths, skip
+):
     capacity = max(lengths)
     q, k, v = draw_qkv(seed, len(lengths), heads, s_q, capacity, (d_k, d_v), dtype)
     seqlens, start = int32(*lengths), int32(*(int(skip * n) for n in lengths))
@@ -179,7 +181,7 @@ def test_padding_does_not_matter(library, seed, heads, s_k, left, right):
 
 
 @given(seeds, dtypes, layouts, head_counts(), head_dims, head_dims, st.integers(1, 2), st.data())
-def test_update_writes_what_it_should(library, seed, dtype, layout, heads, d_k, d_v, b, data):
+def test_kv_cache_update_writes_what_it_should(library, seed, dtype, layout, heads, d_k, d_v, b, data):
     n_q, n_k, n_v = heads
     slots = data.draw(
         st.lists(st.lists(st.integers(0, 63), unique=True, min_size=4, max_size=4), min_size=b, max_size=b)

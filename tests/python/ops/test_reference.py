@@ -169,7 +169,7 @@ def test_panels_round_trip(dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("block_size", [None, 32])
 @pytest.mark.parametrize("left", [False, True])
-def test_decode_equals_dense(layout, block_size, left):
+def test_decode_attention_equals_dense(layout, block_size, left):
     q, k, v = qkv(3, (12, 4, 6), 2, 100, (16, 8), D)
     seqlens, start = int32(100, 37, 64), int32(3, 36, 40) if left else None
     cache = cache_of(k, v, seqlens, layout=layout, start=start, block_size=block_size)

@@ -434,7 +434,7 @@ def test_bits_of_an_entry_do_not_depend_on_the_others(library, dtype, options):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("s_q", [1, 5, 40])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_decode(ops, dtype, s_q, layout, block_size, options):
+def test_decode_attention(ops, dtype, s_q, layout, block_size, options):
     """An empty cache, one that is shorter than the window, and several splits with left padding."""
     q, k, v = qkv(4, (8, 2, 4), s_q, 700, (32, 40), dtype)
     cache = cache_of(k, v, int32(0, 3, 700, 511), layout=layout, block_size=block_size, start=int32(0, 0, 130, 480))
@@ -451,7 +451,7 @@ def test_decode(ops, dtype, s_q, layout, block_size, options):
     assert_lse(lse, exact_lse)
 
 
-def test_decode_is_the_last_rows_of_flash_attention(ops):
+def test_decode_attention_is_the_last_rows_of_flash_attention(ops):
     q, k, v = qkv(2, (8, 2, 4), 90, 90, (16, 24))
     sinks = torch.randn(8)
     options = {"window_left": 30, "softcap": 2.0, "sinks": sinks}

@@ -59,57 +59,8 @@ def rescale(x: Tensor, factor: float) -> Tensor:
     return factor * x
 ''',
     ),
-    (
-        "python/diffqkv/ops/checks.py",
-        "# ---- ops ---",
-        """
-
-def rescale(x: Tensor, factor: float) -> None:
-    _kind("x", x, x, (torch.float32,))
-    if not 0 <= factor < 100:
-        raise wrong("factor", factor, "a number from 0 to 100")
-""",
-    ),
-    (
-        "python/diffqkv/ops/composed.py",
-        "_SCORE_BYTES =",
-        """
-
-@checked
-def rescale(x: Tensor, factor: float) -> Tensor:
-    return x * factor
-""",
-    ),
-    (
-        "python/diffqkv/ops/rules/fake.py",
-        "    return function",
-        """
-
-@_fake
-def rescale(x: Tensor, factor: float):
-    return x.new_empty(x.shape)
-""",
-    ),
-    ("python/diffqkv/ops/dispatch.py", '    "swiglu",', '    "rescale",\n'),
-    (
-        "python/diffqkv/ops/functions.py",
-        "    _SWIGLU: Callable",
-        "    _RESCALE: Callable = torch.ops.diffqkv.rescale.default\n",
-    ),
-    (
-        "python/diffqkv/ops/functions.py",
-        "# ---- ops ---",
-        """
-
-def rescale(x: Tensor, factor: float) -> Tensor:
-    run = _uses_kernel("rescale", "x", x)
-    return _call(_RESCALE if run else composed.rescale, x, _number("factor", factor))
-""",
-    ),
-    ("python/diffqkv/ops/__init__.py", "    swiglu,", "    rescale,\n"),
+    ("python/diffqkv/ops/__init__.py", "from .swiglu import", "from .rescale import rescale\n"),
     ("python/diffqkv/ops/__init__.py", '    "swiglu",', '    "rescale",\n'),
-    ("python/diffqkv/__init__.py", "    swiglu,", "    rescale,\n"),
-    ("python/diffqkv/__init__.py", '    "swiglu",', '    "rescale",\n'),
 ]
 AT_THE_END_OF_RUN = """
 namespace diffqkv::cpu {
@@ -156,20 +107,55 @@ DIFFQKV_REGISTER_CPU(rescale)
 }  // namespace
 }  // namespace diffqkv
 """,
+    "python/diffqkv/ops/rescale.py": '''
+import torch
+from torch import Tensor
+
+from . import checks, dispatch
+from .arguments import as_number
+from .calls import call
+from .checks import any_tensor, wrong
+from .op import Op
+
+
+def _check(x: Tensor, factor: float) -> None:
+    checks.kind("x", x, x, (torch.float32,))
+    if not 0 <= factor < 100:
+        raise wrong("factor", factor, "a number from 0 to 100")
+
+
+def _composed(x: Tensor, factor: float) -> Tensor:
+    return x * factor
+
+
+def _fake(x: Tensor, factor: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_OP = dispatch.register(Op("rescale", check=_check, fake=_fake, composed=_composed))
+
+
+def rescale(x: Tensor, factor: float) -> Tensor:
+    """factor * x."""
+    any_tensor("x", x)
+    run = dispatch.uses_kernel(_OP, x)
+    return call(_OP.kernel if run else _OP.composed, x, as_number("factor", factor))
+''',
 }
 CALLS = """
 import sys
 import torch
 import diffqkv
 from diffqkv import reference
-from diffqkv.ops import composed
+from diffqkv.ops.dispatch import OPS
 
 assert diffqkv.config()["library"] == sys.argv[1], diffqkv.config()
 x = torch.randn(3, 20001).T
-for path in (diffqkv.rescale, composed.rescale):
+paths = diffqkv.rescale, OPS["rescale"].composed
+for path in paths:
     torch.testing.assert_close(path(x, 2.5), reference.rescale(x, 2.5))
 texts = []
-for path in (diffqkv.rescale, composed.rescale):
+for path in paths:
     try:
         path(x, -1.0)
     except ValueError as error:

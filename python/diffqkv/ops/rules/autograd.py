@@ -1,24 +1,22 @@
-"""Autograd of the compiled ops: gradients of the training attention and swiglu, versions of what others write.
-
-Decode, cache and selection are for inference.
-"""
+"""Autograd of the compiled ops: gradients of those that train, versions of what others write."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dispatch import BACKWARD, OPS
+from ..attention import AttentionOptions
+from ..op import Op
 
 _LIBRARY = torch.library.Library("diffqkv", "IMPL")
+_SINKS = AttentionOptions._fields.index("sinks") - len(AttentionOptions._fields)  # counted from the end of a call
 
 
-def _register_attention(name: str) -> None:
-    differentiate = getattr(torch.ops.diffqkv, f"{name}_backward").default
-    names = [argument.name for argument in getattr(torch.ops.diffqkv, name).default._schema.arguments]
-    sinks_at = names.index("sinks")
+def of_attention(differentiate: Op) -> tuple[Callable, Callable]:
+    """setup_context and backward of a training attention, whose gradients the op `differentiate` computes."""
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), *output)
@@ -30,27 +28,19 @@ def _register_attention(name: str) -> None:
         q, k, v, *rest = (c if x is None else x for x, c in zip(tensors, ctx.constants, strict=True))
         if dout is None:
             dout = torch.zeros_like(out)
-        dq, dk, dv, dsinks = differentiate(dout, dlse, q, k, v, out, lse, *rest)
+        dq, dk, dv, dsinks = differentiate.kernel(dout, dlse, q, k, v, out, lse, *rest)
         gradients: list[Tensor | None] = [dq, dk, dv] + [None] * len(rest)
-        gradients[sinks_at] = None if rest[sinks_at - 3] is None else dsinks
+        gradients[_SINKS] = None if rest[_SINKS] is None else dsinks
         return tuple(gradients)
 
-    torch.library.register_autograd(f"diffqkv::{name}", backward, setup_context=setup_context)
+    return setup_context, backward
 
 
-def _swiglu_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _swiglu_backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.diffqkv.swiglu_backward.default(dout, *ctx.saved_tensors)
-
-
-def _refuse_second(name: str) -> None:
+def _refuse_second(op: Op) -> None:
     def refuse(ctx: Any, *grads: Tensor) -> None:
-        raise NotImplementedError(f"{name}: the gradient of a gradient is not built")
+        raise NotImplementedError(f"{op.name}: the gradient of a gradient is not built")
 
-    torch.library.register_autograd(f"diffqkv::{name}", refuse)
+    torch.library.register_autograd(f"diffqkv::{op.name}", refuse)
 
 
 def _register_writes(op: torch._ops.OpOverload) -> None:
@@ -69,11 +59,11 @@ def _register_writes(op: torch._ops.OpOverload) -> None:
     _LIBRARY.impl(op, kernel, "ADInplaceOrView", with_keyset=True)
 
 
-_register_attention("flash_attention")
-_register_attention("flash_attention_varlen")
-torch.library.register_autograd("diffqkv::swiglu", _swiglu_backward, setup_context=_swiglu_setup)
-for _name in BACKWARD.values():
-    _refuse_second(_name)
-for _name in (*OPS, *BACKWARD.values()):
-    if (_op := getattr(torch.ops.diffqkv, _name).default)._schema.is_mutable:
-        _register_writes(_op)
+def register(op: Op) -> None:
+    if op.gradient is not None:
+        setup_context, backward = op.gradient
+        torch.library.register_autograd(f"diffqkv::{op.name}", backward, setup_context=setup_context)
+    if op.backward is not None:
+        _refuse_second(op.backward)
+    if op.kernel._schema.is_mutable:
+        _register_writes(op.kernel)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import wrong
+from ..op import Op
 
 
 def _fold(x: Any, dim: int | None, size: int) -> Any:
@@ -18,8 +20,9 @@ def _fold(x: Any, dim: int | None, size: int) -> Any:
     return x if x.dim() == 4 and x.stride(-1) == 1 else x.contiguous()
 
 
-def _register(name: str) -> None:
-    op = getattr(torch.ops.diffqkv, name).default
+def over_batch(op: torch._ops.OpOverload) -> Callable:
+    """The rule of attention of a batch, and of its gradients."""
+    name = op._opname
     names = [argument.name for argument in op._schema.arguments]
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -41,17 +44,18 @@ def _register(name: str) -> None:
             results = tuple(torch.stack(parts) for parts in zip(*each, strict=True))
         return results, (0,) * len(results)
 
-    torch.library.register_vmap(f"diffqkv::{name}", rule)
+    return rule
 
 
-def _refuse(name: str) -> None:
+def not_built(op: torch._ops.OpOverload) -> Callable:
+    """The rule of attention of packed sequences, which has no batch to fold into."""
+
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> None:
-        raise NotImplementedError(f"{name}: torch.vmap is not built; pack more entries, or map flash_attention")
+        raise NotImplementedError(f"{op._opname}: torch.vmap is not built; pack more entries, or map flash_attention")
 
-    torch.library.register_vmap(f"diffqkv::{name}", rule)
+    return rule
 
 
-for _name in ("flash_attention", "flash_attention_backward"):
-    _register(_name)
-for _name in ("flash_attention_varlen", "flash_attention_varlen_backward"):
-    _refuse(_name)
+def register(op: Op) -> None:
+    if op.vmap is not None:
+        torch.library.register_vmap(f"diffqkv::{op.name}", op.vmap(op.kernel))
