@@ -330,8 +330,7 @@ struct SelectedRow {
     for (int64_t i = top_k + thread(); i < sp.indices_per_row; i += kThreads) indices[i] = -1;
     softmax();
     const HeadRows<T> rows(p.v, p.paging, entry.b, v_head, p.heads.v_per_group());
-    const bool needs_stats = sp.tail == Tail::mean || sp.want_bound || sp.max_error >= 0.0f;
-    if (needs_stats && !dense && !nan) load_stats(rows);
+    if (sp.needs_v_stats() && !dense && !nan) load_stats(rows);
     copy_wait<0>();
     sync_block();
 

@@ -38,8 +38,7 @@ CudaSelectiveVAttentionPlan plan_cuda_selective_v_attention(const SelectiveVAtte
   plan.wanted = static_cast<int32_t>(std::min(p.s_k, top_k * (params.max_error >= 0 ? kMaxAdded : 1)));
   plan.candidates = static_cast<int32_t>(round_up(std::min<int64_t>(plan.chunk_tokens, plan.wanted), 2));
   plan.forced = static_cast<int32_t>(std::min(params.keep_first, p.s_k) + std::min(params.keep_last, p.s_k));
-  const bool needs_stats = params.tail == Tail::mean || params.want_bound || params.max_error >= 0;
-  if (needs_stats && params.v_stats == nullptr)
+  if (params.needs_v_stats() && params.v_stats == nullptr)
     plan.parts = static_cast<int32_t>(ceil_div(p.s_k, kSelectiveVPartTokens));
 
   plan.score_shared =
