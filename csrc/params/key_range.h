@@ -30,7 +30,7 @@ DIFFQKV_INLINE Entry entry_of(const AttentionParams& p, int64_t b) {
   const int64_t position = (p.length ? p.length[b] : s_k) - s_q;
   return {b, s_q, s_k, cu_q ? cu_q[b] : 0, cu_k ? cu_k[b] : 0, position, {lo, hi}};
 }
-// The most keys that an entry has: at least what the window lets any of its queries see. Reads kv_end.
+// The longest entry: no query of the call sees a key from there on. Reads kv_end, which a GPU's host must not.
 DIFFQKV_INLINE int64_t most_keys(const AttentionParams& p) {
   if (p.kv_end == nullptr) return p.s_k;
   int64_t most = 0;

@@ -14,7 +14,7 @@ namespace {
 
 // Kernels one after the other, up to the first error.
 struct Launches {
-  const BackwardCall& call;
+  const FlashAttentionBackwardCall& call;
   cudaStream_t stream;
   cudaError_t error = cudaSuccess;
 
@@ -24,21 +24,22 @@ struct Launches {
   }
 };
 
-using LaunchGradients = cudaError_t (*)(const BackwardCall&, cudaStream_t);
+using LaunchGradients = cudaError_t (*)(const FlashAttentionBackwardCall&, cudaStream_t);
 
 // The launches of all variants, in the order of their table.
 template <size_t... i>
 constexpr auto launches_of(std::index_sequence<i...>) {
-  return std::array{LaunchGradients{launch_gradients<kBackwardVariants[i].d_k, kBackwardVariants[i].d_v>}...};
+  return std::array{LaunchGradients{
+      launch_gradients<kFlashAttentionBackwardVariants[i].d_k, kFlashAttentionBackwardVariants[i].d_v>}...};
 }
 
-cudaError_t launch_variant(const BackwardCall& call, cudaStream_t stream) {
-  static constexpr auto kLaunches = launches_of(std::make_index_sequence<kBackwardVariantCount>());
+cudaError_t launch_variant(const FlashAttentionBackwardCall& call, cudaStream_t stream) {
+  static constexpr auto kLaunches = launches_of(std::make_index_sequence<kFlashAttentionBackwardVariantCount>());
   return kLaunches[static_cast<size_t>(call.plan.variant)](call, stream);
 }
 
 template <class E>
-cudaError_t run(const BackwardCall& call, cudaStream_t stream) {
+cudaError_t run(const FlashAttentionBackwardCall& call, cudaStream_t stream) {
   const CudaFlashAttentionBackwardPlan& plan = call.plan;
   Launches launches{call, stream};
   launches.run<RowSums<E>>(plan.row_blocks);
@@ -62,7 +63,7 @@ cudaError_t run(const BackwardCall& call, cudaStream_t stream) {
 int cuda::run(const FlashAttentionBackwardParams& p, const Launch& launch) {
   if (p.forward.paging.block_table != nullptr) return cudaErrorInvalidValue;
   const CudaFlashAttentionBackwardPlan plan = plan_cuda_flash_attention_backward(p, launch.facts);
-  const device::BackwardCall call{p, plan, static_cast<char*>(launch.memory.take(plan.workspace_bytes))};
+  const device::FlashAttentionBackwardCall call{p, plan, static_cast<char*>(launch.memory.take(plan.workspace_bytes))};
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   switch (p.forward.q.dtype) {
     case DType::f32: return device::run<device::F32>(call, stream);
