@@ -24,8 +24,8 @@ struct FlashAttentionBackwardVariant {
   // Registers hold the gradients of K and V at once; else a block of keys computes one of them.
   DIFFQKV_HOST_DEVICE constexpr bool both() const { return d_k + d_v <= 256; }
 };
-// Smaller ones first, for the dimensions of flash_attention's kernels. Bits depend on the variant, which is a function of the dimensions alone. 32 rows of a gradient
-// take d registers, of at most 255.
+// Smaller ones first, for the dimensions of flash_attention's kernels. Bits depend on the variant, which is a function
+// of the dimensions alone. 32 rows of a gradient take d registers, of at most 255.
 inline constexpr FlashAttentionBackwardVariant kFlashAttentionBackwardVariants[] = {
     {32, 64, {128, 32}, {128, 64}},  {64, 64, {128, 32}, {128, 64}}, {64, 128, {64, 32}, {128, 32}},
     {128, 128, {64, 32}, {128, 32}}, {256, 256, {64, 16}, {64, 16}},
