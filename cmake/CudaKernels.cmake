@@ -62,13 +62,23 @@ function(_diffqkv_instance op name instance)
   list(APPEND _diffqkv_cuda_sources "${file}")
   set(_diffqkv_cuda_sources "${_diffqkv_cuda_sources}" PARENT_SCOPE)
 endfunction()
-# The head dimensions (d_k, d_v) that have kernels of their own; plan/cuda chooses among them.
-foreach(_diffqkv_dims "32, 64" "64, 64" "64, 128" "128, 128" "256, 256")
+# The head dimensions (d_k, d_v) that have kernels of their own: the first two numbers of each row of the table from
+# which plan/cuda chooses.
+set(_diffqkv_table "${PROJECT_SOURCE_DIR}/csrc/plan/cuda/flash_attention.h")
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${_diffqkv_table}")
+file(READ "${_diffqkv_table}" _diffqkv_text)
+string(REGEX MATCH "kFlashAttentionVariants\\[\\] = {[^;]*}" _diffqkv_text "${_diffqkv_text}")
+string(REGEX MATCHALL "{[0-9]+, [0-9]+" _diffqkv_rows "${_diffqkv_text}")
+if(NOT _diffqkv_rows)
+  message(FATAL_ERROR "${_diffqkv_table}: got no rows {d_k, d_v, ...} of kFlashAttentionVariants, want some")
+endif()
+foreach(_diffqkv_row IN LISTS _diffqkv_rows)
+  string(SUBSTRING "${_diffqkv_row}" 1 -1 _diffqkv_dims)
   string(REPLACE ", " "_" _diffqkv_name "${_diffqkv_dims}")
   _diffqkv_instance(flash_attention "${_diffqkv_name}"
     "cudaError_t launch_flash_attention<${_diffqkv_dims}>(const FlashAttentionParams<float>&, cudaStream_t)")
   _diffqkv_instance(flash_attention_backward "${_diffqkv_name}"
-    "cudaError_t launch_gradients<${_diffqkv_dims}>(const BackwardCall&, cudaStream_t)")
+    "cudaError_t launch_gradients<${_diffqkv_dims}>(const FlashAttentionBackwardCall&, cudaStream_t)")
 endforeach()
 foreach(_diffqkv_dtype F32 F16 BF16)
   _diffqkv_instance(selective_v_attention "${_diffqkv_dtype}"

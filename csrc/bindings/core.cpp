@@ -5,7 +5,7 @@
 
 #include <sstream>
 
-#include "bindings/shapes.h"
+#include "bindings/module.h"
 #include "cpu/isa.h"
 #include "plan/cpu/attention.h"
 

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "bindings/shapes.h"
+#include "bindings/module.h"
 #include "plan/cuda/decode_attention.h"
 #include "plan/cuda/flash_attention.h"
 

@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/kernels/kernels.h"
+
 namespace diffqkv {
 namespace {
 
@@ -57,6 +59,12 @@ CpuIsa choose_cpu_isa(const char* wanted) {
 
 CpuIsa cpu_isa() {
   static const CpuIsa chosen = choose_cpu_isa(std::getenv("DIFFQKV_CPU_ISA"));
+  return chosen;
+}
+
+const CpuKernels& cpu_kernels() {
+  static const CpuKernels* const tables[] = {&kernels_v2, &kernels_v3, &kernels_v4, &kernels_v4_bf16};
+  static const CpuKernels& chosen = *tables[static_cast<int>(cpu_isa())];
   return chosen;
 }
 

@@ -4,6 +4,8 @@
 
 namespace diffqkv {
 
+struct CpuKernels;  // cpu/kernels/kernels.h
+
 enum class CpuIsa { v2 = 0, v3 = 1, v4 = 2, v4_bf16 = 3 };
 
 const char* name_of(CpuIsa isa);
@@ -14,5 +16,7 @@ std::vector<CpuIsa> supported_cpu_isas();
 CpuIsa choose_cpu_isa(const char* wanted);
 // choose_cpu_isa of the environment variable DIFFQKV_CPU_ISA, once.
 CpuIsa cpu_isa();
+// The kernels of that level.
+const CpuKernels& cpu_kernels();
 
 }  // namespace diffqkv

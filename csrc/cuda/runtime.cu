@@ -2,8 +2,9 @@
 
 #include "cuda/launch_api.h"
 #include "cuda/ticket_pool.h"
+#include "cuda/tickets.cuh"
 
-namespace diffqkv {
+namespace diffqkv::cuda {
 namespace {
 
 constexpr int kMostDevices = 64;
@@ -11,9 +12,13 @@ __device__ uint32_t tickets[TicketPool::kSize];  // zeros when the module is loa
 
 }  // namespace
 
-int cuda_tickets(int device, int64_t count, bool captured, uint32_t** first) {
+cudaError_t take_tickets(int64_t count, cudaStream_t stream, uint32_t** first) {
   static TicketPool pools[kMostDevices];
   *first = nullptr;
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  bool captured = false;
+  if (const int error = is_capturing(stream, &captured)) return static_cast<cudaError_t>(error);
   const int64_t place = device < kMostDevices ? pools[device].take(count, captured) : -1;
   if (place < 0) return cudaSuccess;
   void* all = nullptr;
@@ -22,7 +27,7 @@ int cuda_tickets(int device, int64_t count, bool captured, uint32_t** first) {
   return error;
 }
 
-int cuda_device_facts(int device, DeviceFacts* facts) {
+int device_facts(int device, DeviceFacts* facts) {
   int major = 0, minor = 0, multiprocessors = 0, per_block = 0, per_multiprocessor = 0, registers = 0;
   const struct {
     int* value;
@@ -41,13 +46,13 @@ int cuda_device_facts(int device, DeviceFacts* facts) {
   return cudaSuccess;
 }
 
-const char* cuda_error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
-int cuda_is_capturing(void* stream, bool* capturing) {
+int is_capturing(void* stream, bool* capturing) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
   *capturing = status != cudaStreamCaptureStatusNone;
   return error;
 }
 
-}  // namespace diffqkv
+}  // namespace diffqkv::cuda

@@ -1,7 +1,5 @@
 #include "ops/cached_attention.h"
 
-#include <algorithm>
-
 #include "ops/views.h"
 
 namespace diffqkv {
@@ -54,10 +52,10 @@ CachedAttention::CachedAttention(const Device& device, TensorChecks& checks, con
   pages_ = cache.pages;
 }
 
-int64_t CachedAttention::check_contents() const {
+void CachedAttention::check_contents() const {
   const int64_t capacity = params.s_k;
   const std::optional<Tensor> host_lengths = device_.readable(tensors_.cache_seqlens);
-  if (!host_lengths) return capacity;
+  if (!host_lengths) return;
   const std::optional<Tensor> host_starts = device_.readable(options_.cache_start);
   const std::optional<Tensor> host_table = device_.readable(options_.block_table);
   const auto* lengths = data_of<const int32_t>(*host_lengths);
@@ -67,7 +65,6 @@ int64_t CachedAttention::check_contents() const {
     paging.block_table = data_of<const int32_t>(*host_table);
     paging.stride = host_table->stride(0);
   }
-  int64_t longest = 0;
   for (int64_t b = 0; b < params.batch; ++b) {
     const int64_t length = lengths[b], start = starts ? starts[b] : 0;
     DIFFQKV_CHECK(length >= 0 && length <= capacity, "cache_seqlens: got ", length, ", want 0 to the cache's ",
@@ -76,9 +73,7 @@ int64_t CachedAttention::check_contents() const {
     if (host_table && start < length)
       for (int64_t block = start / paging.page_size; block <= (length - 1) / paging.page_size; ++block)
         check_block(paging, pages_, b, block);
-    longest = std::max(longest, length);
   }
-  return device_.planned_length(longest, capacity);
 }
 
 void CachedAttention::allocate() {

@@ -26,8 +26,8 @@ class CachedAttention {
   // Checks all but the contents of tensors; b, n_q, n_v and d_v are known from then on. checks: like q.
   CachedAttention(const Device& device, TensorChecks& checks, const CachedTensors& tensors,
                   const CacheOptions& options);
-  // Checks lengths, starts and the blocks in use where they are readable; returns the length to plan for.
-  int64_t check_contents() const;
+  // Checks lengths, starts and the blocks in use where they are readable.
+  void check_contents() const;
   // Memory for out and lse, to which the params point from then on.
   void allocate();
 

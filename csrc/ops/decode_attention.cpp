@@ -7,18 +7,18 @@ namespace {
 // -> out, lse
 std::tuple<Tensor, Tensor> decode_attention(const CachedTensors& tensors, const CacheOptions& options,
                                             const LogitOptions& logits) {
-  const auto device = device_of("decode_attention", tensors.q);
+  const Device device("decode_attention", tensors.q);
   TensorChecks checks("q", tensors.q, kFloatingDtypes);
-  CachedAttention call(*device, checks, tensors, options);
+  CachedAttention call(device, checks, tensors, options);
   logits.check_ranges();
   logits.check_sinks(checks);
-  const int64_t max_keys = call.check_contents();
+  call.check_contents();
 
   const std::optional<Tensor> sinks = logits.wide_sinks(checks.wide_dtype());
   call.params.sinks = data_of<const void>(sinks);
   logits.fill(call.params, /*causal=*/true);
   call.allocate();
-  device->attention(call.params, max_keys);
+  device.run(call.params);
   return {call.out, call.lse};
 }
 

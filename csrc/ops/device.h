@@ -1,10 +1,13 @@
 // What differs between devices, so that an op is written once for all: who runs a call, whether the contents of its
-// tensors may be looked at, and the limits of the kernels.
+// tensors may be looked at, and the limits of the kernels. No op is named here: cpu/run.h and cuda/launch_api.h have a
+// function `run` for the params of each.
 #pragma once
-#include <memory>
-
-#include "ops/torch_compat.h"
-#include "params/params.h"
+#include "cpu/run.h"
+#include "ops/torch_caller.h"
+#ifdef DIFFQKV_HAVE_CUDA
+#include "cuda/launch_api.h"
+#include "ops/cuda_stream.h"
+#endif
 
 namespace diffqkv {
 
@@ -15,43 +18,39 @@ class Device {
     bool panels;                     // whether the attention over a cache reads K in panels
   };
 
-  virtual ~Device() = default;
+  // The device of `like`, which has to outlive it: torch's threads, or the current stream of a GPU, which is the
+  // current device from then on. op: the name that errors begin with.
+  Device(const char* op, const Tensor& like);
 
-  virtual Limits limits() const = 0;
+  Limits limits() const;
   // The tensor in host memory, for checks of its contents; nothing where a look would make the caller wait for the
   // device. With DIFFQKV_DEBUG=1 in the environment CUDA tensors are copied, which is an error while a graph is
   // captured.
-  virtual std::optional<Tensor> readable(const Tensor& t) const = 0;
+  std::optional<Tensor> readable(const Tensor& t) const;
   std::optional<Tensor> readable(const std::optional<Tensor>& t) const { return t ? readable(*t) : std::nullopt; }
   // The length to plan for, where `longest` was found in a readable tensor and the caller promised `bound`. A launch
   // does not depend on contents: a graph replays it with others.
-  virtual int64_t planned_length(int64_t longest, int64_t bound) const = 0;
+  int64_t planned_length(int64_t longest, int64_t bound) const;
 
-  // These plan the call, get a workspace and run it; the params are complete. max_keys: the longest sequence of the
-  // call, or an upper bound of it.
-  virtual void attention(const AttentionParams& p, int64_t max_keys) const = 0;
-  virtual void flash_attention_backward(const FlashAttentionBackwardParams& p) const = 0;
-  virtual void selective_v_attention(const SelectiveVAttentionParams& p, int64_t max_keys) const = 0;
-  virtual void kv_cache_update(const KvCacheUpdateParams& p) const = 0;
-  virtual void swiglu(const SwigluParams& p) const = 0;
-  virtual void swiglu_backward(const SwigluParams& p) const = 0;
-};
-
-// The caller's threads.
-std::unique_ptr<const Device> cpu_device(const Tensor& like);
-// The current stream of like's device, in libraries that were built with CUDA. op: the name that errors begin with.
-std::unique_ptr<const Device> cuda_device(const char* op, const Tensor& like);
-
-// The device of `like`, which has to outlive it.
-inline std::unique_ptr<const Device> device_of([[maybe_unused]] const char* op, const Tensor& like) {
+  // Plans the call, gets a workspace and runs it; the params are complete.
+  template <class Params>
+  void run(const Params& params) const {
+    TorchMemory memory(like_);
 #ifdef DIFFQKV_HAVE_CUDA
-  if (!like.is_cpu()) return cuda_device(op, like);
+    if (on_gpu()) return stream_->check(cuda::run(params, {stream_->facts(), stream_->get(), memory}));
 #endif
-  return cpu_device(like);
-}
+    cpu::run(params, {torch_threads(), parallel_on_torch, memory});
+  }
 
-// The number of the caller's threads, and how cpu/run.h's functions use them.
-int64_t torch_threads();
-void parallel_on_torch(int64_t workers, void (*body)(void* context, int64_t worker), void* context);
+ private:
+  const Tensor& like_;
+#ifdef DIFFQKV_HAVE_CUDA
+  bool on_gpu() const { return stream_.has_value(); }
+
+  std::optional<CudaStream> stream_;
+#else
+  bool on_gpu() const { return false; }
+#endif
+};
 
 }  // namespace diffqkv

@@ -124,9 +124,9 @@ AttentionParams checked_params(const Device& device, TensorChecks& checks, const
 
 Results forward(const char* op, const Inputs& inputs, const PackedSequences* packed, const AttentionOptions& options) {
   const Tensor& q = inputs.q;
-  const auto device = device_of(op, q);
+  const Device device(op, q);
   TensorChecks checks("q", q, kTrainingDtypes);
-  AttentionParams p = checked_params(*device, checks, inputs, packed, options);
+  AttentionParams p = checked_params(device, checks, inputs, packed, options);
 
   using torch::stable::new_empty;
   const int64_t n_q = p.heads.n_q, total_q = p.packed_queries;
@@ -137,7 +137,7 @@ Results forward(const char* op, const Inputs& inputs, const PackedSequences* pac
   p.out = token_view(out);
   p.lse = lse.data_ptr();
   p.sinks = data_of<const void>(sinks);
-  device->attention(p, p.s_k);
+  device.run(p);
   return {out, lse};
 }
 
@@ -154,10 +154,10 @@ void check_results(TensorChecks& checks, const BackwardTensors& t, bool packed) 
 Gradients backward(const char* op, const BackwardTensors& t, const PackedSequences* packed,
                    const AttentionOptions& options) {
   const Tensor &q = t.inputs.q, &k = t.inputs.k, &v = t.inputs.v;
-  const auto device = device_of(op, q);
+  const Device device(op, q);
   TensorChecks checks("q", q, kTrainingDtypes);
   FlashAttentionBackwardParams p;
-  p.forward = checked_params(*device, checks, t.inputs, packed, options);
+  p.forward = checked_params(device, checks, t.inputs, packed, options);
   check_results(checks, t, packed != nullptr);
 
   using torch::stable::contiguous;
@@ -177,7 +177,7 @@ Gradients backward(const char* op, const BackwardTensors& t, const PackedSequenc
   p.dk = token_view(dk);
   p.dv = token_view(dv);
   p.dsinks = sinks ? dsinks.data_ptr() : nullptr;
-  device->flash_attention_backward(p);
+  device.run(p);
   return {dq, dk, dv, sinks ? as_dtype(dsinks, options.logits.sinks->scalar_type()) : dsinks};
 }
 

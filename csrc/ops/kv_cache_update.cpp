@@ -5,12 +5,11 @@
 #include "ops/registration.h"
 #include "ops/views.h"
 #include "params/layout.h"
-#include "plan/cpu/attention.h"
 
 namespace diffqkv {
 namespace {
 
-struct UpdateArguments : ArgumentGroup {
+struct KvCacheUpdateArguments : ArgumentGroup {
   Tensor k_cache = next<Tensor>();
   Tensor v_cache = next<Tensor>();
   Tensor k = next<Tensor>();
@@ -55,7 +54,7 @@ Extent extent_of(const char* name, const Tensor& t) {
 
 // Everything written has one place for each element, which nothing else of these tensors takes. Tensors that are
 // interleaved, in memory of which neither fills its part, are believed.
-void check_memory(const UpdateArguments& a) {
+void check_memory(const KvCacheUpdateArguments& a) {
   Extent all[5];
   int n = 0;
   const auto add = [&](const char* name, const Tensor& t) {
@@ -91,7 +90,7 @@ void check_angles(TensorChecks& checks, const char* name, const Tensor& t) {
 
 int64_t batch_stride(const Tensor& angles) { return angles.size(0) == 1 ? 0 : angles.stride(0); }
 
-void check_rope(TensorChecks& checks, const UpdateArguments& a) {
+void check_rope(TensorChecks& checks, const KvCacheUpdateArguments& a) {
   DIFFQKV_CHECK(a.cos.has_value() == a.sin.has_value(), a.cos ? "sin" : "cos", ": got None, want a tensor, as ",
                 a.cos ? "cos" : "sin", " is given");
   if (!a.cos) return;
@@ -112,7 +111,7 @@ void fill_positions(KvCacheUpdateParams& p, const Tensor& positions) {
   p.positions_stride_token = positions.stride(1);
 }
 
-KvCacheUpdateParams params_of(const UpdateArguments& a, const CacheArguments& cache) {
+KvCacheUpdateParams params_of(const KvCacheUpdateArguments& a, const CacheArguments& cache) {
   KvCacheUpdateParams p;
   p.heads = cache.heads;
   p.batch = a.k.size(0);
@@ -140,7 +139,7 @@ KvCacheUpdateParams params_of(const UpdateArguments& a, const CacheArguments& ca
 }
 
 // Each new token has -1 or a position in a page of the pool, as far as that is readable.
-void check_slots(const Device& device, const UpdateArguments& a, KvCacheUpdateParams p) {
+void check_slots(const Device& device, const KvCacheUpdateArguments& a, KvCacheUpdateParams p) {
   const std::optional<Tensor> host_positions = device.readable(a.positions);
   if (!host_positions) return;
   fill_positions(p, *host_positions);
@@ -160,8 +159,8 @@ void check_slots(const Device& device, const UpdateArguments& a, KvCacheUpdatePa
 }
 
 // On CUDA a token whose position is out of range or unmapped is not written.
-void kv_cache_update(const UpdateArguments& a) {
-  const auto device = device_of("kv_cache_update", a.k_cache);
+void kv_cache_update(const KvCacheUpdateArguments& a) {
+  const Device device("kv_cache_update", a.k_cache);
   TensorChecks checks("k_cache", a.k_cache, kFloatingDtypes);
   checks.dtype_and_device("k", a.k, {checks.dtype()});
   checks.dtype_and_device("v", a.v, {checks.dtype()});
@@ -178,8 +177,8 @@ void kv_cache_update(const UpdateArguments& a) {
   if (a.v_stats) check_v_stats(checks, *a.v_stats);
   check_memory(a);
   const KvCacheUpdateParams p = params_of(a, cache);
-  check_slots(*device, a, p);
-  device->kv_cache_update(p);
+  check_slots(device, a, p);
+  device.run(p);
 }
 
 // k_layout: 0 rows, 1 panels.

@@ -1,6 +1,7 @@
-#include "cpu/run.h"
-#include "ops/device.h"
+#include "cpu/probe.h"
+
 #include "ops/registration.h"
+#include "ops/torch_caller.h"
 
 namespace diffqkv {
 namespace {

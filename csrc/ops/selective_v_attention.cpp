@@ -6,7 +6,7 @@
 namespace diffqkv {
 namespace {
 
-struct SelectiveArguments : ArgumentGroup {
+struct SelectiveVAttentionArguments : ArgumentGroup {
   CachedTensors tensors = next<CachedTensors>();
   int64_t top_k = next<int64_t>();
   int64_t tail = next<int64_t>();
@@ -22,7 +22,7 @@ struct SelectiveArguments : ArgumentGroup {
 // Indices take so many places behind those that the cache can fill: 1 GiB.
 constexpr int64_t kMostIndices = int64_t{1} << 27;
 
-void check_ranges(const SelectiveArguments& a) {
+void check_ranges(const SelectiveVAttentionArguments& a) {
   DIFFQKV_CHECK(!a.max_error || *a.max_error >= 0, "max_error: got ", text_of(*a.max_error), ", want a number >= 0");
   check_at_least("top_k", a.top_k, 1);
   check_at_least("keep_first", a.keep_first, 0);
@@ -30,7 +30,7 @@ void check_ranges(const SelectiveArguments& a) {
   DIFFQKV_CHECK(a.tail >= 0 && a.tail <= 2, "tail: got ", a.tail, ", want 0 (drop), 1 (renorm) or 2 (mean)");
 }
 
-void check_indices(const SelectiveArguments& a, const AttentionParams& p) {
+void check_indices(const SelectiveVAttentionArguments& a, const AttentionParams& p) {
   const int64_t rows = std::max<int64_t>(1, p.batch * p.heads.n_q * p.s_q);
   const int64_t most = std::max(p.s_k, kMostIndices / rows);
   DIFFQKV_CHECK(!a.return_indices || a.top_k <= most, "top_k: got ", a.top_k, ", want 1 to ", most,
@@ -38,7 +38,7 @@ void check_indices(const SelectiveArguments& a, const AttentionParams& p) {
 }
 
 // Fills all but the attention and the results.
-SelectiveVAttentionParams params_of(const SelectiveArguments& a, int64_t capacity) {
+SelectiveVAttentionParams params_of(const SelectiveVAttentionArguments& a, int64_t capacity) {
   SelectiveVAttentionParams p;
   // No row can use more than there are.
   p.top_k = std::min(a.top_k, std::max<int64_t>(1, capacity));
@@ -53,15 +53,16 @@ SelectiveVAttentionParams params_of(const SelectiveArguments& a, int64_t capacit
 }
 
 // -> out, lse, kept_mass, indices, rows_used, error_bound
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_v_attention(const SelectiveArguments& a) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_v_attention(
+    const SelectiveVAttentionArguments& a) {
   const Tensor& q = a.tensors.q;
-  const auto device = device_of("selective_v_attention", q);
+  const Device device("selective_v_attention", q);
   TensorChecks checks("q", q, kFloatingDtypes);
   check_ranges(a);
-  CachedAttention attention(*device, checks, a.tensors, a.cache);
+  CachedAttention attention(device, checks, a.tensors, a.cache);
   check_indices(a, attention.params);
   if (a.v_stats) check_v_stats(checks, *a.v_stats);
-  const int64_t max_keys = attention.check_contents();
+  attention.check_contents();
 
   attention.allocate();
   SelectiveVAttentionParams p = params_of(a, attention.params.s_k);
@@ -76,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_v_attention
   p.indices = p.indices_per_row > 0 ? data_of<int64_t>(indices) : nullptr;
   p.rows_used = data_of<int32_t>(rows_used);
   p.error_bound = data_of<float>(error_bound);
-  device->selective_v_attention(p, max_keys);
+  device.run(p);
   return {attention.out, attention.lse, kept_mass, indices, rows_used, error_bound};
 }
 

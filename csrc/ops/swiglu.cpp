@@ -23,6 +23,7 @@ TensorChecks check_inputs(const Tensor& gate, const Tensor& up) {
 Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 Tensor empty_of_shape(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
 
+// Fills all but the results.
 SwigluParams params_of(const Tensor& gate, const Tensor& up) {
   SwigluParams p;
   p.gate = gate.data_ptr();
@@ -37,7 +38,7 @@ Tensor swiglu(const Tensor& gate, const Tensor& up) {
   const Tensor packed_gate = packed(gate), packed_up = packed(up), out = empty_of_shape(gate);
   SwigluParams p = params_of(packed_gate, packed_up);
   p.out = out.data_ptr();
-  device_of("swiglu", gate)->swiglu(p);
+  Device("swiglu", gate).run(p);
   return out;
 }
 
@@ -46,11 +47,12 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dout, const Tensor& gat
   check_like_gate(check_inputs(gate, up), "dout", dout, gate);
   const Tensor packed_dout = packed(dout), packed_gate = packed(gate), packed_up = packed(up);
   const Tensor dgate = empty_of_shape(gate), dup = empty_of_shape(gate);
-  SwigluParams p = params_of(packed_gate, packed_up);
+  SwigluBackwardParams p;
+  p.forward = params_of(packed_gate, packed_up);
   p.dout = packed_dout.data_ptr();
   p.dgate = dgate.data_ptr();
   p.dup = dup.data_ptr();
-  device_of("swiglu_backward", gate)->swiglu_backward(p);
+  Device("swiglu_backward", gate).run(p);
   return {dgate, dup};
 }
 

@@ -30,6 +30,13 @@ DIFFQKV_INLINE Entry entry_of(const AttentionParams& p, int64_t b) {
   const int64_t position = (p.length ? p.length[b] : s_k) - s_q;
   return {b, s_q, s_k, cu_q ? cu_q[b] : 0, cu_k ? cu_k[b] : 0, position, {lo, hi}};
 }
+// The longest entry: no query of the call sees a key from there on. Reads kv_end, which a GPU's host must not.
+DIFFQKV_INLINE int64_t most_keys(const AttentionParams& p) {
+  if (p.kv_end == nullptr) return p.s_k;
+  int64_t most = 0;
+  for (int64_t b = 0; b < p.batch; ++b) most = max_of(most, min_of(p.s_k, p.kv_end[b]));
+  return most;
+}
 // The keys that a query sees, lo <= hi. Neither end moves backwards from a query to the next.
 DIFFQKV_INLINE KeyRange keys_of_query(const AttentionParams& p, const Entry& entry, int64_t query) {
   const int64_t position = entry.position + query;

@@ -111,6 +111,11 @@ struct SelectiveVAttentionParams {
   int64_t indices_per_row = 0;   // top_k as it was given, which may exceed the capacity
   int32_t* rows_used = nullptr;  // [batch, n_q, s_q]
   float* error_bound = nullptr;  // [batch, n_q, s_q], L2; +inf where want_bound is false
+
+  // Whether rows that read a part of V need its statistics: given ones, or some made for the call.
+  DIFFQKV_HOST_DEVICE constexpr bool needs_v_stats() const {
+    return tail == Tail::mean || want_bound || max_error >= 0.0f;
+  }
 };
 
 // kv_cache_update: token t of entry b goes to slot positions[b][t]; -1 skips it. cos and sin rotate the first d_rot
@@ -134,12 +139,19 @@ struct KvCacheUpdateParams {
   float* v_stats = nullptr;  // [batch, n_v, d_v + 1] contiguous, or null
 };
 
-// swiglu: out = silu(gate) * up over numel contiguous elements. Backward: dgate and dup from dout.
+// swiglu: out = silu(gate) * up over numel contiguous elements.
 struct SwigluParams {
-  const void *gate = nullptr, *up = nullptr, *dout = nullptr;
-  void *out = nullptr, *dgate = nullptr, *dup = nullptr;
+  const void *gate = nullptr, *up = nullptr;
+  void* out = nullptr;
   int64_t numel = 0;
   DType dtype = DType::f32;
+};
+
+// The gradients of swiglu. `forward` holds its inputs.
+struct SwigluBackwardParams {
+  SwigluParams forward;
+  const void* dout = nullptr;
+  void *dgate = nullptr, *dup = nullptr;
 };
 
 }  // namespace diffqkv

@@ -10,7 +10,7 @@
 namespace diffqkv {
 namespace {
 
-constexpr int64_t kStride = kBackwardStride;
+constexpr int64_t kStride = kFlashAttentionBackwardStride;
 using Columns = Walk<1, kStride>;  // a column of P or dS, step by step down the rows
 
 // ---- rows of a block of queries ------------------------------------------------------------------------------------
@@ -144,7 +144,8 @@ struct KeyBlock {
   const int64_t stride_k = padded_dim(p.d_k), stride_v = padded_dim(p.d_v);
   int64_t k_head = -1, v_head = -1;
   word *k_copy, *v_copy, *k_step_copy;
-  const word *k_panels[kMaxBackwardKeys / kPanelTokens], *v_panels[kMaxBackwardKeys / kPanelTokens];
+  const word *k_panels[kMaxFlashAttentionBackwardKeys / kPanelTokens],
+      *v_panels[kMaxFlashAttentionBackwardKeys / kPanelTokens];
   const word* k_steps;  // rows of K that dS is multiplied with
   int64_t stride_k_steps;
   float *dk, *dv, *row_copies;

@@ -1,5 +1,6 @@
 // The functions that exist once per instruction set level. Each does one work item on one thread: plan/cpu cuts the
-// work, cpu/run.cpp hands out the items.
+// work, the op's file in cpu/ hands out the items. attention_* are the parts of flash_attention (block) and of
+// decode_attention (split, merge), which are one op to the CPU; selective_v_attention takes the latter two as well.
 #pragma once
 #include <stdint.h>
 
@@ -58,7 +59,7 @@ struct FlashAttentionBackwardWorkspace {
   KERNEL(void, kv_cache_update,                                                                                        \
          (const KvCacheUpdateParams&, int64_t entry, int64_t group, int64_t begin, int64_t end))                       \
   KERNEL(void, swiglu, (const SwigluParams&, int64_t begin, int64_t end))                                              \
-  KERNEL(void, swiglu_backward, (const SwigluParams&, int64_t begin, int64_t end))                                     \
+  KERNEL(void, swiglu_backward, (const SwigluBackwardParams&, int64_t begin, int64_t end))                                     \
   KERNEL(double, probe_fma, (int64_t rounds, float* sink))                                                             \
   KERNEL(double, probe_dot, (int64_t rounds, float* sink))                                                             \
   KERNEL(void, probe_read, (const void* data, int64_t bytes, float* sink))
@@ -79,8 +80,5 @@ DIFFQKV_CPU_KERNELS(DIFFQKV_FUNCTION)
 #endif
 
 extern const CpuKernels kernels_v2, kernels_v3, kernels_v4, kernels_v4_bf16;
-
-// The level in use: the best one this CPU runs, or the one that DIFFQKV_CPU_ISA names. Chosen once.
-const CpuKernels& cpu_kernels();
 
 }  // namespace diffqkv

@@ -1,7 +1,8 @@
 // kv_cache_update: writes new K and V rows to their cache slots, rotating K on the way (RoPE, half-split convention).
 // Tokens are taken in runs whose slots follow each other in one panel: a whole panel is a transpose.
-#include "cpu/kernels/attention_tile.h"
 #include "cpu/kernels/kernels.h"
+#include "cpu/kernels/panels.h"
+#include "cpu/kernels/v_stats.h"
 #include "params/layout.h"
 
 namespace diffqkv {

@@ -1,6 +1,6 @@
 // The physical limits that benchmarks compare with: arithmetic on registers, and reading memory.
-#include "cpu/kernels/attention_tile.h"
 #include "cpu/kernels/kernels.h"
+#include "cpu/kernels/words.h"
 
 namespace diffqkv {
 namespace {

@@ -7,6 +7,7 @@
 #include "cpu/kernels/group_split.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/top_k.h"
+#include "cpu/kernels/v_stats.h"
 
 namespace diffqkv {
 namespace {

@@ -45,10 +45,10 @@ void forward(const SwigluParams& p, int64_t begin, int64_t end) {
 }
 
 template <class E>
-void backward(const SwigluParams& p, int64_t begin, int64_t end) {
+void backward(const SwigluBackwardParams& bp, int64_t begin, int64_t end) {
   using T = typename E::T;
-  const T* const in[] = {(const T*)p.gate, (const T*)p.up, (const T*)p.dout};
-  T* const out[] = {(T*)p.dgate, (T*)p.dup};
+  const T* const in[] = {(const T*)bp.forward.gate, (const T*)bp.forward.up, (const T*)bp.dout};
+  T* const out[] = {(T*)bp.dgate, (T*)bp.dup};
   map<E>(in, out, begin, end, [](const vf* x, vf* y) {
     const vf s = sigmoid(x[0]), silu = vmul(x[0], s);
     // d silu / d gate = s + silu * (1 - s)
@@ -65,10 +65,10 @@ void swiglu(const SwigluParams& p, int64_t begin, int64_t end) {
   if (p.dtype == DType::bf16) return forward<BF16>(p, begin, end);
   forward<F16>(p, begin, end);
 }
-void swiglu_backward(const SwigluParams& p, int64_t begin, int64_t end) {
-  if (p.dtype == DType::f32) return backward<F32>(p, begin, end);
-  if (p.dtype == DType::bf16) return backward<BF16>(p, begin, end);
-  backward<F16>(p, begin, end);
+void swiglu_backward(const SwigluBackwardParams& bp, int64_t begin, int64_t end) {
+  if (bp.forward.dtype == DType::f32) return backward<F32>(bp, begin, end);
+  if (bp.forward.dtype == DType::bf16) return backward<BF16>(bp, begin, end);
+  backward<F16>(bp, begin, end);
 }
 }  // namespace DIFFQKV_ISA
 }  // namespace diffqkv

@@ -1,8 +1,10 @@
+#include "cuda/attention.h"
 #include "cuda/decode_attention/decode_attention.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/launch_api.h"
+#include "cuda/tickets.cuh"
+#include "plan/cuda/decode_attention.h"
 
-namespace diffqkv {
+namespace diffqkv::cuda {
 namespace {
 
 template <class E, DecodeSize size, bool bulk>
@@ -22,14 +24,22 @@ cudaError_t dispatch(const device::DecodeAttentionParams& params, cudaStream_t s
 
 }  // namespace
 
-int cuda_decode_attention(const AttentionParams& p, const CudaDecodeAttentionPlan& plan, void* workspace,
-                          uint32_t* tickets, void* stream) {
+cudaError_t decode_attention(const AttentionParams& p, const Launch& launch) {
+  const CudaDecodeAttentionPlan plan = plan_cuda_decode_attention(p, launch.facts);
   if (plan.blocks == 0) return cudaSuccess;
-  const device::DecodeAttentionParams params{p, plan, static_cast<float*>(workspace), tickets};
-  const auto s = static_cast<cudaStream_t>(stream);
-  if (p.q.dtype == DType::f16) return dispatch<device::F16>(params, s);
-  if (p.q.dtype == DType::bf16) return dispatch<device::BF16>(params, s);
-  return cudaErrorInvalidValue;
+  const auto stream = static_cast<cudaStream_t>(launch.stream);
+  uint32_t* tickets = nullptr;
+  if (const cudaError_t error = take_tickets(plan.tickets, stream, &tickets); error != cudaSuccess) return error;
+  // Zeros of its own cost a call a kernel more.
+  const int64_t partial_bytes = 4 * plan.workspace_floats, ticket_bytes = tickets == nullptr ? 4 * plan.tickets : 0;
+  char* const workspace = static_cast<char*>(launch.memory.take(partial_bytes + ticket_bytes));
+  if (tickets == nullptr) {
+    tickets = reinterpret_cast<uint32_t*>(workspace + partial_bytes);
+    const cudaError_t error = cudaMemsetAsync(tickets, 0, static_cast<size_t>(ticket_bytes), stream);
+    if (error != cudaSuccess) return error;
+  }
+  const device::DecodeAttentionParams params{p, plan, reinterpret_cast<float*>(workspace), tickets};
+  return p.q.dtype == DType::f16 ? dispatch<device::F16>(params, stream) : dispatch<device::BF16>(params, stream);
 }
 
-}  // namespace diffqkv
+}  // namespace diffqkv::cuda

@@ -14,12 +14,12 @@
 
 namespace diffqkv::device {
 
-inline constexpr int kBackwardThreads = 32 * kBackwardWarps;
+inline constexpr int kFlashAttentionBackwardThreads = 32 * kFlashAttentionBackwardWarps;
 inline constexpr float kInfinity = __builtin_huge_valf();
 
 template <int kDk, int kDv>
-constexpr BackwardVariant backward_variant() {
-  for (const BackwardVariant& v : kBackwardVariants)
+constexpr FlashAttentionBackwardVariant backward_variant() {
+  for (const FlashAttentionBackwardVariant& v : kFlashAttentionBackwardVariants)
     if (v.d_k == kDk && v.d_v == kDv) return v;
   return {};
 }
@@ -79,7 +79,7 @@ struct ScoreFactors {
   static float not_zero(double x) { return float(x < 0 ? std::min(x, -1e-37) : std::max(x, 1e-37)); }
 };
 
-struct BackwardCall {
+struct FlashAttentionBackwardCall {
   FlashAttentionBackwardParams p;
   CudaFlashAttentionBackwardPlan plan;
   char* workspace;
@@ -113,7 +113,7 @@ DIFFQKV_DEVICE const uint16_t* query_at(const TokenView& view, const Entry& entr
 template <int kRows, int kD>
 DIFFQKV_DEVICE void load_tile(uint16_t* tile, const uint16_t* rows, int64_t stride, int64_t begin, int64_t end,
                               int64_t d, bool aligned) {
-  constexpr int kPieces = kD / kPiece, kRowsAtOnce = kBackwardThreads / kPieces;
+  constexpr int kPieces = kD / kPiece, kRowsAtOnce = kFlashAttentionBackwardThreads / kPieces;
   const int piece = thread() % kPieces * kPiece;
   int row = thread() / kPieces;
   tile += row * tile_stride(kD) + piece;

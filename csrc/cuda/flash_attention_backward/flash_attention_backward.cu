@@ -1,3 +1,6 @@
+#include <array>
+#include <utility>
+
 #include "cuda/flash_attention_backward/instances.h"
 #include "cuda/flash_attention_backward/plain_gradients.cuh"
 #include "cuda/flash_attention_backward/sums.cuh"
@@ -11,7 +14,7 @@ namespace {
 
 // Kernels one after the other, up to the first error.
 struct Launches {
-  const BackwardCall& call;
+  const FlashAttentionBackwardCall& call;
   cudaStream_t stream;
   cudaError_t error = cudaSuccess;
 
@@ -21,16 +24,22 @@ struct Launches {
   }
 };
 
-cudaError_t launch_variant(const BackwardCall& call, cudaStream_t stream) {
-  using Launch = cudaError_t (*)(const BackwardCall&, cudaStream_t);
-  constexpr Launch kLaunches[] = {launch_gradients<32, 64>, launch_gradients<64, 64>, launch_gradients<64, 128>,
-                                  launch_gradients<128, 128>, launch_gradients<256, 256>};
-  static_assert(sizeof(kLaunches) / sizeof(kLaunches[0]) == kBackwardVariantCount);
-  return kLaunches[call.plan.variant](call, stream);
+using LaunchGradients = cudaError_t (*)(const FlashAttentionBackwardCall&, cudaStream_t);
+
+// The launches of all variants, in the order of their table.
+template <size_t... i>
+constexpr auto launches_of(std::index_sequence<i...>) {
+  return std::array{LaunchGradients{
+      launch_gradients<kFlashAttentionBackwardVariants[i].d_k, kFlashAttentionBackwardVariants[i].d_v>}...};
+}
+
+cudaError_t launch_variant(const FlashAttentionBackwardCall& call, cudaStream_t stream) {
+  static constexpr auto kLaunches = launches_of(std::make_index_sequence<kFlashAttentionBackwardVariantCount>());
+  return kLaunches[static_cast<size_t>(call.plan.variant)](call, stream);
 }
 
 template <class E>
-cudaError_t run(const BackwardCall& call, cudaStream_t stream) {
+cudaError_t run(const FlashAttentionBackwardCall& call, cudaStream_t stream) {
   const CudaFlashAttentionBackwardPlan& plan = call.plan;
   Launches launches{call, stream};
   launches.run<RowSums<E>>(plan.row_blocks);
@@ -51,16 +60,16 @@ cudaError_t run(const BackwardCall& call, cudaStream_t stream) {
 }  // namespace
 }  // namespace device
 
-int cuda_flash_attention_backward(const FlashAttentionBackwardParams& p, const CudaFlashAttentionBackwardPlan& plan,
-                                  void* workspace, void* stream) {
+int cuda::run(const FlashAttentionBackwardParams& p, const Launch& launch) {
   if (p.forward.paging.block_table != nullptr) return cudaErrorInvalidValue;
-  const device::BackwardCall call{p, plan, static_cast<char*>(workspace)};
-  const auto s = static_cast<cudaStream_t>(stream);
+  const CudaFlashAttentionBackwardPlan plan = plan_cuda_flash_attention_backward(p, launch.facts);
+  const device::FlashAttentionBackwardCall call{p, plan, static_cast<char*>(launch.memory.take(plan.workspace_bytes))};
+  const auto stream = static_cast<cudaStream_t>(launch.stream);
   switch (p.forward.q.dtype) {
-    case DType::f32: return device::run<device::F32>(call, s);
-    case DType::f64: return device::run<device::F64>(call, s);
-    case DType::f16: return device::run<device::F16>(call, s);
-    case DType::bf16: return device::run<device::BF16>(call, s);
+    case DType::f32: return device::run<device::F32>(call, stream);
+    case DType::f64: return device::run<device::F64>(call, stream);
+    case DType::f16: return device::run<device::F16>(call, stream);
+    case DType::bf16: return device::run<device::BF16>(call, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -8,11 +8,11 @@ namespace diffqkv::device {
 
 template <class E, int kDk, int kDv, bool kFeatures>
 struct KeyGradients {
-  using Params = BackwardCall;
-  static constexpr int kThreads = kBackwardThreads, kMinBlocks = kBackwardBlocks;
-  static constexpr BackwardVariant kVariant = backward_variant<kDk, kDv>();
+  using Params = FlashAttentionBackwardCall;
+  static constexpr int kThreads = kFlashAttentionBackwardThreads, kMinBlocks = kFlashAttentionBackwardBlocks;
+  static constexpr FlashAttentionBackwardVariant kVariant = backward_variant<kDk, kDv>();
   static constexpr int kKeys = kVariant.keys.rows, kQueries = kVariant.keys.step;
-  static constexpr int kWarpKeys = kKeys / kBackwardWarps, kM = kWarpKeys / 16, kN = kQueries / 8;
+  static constexpr int kWarpKeys = kKeys / kFlashAttentionBackwardWarps, kM = kWarpKeys / 16, kN = kQueries / 8;
   static constexpr int kStrideK = tile_stride(kDk), kStrideV = tile_stride(kDv);
 
   // What a block knows of itself lies in shared memory too: registers are for the gradients.
@@ -39,7 +39,7 @@ struct KeyGradients {
   // kWantsK, kWantsV: which gradients the block computes.
   template <bool kWantsK, bool kWantsV>
   struct Walk {
-    const BackwardCall& call;
+    const FlashAttentionBackwardCall& call;
     Shared& shared;
     const AttentionParams& p = call.p.forward;
     const Block& block = shared.block;

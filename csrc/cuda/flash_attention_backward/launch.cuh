@@ -7,7 +7,7 @@
 namespace diffqkv::device {
 
 template <class E, int kDk, int kDv, bool kFeatures>
-cudaError_t launch_gradients(const BackwardCall& call, cudaStream_t stream) {
+cudaError_t launch_gradients(const FlashAttentionBackwardCall& call, cudaStream_t stream) {
   const CudaFlashAttentionBackwardPlan& plan = call.plan;
   using OfKeys = KeyGradients<E, kDk, kDv, kFeatures>;
   using OfQueries = QueryGradients<E, kDk, kDv, kFeatures>;
@@ -17,7 +17,7 @@ cudaError_t launch_gradients(const BackwardCall& call, cudaStream_t stream) {
 }
 
 template <int kDk, int kDv>
-cudaError_t launch_gradients(const BackwardCall& call, cudaStream_t stream) {
+cudaError_t launch_gradients(const FlashAttentionBackwardCall& call, cudaStream_t stream) {
   const bool half = call.p.forward.q.dtype == DType::f16;
   if (call.plan.features)
     return half ? launch_gradients<F16, kDk, kDv, true>(call, stream)

@@ -15,7 +15,7 @@ struct PlainWarp {
     T x[kPerLane];
   };
 
-  const BackwardCall& call;
+  const FlashAttentionBackwardCall& call;
   const AttentionParams& p = call.p.forward;
 
   static DIFFQKV_DEVICE Row load(const T* from, int64_t d) {
@@ -74,16 +74,16 @@ struct PlainWarp {
 struct PlainRow {
   int64_t b, token, head;
   DIFFQKV_DEVICE PlainRow(int64_t tokens, int64_t heads) {
-    const int64_t row = block_x() * (kPlainBackwardThreads / 32) + warp();
+    const int64_t row = block_x() * (kPlainFlashAttentionBackwardThreads / 32) + warp();
     b = row / heads / tokens, token = row / heads % tokens, head = row % heads;
   }
 };
 
 template <class E>
 struct PlainQueryGradients {
-  using Params = BackwardCall;
+  using Params = FlashAttentionBackwardCall;
   using T = typename E::T;
-  static constexpr int kThreads = kPlainBackwardThreads, kMinBlocks = 2;
+  static constexpr int kThreads = kPlainFlashAttentionBackwardThreads, kMinBlocks = 2;
 
   static DIFFQKV_DEVICE void run(const Params& call, char*) {
     const PlainWarp<E> w{call};
@@ -111,9 +111,9 @@ struct PlainQueryGradients {
 // dV, or without kOfV dK, of a key and its head: the sum over the q heads, and over the queries that see the key.
 template <class E, bool kOfV>
 struct PlainKeyGradients {
-  using Params = BackwardCall;
+  using Params = FlashAttentionBackwardCall;
   using T = typename E::T;
-  static constexpr int kThreads = kPlainBackwardThreads, kMinBlocks = 2;
+  static constexpr int kThreads = kPlainFlashAttentionBackwardThreads, kMinBlocks = 2;
 
   static DIFFQKV_DEVICE void run(const Params& call, char*) {
     const PlainWarp<E> w{call};

@@ -7,11 +7,11 @@ namespace diffqkv::device {
 
 template <class E, int kDk, int kDv, bool kFeatures>
 struct QueryGradients {
-  using Params = BackwardCall;
-  static constexpr int kThreads = kBackwardThreads, kMinBlocks = kBackwardBlocks;
-  static constexpr BackwardVariant kVariant = backward_variant<kDk, kDv>();
+  using Params = FlashAttentionBackwardCall;
+  static constexpr int kThreads = kFlashAttentionBackwardThreads, kMinBlocks = kFlashAttentionBackwardBlocks;
+  static constexpr FlashAttentionBackwardVariant kVariant = backward_variant<kDk, kDv>();
   static constexpr int kQueries = kVariant.queries.rows, kKeys = kVariant.queries.step;
-  static constexpr int kWarpQueries = kQueries / kBackwardWarps, kM = kWarpQueries / 16, kN = kKeys / 8;
+  static constexpr int kWarpQueries = kQueries / kFlashAttentionBackwardWarps, kM = kWarpQueries / 16, kN = kKeys / 8;
   static constexpr int kStrideK = tile_stride(kDk), kStrideV = tile_stride(kDv);
 
   // What a block knows of itself lies in shared memory too: registers are for the gradients.
@@ -34,7 +34,7 @@ struct QueryGradients {
   static_assert(sizeof(Shared) <= query_shared_bytes(kVariant, 2) &&
                 sizeof(Shared) - sizeof(Keys) <= query_shared_bytes(kVariant, 1));
 
-  const BackwardCall& call;
+  const FlashAttentionBackwardCall& call;
   Shared& shared;
   const AttentionParams& p = call.p.forward;
   const Block& block = shared.block;

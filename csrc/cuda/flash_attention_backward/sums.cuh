@@ -22,7 +22,7 @@ struct LseRow {
 // Computes lse and rowsum(dO * O) - dlse of every row. The workspace holds fp32, for fp64 inputs fp64.
 template <class E>
 struct RowSums {
-  using Params = BackwardCall;
+  using Params = FlashAttentionBackwardCall;
   using T = typename E::T;
   using Sum = decltype(E::get(T()));
   static constexpr int kThreads = kRowSumThreads, kMinBlocks = 4, kWidth = 16 / sizeof(T);
@@ -61,7 +61,7 @@ struct RowSums {
 // A block sums up what a sink gets from all queries of its head.
 template <class E>
 struct SinkGradients {
-  using Params = BackwardCall;
+  using Params = FlashAttentionBackwardCall;
   using Sum = decltype(E::get(typename E::T()));
   static constexpr int kThreads = 1024, kMinBlocks = 1;
   static constexpr int64_t kSharedBytes = kThreads / 32 * sizeof(double);
@@ -90,7 +90,7 @@ struct SinkGradients {
 // Adds up a gradient of K or V from the slots of its chunks.
 template <class E, bool kOfV>
 struct SlotSums {
-  using Params = BackwardCall;
+  using Params = FlashAttentionBackwardCall;
   static constexpr int kThreads = kSlotSumThreads, kMinBlocks = 4;
 
   static DIFFQKV_DEVICE void run(const Params& call, char*) {

@@ -8,22 +8,22 @@
 namespace diffqkv::device::selective_v_attention {
 
 struct GatherShared {
-  uint32_t digits[kSelectiveVThreads];
+  uint32_t digits[kSelectiveVAttentionThreads];
   float q[kMaxHeadDim];
-  float stats[kMaxHeadDim + 4];       // of the V head: sum of its rows, for tail mean of those seen; largest norm
-  float weights[kSelectiveVThreads];  // of the keys that a row computed densely takes at a time
-  float sums[kSelectiveVWarps][kMaxHeadDim];
-  float reduce[kSelectiveVWarps];
-  int chosen[kSelectiveVWarps], listed[kSelectiveVWarps];
+  float stats[kMaxHeadDim + 4];  // of the V head: sum of its rows, for tail mean of those seen; largest norm
+  float weights[kSelectiveVAttentionThreads];  // of the keys that a row computed densely takes at a time
+  float sums[kSelectiveVAttentionWarps][kMaxHeadDim];
+  float reduce[kSelectiveVAttentionWarps];
+  int chosen[kSelectiveVAttentionWarps], listed[kSelectiveVAttentionWarps];
 };
-static_assert(sizeof(GatherShared) <= kSelectiveVGatherBytes);
+static_assert(sizeof(GatherShared) <= kSelectiveVAttentionGatherBytes);
 
 template <class E>
 struct SelectedRow {
   using T = typename E::T;
   using Lanes = RowLanes<E>;
   using P = Piece<E>;
-  static constexpr int kThreads = kSelectiveVThreads, kAtOnce = 4 / Lanes::kPieces;
+  static constexpr int kThreads = kSelectiveVAttentionThreads, kAtOnce = 4 / Lanes::kPieces;
 
   const Params& params;
   const SelectiveVAttentionParams& sp;
@@ -72,7 +72,7 @@ struct SelectedRow {
         forced_scores(params.forced(row)) {
     out_row = lse_of(p, entry, head, query);
     char* list = params.list(row);
-    char* next = memory + kSelectiveVGatherBytes;
+    char* next = memory + kSelectiveVAttentionGatherBytes;
     if (plan.keys_in_shared) next += int64_t(plan.chunks) * plan.candidates * 8;
     if (plan.list_in_shared) list = next;
     list_tokens = reinterpret_cast<uint32_t*>(list);
@@ -82,7 +82,7 @@ struct SelectedRow {
     candidates = params.keys(row) + first * plan.candidates;
     candidate_count = int(end - first) * plan.candidates;
     if (plan.keys_in_shared) {
-      auto* copy = reinterpret_cast<uint64_t*>(memory + kSelectiveVGatherBytes);
+      auto* copy = reinterpret_cast<uint64_t*>(memory + kSelectiveVAttentionGatherBytes);
       for (int i = 2 * thread(); i < candidate_count; i += 2 * kThreads) copy_async(copy + i, candidates + i, true);
       candidates = copy;
     }
@@ -95,7 +95,7 @@ struct SelectedRow {
     sync_block();
     x = 0.0f;
     DIFFQKV_UNROLL
-    for (int w = 0; w < kSelectiveVWarps; ++w) x += shared.reduce[w];
+    for (int w = 0; w < kSelectiveVAttentionWarps; ++w) x += shared.reduce[w];
     sync_block();
     return x;
   }
@@ -104,13 +104,14 @@ struct SelectedRow {
     if (lane() == 0) shared.reduce[warp()] = x;
     sync_block();
     DIFFQKV_UNROLL
-    for (int w = 0; w < kSelectiveVWarps; ++w) x = shared.reduce[w] > x ? shared.reduce[w] : x;
+    for (int w = 0; w < kSelectiveVAttentionWarps; ++w) x = shared.reduce[w] > x ? shared.reduce[w] : x;
     sync_block();
     return x;
   }
 
   DIFFQKV_DEVICE void softmax() {
-    const int64_t first = keys.lo / kSelectiveVQuantum, end = n > 0 ? (keys.hi - 1) / kSelectiveVQuantum + 1 : first;
+    const int64_t first = keys.lo / kSelectiveVAttentionQuantum,
+                  end = n > 0 ? (keys.hi - 1) / kSelectiveVAttentionQuantum + 1 : first;
     const float* mass = params.mass(row);
     float most = -__builtin_inff(), total = 0.0f;
     bool unordered = false;
@@ -176,7 +177,7 @@ struct SelectedRow {
     sync_block();
     chosen = own = listed = 0;
     DIFFQKV_UNROLL
-    for (int w = 0; w < kSelectiveVWarps; ++w) {
+    for (int w = 0; w < kSelectiveVAttentionWarps; ++w) {
       chosen += w < warp() ? shared.chosen[w] : 0;
       own += w < warp() ? shared.listed[w] : 0;
       listed += shared.listed[w];
@@ -230,8 +231,8 @@ struct SelectedRow {
   }
 
   DIFFQKV_DEVICE void load_stats(const HeadRows<T>& rows) {
-    const int64_t batch_v_head = entry.b * p.heads.n_v + v_head, first = entry.keys.lo / kSelectiveVPartTokens;
-    const int64_t end = (entry.keys.hi - 1) / kSelectiveVPartTokens + 1;
+    const int64_t batch_v_head = entry.b * p.heads.n_v + v_head, first = entry.keys.lo / kSelectiveVAttentionPartTokens;
+    const int64_t end = (entry.keys.hi - 1) / kSelectiveVAttentionPartTokens + 1;
     for (int c = thread(); c <= p.d_v; c += kThreads) {
       float x = sp.v_stats != nullptr ? sp.v_stats[batch_v_head * (p.d_v + 1) + c] : 0.0f;
       for (int64_t i = first; sp.v_stats == nullptr && i < end; ++i) {
@@ -281,7 +282,7 @@ struct SelectedRow {
   template <class At>
   DIFFQKV_DEVICE void accumulate(const Lanes& lanes, const HeadRows<T>& rows, int count, At at,
                                  float (&o)[Lanes::kColumns]) const {
-    const int slots = kSelectiveVWarps * lanes.rows, slot = warp() * lanes.rows + lanes.row;
+    const int slots = kSelectiveVAttentionWarps * lanes.rows, slot = warp() * lanes.rows + lanes.row;
     for (int first = slot; first < count; first += slots * kAtOnce) {
       typename P::Vector v[kAtOnce][Lanes::kPieces];
       float weight[kAtOnce];
@@ -330,8 +331,7 @@ struct SelectedRow {
     for (int64_t i = top_k + thread(); i < sp.indices_per_row; i += kThreads) indices[i] = -1;
     softmax();
     const HeadRows<T> rows(p.v, p.paging, entry.b, v_head, p.heads.v_per_group());
-    const bool needs_stats = sp.tail == Tail::mean || sp.want_bound || sp.max_error >= 0.0f;
-    if (needs_stats && !dense && !nan) load_stats(rows);
+    if (sp.needs_v_stats() && !dense && !nan) load_stats(rows);
     copy_wait<0>();
     sync_block();
 
@@ -358,7 +358,7 @@ struct SelectedRow {
     float x = 0.0f, norm = sum;
     if (thread() < p.d_v) {
       DIFFQKV_UNROLL
-      for (int w = 0; w < kSelectiveVWarps; ++w) x += shared.sums[w][thread()];
+      for (int w = 0; w < kSelectiveVAttentionWarps; ++w) x += shared.sums[w][thread()];
     }
     const float mass = all ? (n > 0 ? 1.0f : 0.0f) : kept_mass(), rest = all ? 0.0f : unread_mass();
     if (sum > 0.0f && used < n) {  // false for NaN
@@ -387,7 +387,7 @@ struct SelectedRow {
 template <class E>
 struct Gather {
   using Params = selective_v_attention::Params;
-  static constexpr int kThreads = kSelectiveVThreads, kMinBlocks = 2;
+  static constexpr int kThreads = kSelectiveVAttentionThreads, kMinBlocks = 2;
   static DIFFQKV_DEVICE void run(const Params& params, char* shared) { SelectedRow<E>(params, shared).run(); }
 };
 

@@ -28,10 +28,10 @@ int launch_all(const SelectiveVAttentionParams& sp, const CudaSelectiveVAttentio
         return blocks == 0 ? 0 : launch.template operator()<Score<E, quanta>>(params, blocks, plan.score_shared);
       };
       int error = 0;
-      if (plan.chunk_tokens == kSelectiveVQuantum) error = score.template operator()<1>();
-      if (plan.chunk_tokens == 2 * kSelectiveVQuantum) error = score.template operator()<2>();
+      if (plan.chunk_tokens == kSelectiveVAttentionQuantum) error = score.template operator()<1>();
+      if (plan.chunk_tokens == 2 * kSelectiveVAttentionQuantum) error = score.template operator()<2>();
       if constexpr (E::kDType != DType::f32)
-        if (plan.chunk_tokens == 4 * kSelectiveVQuantum) error = score.template operator()<4>();
+        if (plan.chunk_tokens == 4 * kSelectiveVAttentionQuantum) error = score.template operator()<4>();
       if (error == 0) error = launch.template operator()<Gather<E>>(params, params.rows(), plan.gather_shared);
       if (error != 0) return error;
     }

@@ -14,7 +14,9 @@ struct Params {
 
   DIFFQKV_HOST_DEVICE int64_t rows() const { return entries * sp.attention.heads.n_q * queries; }
   DIFFQKV_HOST_DEVICE int64_t columns() const { return sp.attention.heads.q_per_k() * queries; }  // of a K head
-  DIFFQKV_HOST_DEVICE int64_t column_tiles() const { return (columns() + kSelectiveVColumns - 1) / kSelectiveVColumns; }
+  DIFFQKV_HOST_DEVICE int64_t column_tiles() const {
+    return (columns() + kSelectiveVAttentionColumns - 1) / kSelectiveVAttentionColumns;
+  }
   // What the workspace holds of query row `row` of this launch: maximum and sum of every quantum, candidates of every
   // chunk, scores of the forced keys, tokens and weights of the rows to read.
   DIFFQKV_HOST_DEVICE float* mass(int64_t row) const {

@@ -17,13 +17,13 @@ template <class E, int kQuanta>
 struct Score {
   using Params = selective_v_attention::Params;
   using T = typename E::T;
-  static constexpr int kThreads = kSelectiveVThreads, kMinBlocks = 2;
-  static constexpr int kChunk = kQuanta * kSelectiveVQuantum;
-  static constexpr int kTiles =
-      kSelectiveVQuantum / (kSelectiveVWarps * kSelectiveVTileTokens);            // of a warp in a quantum
-  static constexpr int kPer = kSelectiveVQuantum / 32, kScores = kQuanta * kPer;  // scores of a lane
-  static constexpr int kWidth = 16 / sizeof(T), kSlice = kSelectiveVSliceBytes / sizeof(T);
-  static constexpr int kRow = kSelectiveVRowBytes / sizeof(T), kStage = kSelectiveVTileTokens * kRow;
+  static constexpr int kThreads = kSelectiveVAttentionThreads, kMinBlocks = 2;
+  static constexpr int kChunk = kQuanta * kSelectiveVAttentionQuantum;
+  static constexpr int kTiles = kSelectiveVAttentionQuantum /
+                                (kSelectiveVAttentionWarps * kSelectiveVAttentionTileTokens);  // of a warp in a quantum
+  static constexpr int kPer = kSelectiveVAttentionQuantum / 32, kScores = kQuanta * kPer;      // scores of a lane
+  static constexpr int kWidth = 16 / sizeof(T), kSlice = kSelectiveVAttentionSliceBytes / sizeof(T);
+  static constexpr int kRow = kSelectiveVAttentionRowBytes / sizeof(T), kStage = kSelectiveVAttentionTileTokens * kRow;
 
   // The K rows of this warp's tiles on their way to shared memory: steps are slices of tiles.
   struct Ring {
@@ -34,16 +34,19 @@ struct Score {
     int tile, end_tile, slice = 0, stage = 0;
 
     // Tokens of tile `i` of this warp, from t0.
-    static DIFFQKV_DEVICE int token(int i) { return (i * kSelectiveVWarps + warp()) * kSelectiveVTileTokens; }
-    DIFFQKV_DEVICE bool live(int i) const { return token(i) < hi && token(i) + kSelectiveVTileTokens > lo; }
+    static DIFFQKV_DEVICE int token(int i) {
+      return (i * kSelectiveVAttentionWarps + warp()) * kSelectiveVAttentionTileTokens;
+    }
+    DIFFQKV_DEVICE bool live(int i) const { return token(i) < hi && token(i) + kSelectiveVAttentionTileTokens > lo; }
 
     DIFFQKV_DEVICE void issue() {
       if (tile < end_tile) {
         const AttentionParams& p = params.sp.attention;
         const int first = slice * kSlice, d_k = int(p.d_k), piece = lane() % 8 * kWidth;
-        const int columns = (d_k - first + kSelectiveVStep - 1) / kSelectiveVStep * kSelectiveVStep;  // zeros after d_k
+        const int columns = (d_k - first + kSelectiveVAttentionStep - 1) / kSelectiveVAttentionStep *
+                            kSelectiveVAttentionStep;  // zeros after d_k
         DIFFQKV_UNROLL
-        for (int i = 0; i < kSelectiveVTileTokens / 4; ++i) {
+        for (int i = 0; i < kSelectiveVAttentionTileTokens / 4; ++i) {
           const int row = 4 * i + lane() / 8, t = token(tile) + row;
           if (piece >= columns) continue;
           const bool valid = t >= lo && t < hi && first + piece < d_k;
@@ -51,7 +54,7 @@ struct Score {
           copy_piece(ring + stage * kStage + row * kRow + piece, source, valid, params.plan.k_vectors);
         }
         if (++slice == slices) slice = 0, ++tile;
-        stage = (stage + 1) % kSelectiveVStages;
+        stage = (stage + 1) % kSelectiveVAttentionStages;
       }
       copy_commit();
     }
@@ -81,7 +84,7 @@ struct Score {
       const char* columns = q + lane() % 8 * q_bytes + lane() / 8 * 16;
       const int end = dims < kSlice ? dims : kSlice;
       DIFFQKV_UNROLL_BY(1)
-      for (int x = 0; x < end; x += kSelectiveVStep) {
+      for (int x = 0; x < end; x += kSelectiveVAttentionStep) {
         uint32_t a[4], b[4];
         load_matrices(b, columns + x * 2);
         load_matrices(a, k + x);
@@ -102,7 +105,7 @@ struct Score {
                                           int q_bytes, char* q) {
     const AttentionParams& p = params.sp.attention;
     const int width = q_bytes / int(sizeof(T)), queries = int(params.queries);
-    for (int i = thread(); i < kSelectiveVColumns * width; i += kThreads) {
+    for (int i = thread(); i < kSelectiveVAttentionColumns * width; i += kThreads) {
       const int column = first_column + i / width, x = i % width;
       T value = T(0);
       if (column < params.columns() && x < p.d_k) {
@@ -134,7 +137,7 @@ struct Score {
 
     // Takes the scores of a quantum, and writes its maximum and sum of exponentials.
     DIFFQKV_DEVICE void take(int quantum, const float* scores) {
-      const int first = quantum * kSelectiveVQuantum;
+      const int first = quantum * kSelectiveVAttentionQuantum;
       const float scale = params.plan.exp2_scale;
       float maximum = -__builtin_inff(), sum = 0.0f;
       bool unordered = false;
@@ -151,7 +154,8 @@ struct Score {
       if (params.plan.forced > 0) {
         const ForcedKeys forced(params.sp, {begin, end});
         DIFFQKV_UNROLL_BY(1)
-        for (int t = lo > first ? lo + lane() : first + lane(); t < hi && t < first + kSelectiveVQuantum; t += 32)
+        for (int t = lo > first ? lo + lane() : first + lane(); t < hi && t < first + kSelectiveVAttentionQuantum;
+             t += 32)
           if (forced.has(t0 + t)) params.forced(row)[forced.place(t0 + t)] = scores[t - first];
       }
       maximum = warp_max(maximum);
@@ -166,7 +170,7 @@ struct Score {
       unordered = ballot(unordered) != 0;
       nan |= unordered;
       if (lane() == 0) {
-        float* mass = params.mass(row) + (t0 / kSelectiveVQuantum + quantum) * 2;
+        float* mass = params.mass(row) + (t0 / kSelectiveVAttentionQuantum + quantum) * 2;
         mass[0] = unordered ? __builtin_nanf("") : maximum;
         mass[1] = sum;
       }
@@ -219,7 +223,7 @@ struct Score {
     const AttentionParams& p = params.sp.attention;
     uint32_t block = uint32_t(block_x());
     const uint32_t column_tiles = uint32_t(params.column_tiles()), chunks = uint32_t(params.plan.chunks);
-    const int first_column = int(block % column_tiles) * kSelectiveVColumns;
+    const int first_column = int(block % column_tiles) * kSelectiveVAttentionColumns;
     const int t0 = int(block / column_tiles % chunks) * kChunk;
     block /= column_tiles * chunks;
     const int64_t k_head = block % uint32_t(p.heads.n_k), entry_of_launch = block / uint32_t(p.heads.n_k);
@@ -228,17 +232,17 @@ struct Score {
     const int lo = int(max_of(keys.lo - t0, 0)), hi = int(min_of(keys.hi - t0, kChunk));
     if (lo >= hi) return;
 
-    const int q_bytes = selective_v_q_bytes(int(p.d_k), sizeof(T)), queries = int(params.queries);
+    const int q_bytes = selective_v_attention_q_bytes(int(p.d_k), sizeof(T)), queries = int(params.queries);
     char* q = shared;
-    float* scores = reinterpret_cast<float*>(q + kSelectiveVColumns * q_bytes);
-    T* ring = reinterpret_cast<T*>(scores + kSelectiveVColumns * kSelectiveVScoreStride) +
-              warp() * (kSelectiveVRingBytes / int(sizeof(T)));
+    float* scores = reinterpret_cast<float*>(q + kSelectiveVAttentionColumns * q_bytes);
+    T* ring = reinterpret_cast<T*>(scores + kSelectiveVAttentionColumns * kSelectiveVAttentionScoreStride) +
+              warp() * (kSelectiveVAttentionRingBytes / int(sizeof(T)));
     const int slices = (int(p.d_k) + kSlice - 1) / kSlice;
     const HeadRows<T> rows(p.k, p.paging, entry.b, k_head, p.heads.k_per_group());
     Ring copies{params, rows, ring, t0, lo, hi, slices, 0, kQuanta * kTiles};
     while (copies.tile < copies.end_tile && !copies.live(copies.tile)) ++copies.tile;
     while (copies.end_tile > copies.tile && !copies.live(copies.end_tile - 1)) --copies.end_tile;
-    for (int i = 0; i < kSelectiveVStages - 1; ++i) copies.issue();
+    for (int i = 0; i < kSelectiveVAttentionStages - 1; ++i) copies.issue();
     load_queries(params, entry, k_head, first_column, q_bytes, q);
     sync_block();
 
@@ -251,7 +255,7 @@ struct Score {
     int stage = 0;
     DIFFQKV_UNROLL
     for (int quantum = 0; quantum < kQuanta; ++quantum) {
-      if (quantum * kSelectiveVQuantum >= hi || (quantum + 1) * kSelectiveVQuantum <= lo) {
+      if (quantum * kSelectiveVAttentionQuantum >= hi || (quantum + 1) * kSelectiveVAttentionQuantum <= lo) {
         DIFFQKV_UNROLL
         for (int i = 0; i < kPer; ++i) column.u[quantum * kPer + i] = 0;
         continue;
@@ -263,21 +267,21 @@ struct Score {
         if (copies.live(tile)) {
           DIFFQKV_UNROLL_BY(1)
           for (int slice = 0; slice < slices; ++slice) {
-            copy_wait<kSelectiveVStages - 2>();
+            copy_wait<kSelectiveVAttentionStages - 2>();
             sync_warp();  // all have the new stage, and have read the one before it, which the next copies replace
-            multiply(ring + stage * kStage, q + slice * kSelectiveVSliceBytes, q_bytes, int(p.d_k) - slice * kSlice,
-                     acc);
+            multiply(ring + stage * kStage, q + slice * kSelectiveVAttentionSliceBytes, q_bytes,
+                     int(p.d_k) - slice * kSlice, acc);
             copies.issue();
-            stage = (stage + 1) % kSelectiveVStages;
+            stage = (stage + 1) % kSelectiveVAttentionStages;
           }
         }
         DIFFQKV_UNROLL
         for (int j = 0; j < 4; ++j)
-          scores[column_of_element(j) * kSelectiveVScoreStride + Ring::token(i) + token_of_element(j)] =
+          scores[column_of_element(j) * kSelectiveVAttentionScoreStride + Ring::token(i) + token_of_element(j)] =
               negative ? -acc[j] : acc[j];
       }
       sync_block();
-      if (has_column) column.take(quantum, scores + warp() * kSelectiveVScoreStride);
+      if (has_column) column.take(quantum, scores + warp() * kSelectiveVAttentionScoreStride);
       sync_block();
     }
     if (has_column) column.select();

@@ -9,13 +9,13 @@ namespace diffqkv::device::selective_v_attention {
 template <class E>
 struct Stats {
   using Params = selective_v_attention::Params;
-  static constexpr int kThreads = kSelectiveVThreads, kMinBlocks = 4;
+  static constexpr int kThreads = kSelectiveVAttentionThreads, kMinBlocks = 4;
   using Lanes = RowLanes<E>;
   static constexpr int kWidth = Lanes::P::kWidth, kAtOnce = 4 / Lanes::kPieces;
 
   struct Shared {
-    float sums[kSelectiveVWarps][kMaxHeadDim];
-    float norms[kSelectiveVWarps];
+    float sums[kSelectiveVAttentionWarps][kMaxHeadDim];
+    float norms[kSelectiveVAttentionWarps];
   };
   static constexpr int kSharedBytes = sizeof(Shared);
 
@@ -25,14 +25,14 @@ struct Stats {
     const uint32_t block = uint32_t(block_x()), parts = uint32_t(params.plan.parts), n_v = uint32_t(p.heads.n_v);
     const int64_t part = block % parts, batch_v_head = block / parts, b = batch_v_head / n_v, head = batch_v_head % n_v;
     const KeyRange all = entry_of(p, b).keys;
-    const KeyRange keys = {max_of(all.lo, part * kSelectiveVPartTokens),
-                           min_of(all.hi, (part + 1) * kSelectiveVPartTokens)};
+    const KeyRange keys = {max_of(all.lo, part * kSelectiveVAttentionPartTokens),
+                           min_of(all.hi, (part + 1) * kSelectiveVAttentionPartTokens)};
     if (keys.lo >= keys.hi || params.sp.top_k >= all.hi - all.lo) return;  // nobody reads this part
 
     const Lanes lanes(int(p.d_v));
     const HeadRows<typename E::T> rows(p.v, p.paging, b, head, p.heads.v_per_group());
     float sum[Lanes::kColumns] = {}, norm = 0.0f;
-    const int slots = kSelectiveVWarps * lanes.rows, slot = warp() * lanes.rows + lanes.row;
+    const int slots = kSelectiveVAttentionWarps * lanes.rows, slot = warp() * lanes.rows + lanes.row;
     for (int64_t first = keys.lo; first < keys.hi; first += slots * kAtOnce) {
       typename Lanes::P::Vector v[kAtOnce][Lanes::kPieces];
       DIFFQKV_UNROLL
@@ -64,12 +64,12 @@ struct Stats {
     const int c = thread();
     if (c < p.d_v) {
       float total = 0.0f;
-      for (int w = 0; w < kSelectiveVWarps; ++w) total += shared.sums[w][c];
+      for (int w = 0; w < kSelectiveVAttentionWarps; ++w) total += shared.sums[w][c];
       out[c] = total;
     }
     if (c == 0) {
       float most = 0.0f;
-      for (int w = 0; w < kSelectiveVWarps; ++w) most = max_norm(most, shared.norms[w]);
+      for (int w = 0; w < kSelectiveVAttentionWarps; ++w) most = max_norm(most, shared.norms[w]);
       out[p.d_v] = most;
     }
   }

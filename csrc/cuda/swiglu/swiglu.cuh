@@ -8,7 +8,7 @@ namespace diffqkv::device {
 template <class E, bool backward>
 struct Swiglu {
   struct Params {
-    SwigluParams p;
+    SwigluBackwardParams bp;  // forward alone, where that is the op
     bool aligned;
   };
   using T = typename E::T;
@@ -36,28 +36,29 @@ struct Swiglu {
   }
 
   static DIFFQKV_DEVICE void run(const Params& params, char*) {
-    const SwigluParams& p = params.p;
+    const SwigluBackwardParams& bp = params.bp;
+    const SwigluParams& p = bp.forward;
     const int64_t step = grid_x() * kThreads, first = block_x() * kThreads + thread();
     const int64_t vectors = params.aligned ? p.numel / kWidth : 0;
     for (int64_t i = first; i < vectors; i += step) {
       const Vector gate = at<Vector>(p.gate, i), up = at<Vector>(p.up, i);
-      const Vector dout = backward ? at<Vector>(p.dout, i) : Vector{};
+      const Vector dout = backward ? at<Vector>(bp.dout, i) : Vector{};
       Vector out, dgate, dup;
       DIFFQKV_UNROLL
       for (int j = 0; j < kWidth; ++j) one(gate.x[j], up.x[j], dout.x[j], out.x[j], dgate.x[j], dup.x[j]);
       if constexpr (backward) {
-        static_cast<Vector*>(p.dgate)[i] = dgate;
-        static_cast<Vector*>(p.dup)[i] = dup;
+        static_cast<Vector*>(bp.dgate)[i] = dgate;
+        static_cast<Vector*>(bp.dup)[i] = dup;
       } else {
         static_cast<Vector*>(p.out)[i] = out;
       }
     }
     for (int64_t i = vectors * kWidth + first; i < p.numel; i += step) {
       T out, dgate, dup;
-      one(at<T>(p.gate, i), at<T>(p.up, i), backward ? at<T>(p.dout, i) : T(0), out, dgate, dup);
+      one(at<T>(p.gate, i), at<T>(p.up, i), backward ? at<T>(bp.dout, i) : T(0), out, dgate, dup);
       if constexpr (backward) {
-        static_cast<T*>(p.dgate)[i] = dgate;
-        static_cast<T*>(p.dup)[i] = dup;
+        static_cast<T*>(bp.dgate)[i] = dgate;
+        static_cast<T*>(bp.dup)[i] = dup;
       } else {
         static_cast<T*>(p.out)[i] = out;
       }

@@ -6,10 +6,10 @@
 
 namespace diffqkv {
 
-// Tokens that share one softmax step in prefill. Part of the numerics: results depend on it, so it is the same
+// Tokens that share one softmax step of the block kernel. Part of the numerics: results depend on it, so it is the same
 // everywhere.
 inline constexpr int64_t kKeyTile = 256;
-// Tokens that one item of the split kernel reads, and softmax step of decode. Fixed, so that neither the batch nor the
+// Tokens that one item of the split kernel reads, in one softmax step. Fixed, so that neither the batch nor the
 // number of threads changes a result; long, because each head's share of it is one stretch of memory, and short
 // stretches never bring the hardware prefetchers up to speed; a thread's scores of it fit the L2 cache.
 inline constexpr int64_t kSplitTokens = 1024;
@@ -18,8 +18,8 @@ inline constexpr int64_t kSplitTokens = 1024;
 inline constexpr int64_t kPartialHeader = 3;
 
 enum class AttentionKernel : int32_t {
-  block = 0,  // item = block of queries x some heads of a group, walking all its keys: prefill
-  split = 1,  // item = all query rows of a KV group x a range of keys, merged afterwards: decode
+  block = 0,  // item = block of queries x some heads of a group, walking all its keys: flash_attention
+  split = 1,  // item = all query rows of a KV group x a range of keys, merged afterwards: decode_attention
   plain = 2,  // item = q head, a row of scores at a time: float64
 };
 

@@ -15,7 +15,7 @@ constexpr int64_t kBlockBytes = 448 * 1024;
 int64_t scratch_of(const FlashAttentionBackwardPlan& plan, int64_t d_k, int64_t d_v) {
   const int64_t keys = 4 * plan.block_k * (3 * d_k + 2 * d_v + 2 * kLanes) + 2 * panel_bytes(std::max(d_k, d_v));
   const int64_t queries = 4 * plan.block_q * (3 * d_k + 2 * d_v + 5 * kLanes);
-  const int64_t tiles = 4 * (2 * kScoreRows + 3 * plan.block_q) * kBackwardStride;
+  const int64_t tiles = 4 * (2 * kScoreRows + 3 * plan.block_q) * kFlashAttentionBackwardStride;
   return aligned(keys) + aligned(queries) + aligned(tiles) + kAlignmentSlack;
 }
 
@@ -25,10 +25,10 @@ FlashAttentionBackwardPlan plan_flash_attention_backward(const AttentionParams& 
   FlashAttentionBackwardPlan plan;
   plan.groups = p.heads.groups();
   // Smaller blocks pay more to walk the queries.
-  plan.block_k = kMaxBackwardKeys;
+  plan.block_k = kMaxFlashAttentionBackwardKeys;
   while (plan.block_k > 2 * kPanelTokens && 4 * plan.block_k * (3 * p.d_k + 2 * p.d_v) > kBlockBytes) plan.block_k /= 2;
   plan.key_blocks = ceil_div(p.s_k, plan.block_k);
-  plan.block_q = kBackwardQueries;
+  plan.block_q = kFlashAttentionBackwardQueries;
   plan.query_blocks = ceil_div(p.s_q, plan.block_q);
   plan.flops = attention_backward_flops(p);
   if (p.q.dtype == DType::f64) {

@@ -19,11 +19,11 @@ struct FlashAttentionBackwardPlan {
   double flops = 0;
 };
 // A multiple of the rows that share their scores. Part of the numerics, like the keys of a block.
-inline constexpr int64_t kBackwardQueries = 96;
-inline constexpr int64_t kMaxBackwardKeys = 256;
+inline constexpr int64_t kFlashAttentionBackwardQueries = 96;
+inline constexpr int64_t kMaxFlashAttentionBackwardKeys = 256;
 // The distance from a row of a tile of scores to the next: no power of two, or the rows of a column would share their
 // cache lines.
-inline constexpr int64_t kBackwardStride = kMaxBackwardKeys + 16;
+inline constexpr int64_t kFlashAttentionBackwardStride = kMaxFlashAttentionBackwardKeys + 16;
 
 // threads: those of the caller's pool.
 FlashAttentionBackwardPlan plan_flash_attention_backward(const AttentionParams& params, int64_t threads);

@@ -19,9 +19,9 @@ struct FlashAttentionVariant {
   constexpr int32_t block_m() const { return warps * warp_rows; }
   constexpr bool holds(int64_t k, int64_t v) const { return k <= d_k && v <= d_v; }
 };
-// Smaller ones first. Of a thread's 255 registers the accumulator of a warp's 32 queries takes d_v and their scores
-// take block_n, so that 256 dimensions leave room for 16 queries. A result's bits depend on block_n, which therefore
-// follows from the dimensions alone.
+// Smaller ones first; CMake compiles the kernels of these dimensions. Of a thread's 255 registers the accumulator of a
+// warp's 32 queries takes d_v and their scores take block_n, so that 256 dimensions leave room for 16 queries. A
+// result's bits depend on block_n, which therefore follows from the dimensions alone.
 inline constexpr FlashAttentionVariant kFlashAttentionVariants[] = {
     {32, 64, 4, 32, 64, 2},   {64, 64, 4, 32, 64, 2},   {64, 128, 4, 32, 64, 2},
     {128, 128, 4, 32, 64, 2}, {256, 256, 4, 16, 32, 2},

@@ -2,11 +2,23 @@
 
 #include "params/arithmetic.h"
 #include "plan/cost.h"
+#include "plan/cuda/flash_attention.h"
 #include "plan/cuda/flash_attention_backward_tiles.h"
 #include "plan/cuda/rows_aligned.h"
 
 namespace diffqkv {
 namespace {
+
+// CMake compiles the kernels of both ops for the same dimensions.
+constexpr bool dimensions_agree() {
+  for (int32_t i = 0; i < kFlashAttentionVariantCount; ++i) {
+    const FlashAttentionVariant& forward = kFlashAttentionVariants[i];
+    const FlashAttentionBackwardVariant& backward = kFlashAttentionBackwardVariants[i];
+    if (forward.d_k != backward.d_k || forward.d_v != backward.d_v) return false;
+  }
+  return true;
+}
+static_assert(kFlashAttentionBackwardVariantCount == kFlashAttentionVariantCount && dimensions_agree());
 
 // The most chunks that the q heads of a K or V head are in.
 int64_t slots(int64_t chunk_heads, int64_t group_heads, int64_t head_heads) {
@@ -37,17 +49,18 @@ void share_heads(const HeadGroups& h, int64_t blocks, int64_t wanted, CudaFlashA
 int32_t stages(const DeviceFacts& facts, int64_t bytes_of_one, int64_t bytes_of_two) {
   const auto blocks = [&](int64_t bytes) {
     if (bytes > facts.shared_per_block) return int64_t{0};
-    return std::min<int64_t>(kBackwardBlocks, facts.shared_per_multiprocessor / (bytes + kSystemSharedBytes));
+    return std::min<int64_t>(kFlashAttentionBackwardBlocks,
+                             facts.shared_per_multiprocessor / (bytes + kSystemSharedBytes));
   };
   return blocks(bytes_of_two) >= blocks(bytes_of_one) ? 2 : 1;
 }
 
 void plan_tiles(const AttentionParams& p, const DeviceFacts& facts, CudaFlashAttentionBackwardPlan& plan) {
-  const BackwardVariant* v = kBackwardVariants;
+  const FlashAttentionBackwardVariant* v = kFlashAttentionBackwardVariants;
   while (!v->holds(p.d_k, p.d_v)) ++v;
-  plan.variant = static_cast<int32_t>(v - kBackwardVariants);
+  plan.variant = static_cast<int32_t>(v - kFlashAttentionBackwardVariants);
   plan.features = p.softcap > 0 || p.dropout.threshold > 0;
-  plan.threads = 32 * kBackwardWarps;
+  plan.threads = 32 * kFlashAttentionBackwardWarps;
   plan.key_stages = stages(facts, key_shared_bytes(*v, 1), key_shared_bytes(*v, 2));
   plan.query_stages = stages(facts, query_shared_bytes(*v, 1), query_shared_bytes(*v, 2));
   plan.key_shared_bytes = key_shared_bytes(*v, plan.key_stages);
@@ -55,7 +68,7 @@ void plan_tiles(const AttentionParams& p, const DeviceFacts& facts, CudaFlashAtt
 
   const HeadGroups& h = p.heads;
   const int64_t blocks = p.batch * h.groups() * ceil_div(p.s_k, v->keys.rows) * (v->both() ? 1 : 2);
-  share_heads(h, blocks, int64_t{kBackwardBlocks} * facts.multiprocessors, plan);
+  share_heads(h, blocks, int64_t{kFlashAttentionBackwardBlocks} * facts.multiprocessors, plan);
   plan.key_blocks = blocks * plan.chunks;
   plan.query_blocks = p.batch * h.n_q * ceil_div(p.s_q, v->queries.rows);
   const int64_t k_sums = plan.k_slots > 1 ? p.batch * h.n_k * p.s_k * p.d_k : 0;
@@ -83,8 +96,8 @@ CudaFlashAttentionBackwardPlan plan_cuda_flash_attention_backward(const FlashAtt
     plan_tiles(p, facts, plan);
     return plan;
   }
-  constexpr int64_t kWarps = kPlainBackwardThreads / 32;
-  plan.threads = kPlainBackwardThreads;
+  constexpr int64_t kWarps = kPlainFlashAttentionBackwardThreads / 32;
+  plan.threads = kPlainFlashAttentionBackwardThreads;
   plan.key_blocks = ceil_div(p.batch * p.heads.n_k * p.s_k, kWarps);
   plan.value_blocks = ceil_div(p.batch * p.heads.n_v * p.s_k, kWarps);
   plan.query_blocks = ceil_div(p.batch * p.heads.n_q * p.s_q, kWarps);

@@ -7,33 +7,34 @@
 
 namespace diffqkv {
 
-inline constexpr int32_t kBackwardWarps = 4;   // of a block, each with its share of the block's rows
-inline constexpr int32_t kBackwardBlocks = 2;  // to a multiprocessor, as far as registers go
+inline constexpr int32_t kFlashAttentionBackwardWarps = 4;   // of a block, each with its share of the block's rows
+inline constexpr int32_t kFlashAttentionBackwardBlocks = 2;  // to a multiprocessor, as far as registers go
 
 // A block of the key kernel owns `rows` keys and walks the queries by `step`, one of the query kernel the other way
 // round. A warp takes a multiple of 16 rows: 32 read shared memory half as often per product as 16.
-struct BackwardTile {
+struct FlashAttentionBackwardTile {
   int32_t rows, step;
 };
 // Kernels on matrix products, for fp16 and bf16.
-struct BackwardVariant {
+struct FlashAttentionBackwardVariant {
   int32_t d_k, d_v;  // head dimensions that fit; smaller ones are padded with zeros in shared memory
-  BackwardTile keys, queries;
+  FlashAttentionBackwardTile keys, queries;
 
   DIFFQKV_HOST_DEVICE constexpr bool holds(int64_t k, int64_t v) const { return k <= d_k && v <= d_v; }
   // Registers hold the gradients of K and V at once; else a block of keys computes one of them.
   DIFFQKV_HOST_DEVICE constexpr bool both() const { return d_k + d_v <= 256; }
 };
-// Smaller ones first. Bits depend on the variant, which is a function of the dimensions alone. 32 rows of a gradient
-// take d registers, of at most 255.
-inline constexpr BackwardVariant kBackwardVariants[] = {
+// Smaller ones first, for the dimensions of flash_attention's kernels. Bits depend on the variant, which is a function
+// of the dimensions alone. 32 rows of a gradient take d registers, of at most 255.
+inline constexpr FlashAttentionBackwardVariant kFlashAttentionBackwardVariants[] = {
     {32, 64, {128, 32}, {128, 64}},  {64, 64, {128, 32}, {128, 64}}, {64, 128, {64, 32}, {128, 32}},
     {128, 128, {64, 32}, {128, 32}}, {256, 256, {64, 16}, {64, 16}},
 };
-inline constexpr int32_t kBackwardVariantCount = sizeof(kBackwardVariants) / sizeof(kBackwardVariants[0]);
+inline constexpr int32_t kFlashAttentionBackwardVariantCount =
+    sizeof(kFlashAttentionBackwardVariants) / sizeof(kFlashAttentionBackwardVariants[0]);
 
 struct CudaFlashAttentionBackwardPlan {
-  int32_t variant = -1;   // of kBackwardVariants; -1: the plain kernels, for fp32 and fp64
+  int32_t variant = -1;   // of kFlashAttentionBackwardVariants; -1: the plain kernels, for fp32 and fp64
   bool features = false;  // softcap or dropout
   bool aligned = false;   // rows of the inputs begin at multiples of 16 bytes
   int32_t threads = 0;    // of a block of the key and the query kernel

@@ -12,9 +12,10 @@ namespace {
 // The largest chunk that still gives every multiprocessor its blocks: few chunks leave few candidates. They are half as
 // large in fp32, where the registers are short and K is twice as large beside the candidates.
 int32_t chunk_tokens(const AttentionParams& p, const DeviceFacts& facts) {
-  const int64_t blocks = p.batch * p.heads.n_k * ceil_div(p.heads.q_per_k() * p.s_q, kSelectiveVColumns);
-  int32_t tokens = (p.k.dtype == DType::f32 ? 2 : 4) * kSelectiveVQuantum;
-  while (tokens > kSelectiveVQuantum && 2 * blocks * ceil_div(p.s_k, tokens) < 3 * facts.multiprocessors) tokens /= 2;
+  const int64_t blocks = p.batch * p.heads.n_k * ceil_div(p.heads.q_per_k() * p.s_q, kSelectiveVAttentionColumns);
+  int32_t tokens = (p.k.dtype == DType::f32 ? 2 : 4) * kSelectiveVAttentionQuantum;
+  while (tokens > kSelectiveVAttentionQuantum && 2 * blocks * ceil_div(p.s_k, tokens) < 3 * facts.multiprocessors)
+    tokens /= 2;
   return tokens;
 }
 
@@ -33,25 +34,25 @@ CudaSelectiveVAttentionPlan plan_cuda_selective_v_attention(const SelectiveVAtte
 
   plan.chunk_tokens = chunk_tokens(p, facts);
   plan.chunks = static_cast<int32_t>(ceil_div(p.s_k, plan.chunk_tokens));
-  plan.quanta = static_cast<int32_t>(ceil_div(p.s_k, kSelectiveVQuantum));
+  plan.quanta = static_cast<int32_t>(ceil_div(p.s_k, kSelectiveVAttentionQuantum));
   const int64_t top_k = std::min(params.top_k, p.s_k);
   plan.wanted = static_cast<int32_t>(std::min(p.s_k, top_k * (params.max_error >= 0 ? kMaxAdded : 1)));
   plan.candidates = static_cast<int32_t>(round_up(std::min<int64_t>(plan.chunk_tokens, plan.wanted), 2));
   plan.forced = static_cast<int32_t>(std::min(params.keep_first, p.s_k) + std::min(params.keep_last, p.s_k));
-  const bool needs_stats = params.tail == Tail::mean || params.want_bound || params.max_error >= 0;
-  if (needs_stats && params.v_stats == nullptr)
-    plan.parts = static_cast<int32_t>(ceil_div(p.s_k, kSelectiveVPartTokens));
+  if (params.needs_v_stats() && params.v_stats == nullptr)
+    plan.parts = static_cast<int32_t>(ceil_div(p.s_k, kSelectiveVAttentionPartTokens));
 
-  plan.score_shared =
-      kSelectiveVColumns * (selective_v_q_bytes(int(p.d_k), int(element)) + 4 * kSelectiveVScoreStride) +
-      kSelectiveVWarps * kSelectiveVRingBytes;
+  plan.score_shared = kSelectiveVAttentionColumns * (selective_v_attention_q_bytes(int(p.d_k), int(element)) +
+                                                     4 * kSelectiveVAttentionScoreStride) +
+                      kSelectiveVAttentionWarps * kSelectiveVAttentionRingBytes;
   // Two blocks a multiprocessor hide each other's latencies.
   const int64_t room = std::min(facts.shared_per_block, facts.shared_per_multiprocessor / 2 - kSystemSharedBytes) -
-                       kSelectiveVGatherBytes;
+                       kSelectiveVAttentionGatherBytes;
   const int64_t keys = int64_t{8} * plan.chunks * plan.candidates, list = int64_t{8} * plan.wanted;
   plan.list_in_shared = list <= room / 4;
   plan.keys_in_shared = keys <= room - (plan.list_in_shared ? list : 0);
-  plan.gather_shared = kSelectiveVGatherBytes + (plan.list_in_shared ? list : 0) + (plan.keys_in_shared ? keys : 0);
+  plan.gather_shared =
+      kSelectiveVAttentionGatherBytes + (plan.list_in_shared ? list : 0) + (plan.keys_in_shared ? keys : 0);
 
   const int64_t mass_bytes = int64_t{8} * plan.quanta, forced_bytes = int64_t{4} * plan.forced;
   const int64_t list_bytes = plan.list_in_shared ? 0 : list;

@@ -7,30 +7,32 @@
 
 namespace diffqkv {
 
-inline constexpr int kSelectiveVThreads = 256, kSelectiveVWarps = kSelectiveVThreads / 32;
+inline constexpr int kSelectiveVAttentionThreads = 256, kSelectiveVAttentionWarps = kSelectiveVAttentionThreads / 32;
 // Tokens whose softmax statistics are kept together, and those of a block of the pass over V. Both are part of the
 // numerics.
-inline constexpr int kSelectiveVQuantum = 512, kSelectiveVPartTokens = 2048;
+inline constexpr int kSelectiveVAttentionQuantum = 512, kSelectiveVAttentionPartTokens = 2048;
 // Scoring: a block takes a chunk of tokens and this many query rows of a K head, the columns of a matrix product whose
 // rows are tokens. A warp brings a tile of tokens to shared memory slice by slice of the K rows, through a ring.
-inline constexpr int kSelectiveVColumns = 8, kSelectiveVTileTokens = 16;
-inline constexpr int kSelectiveVSliceBytes = 128, kSelectiveVStages = 3;
-inline constexpr int kSelectiveVRowBytes =
-    kSelectiveVSliceBytes + 16;  // an odd number of 16-byte pieces: no bank conflicts
-inline constexpr int kSelectiveVRingBytes = kSelectiveVStages * kSelectiveVTileTokens * kSelectiveVRowBytes;
+inline constexpr int kSelectiveVAttentionColumns = 8, kSelectiveVAttentionTileTokens = 16;
+inline constexpr int kSelectiveVAttentionSliceBytes = 128, kSelectiveVAttentionStages = 3;
+inline constexpr int kSelectiveVAttentionRowBytes =
+    kSelectiveVAttentionSliceBytes + 16;  // an odd number of 16-byte pieces: no bank conflicts
+inline constexpr int kSelectiveVAttentionRingBytes =
+    kSelectiveVAttentionStages * kSelectiveVAttentionTileTokens * kSelectiveVAttentionRowBytes;
 // The distance from a column of a quantum's scores to the next: neighbouring columns lie in different banks.
-inline constexpr int kSelectiveVScoreStride = kSelectiveVQuantum + 4;
-inline constexpr int kSelectiveVStep = 32;  // dimensions multiplied at a time, zeros after the last
+inline constexpr int kSelectiveVAttentionScoreStride = kSelectiveVAttentionQuantum + 4;
+inline constexpr int kSelectiveVAttentionStep = 32;  // dimensions multiplied at a time, zeros after the last
 // Bytes of a query row in shared memory: whole steps, and an odd number of 16-byte pieces.
-DIFFQKV_HOST_DEVICE constexpr int selective_v_q_bytes(int d_k, int element_bytes) {
-  return (d_k + kSelectiveVStep - 1) / kSelectiveVStep * kSelectiveVStep * element_bytes + 16;
+DIFFQKV_HOST_DEVICE constexpr int selective_v_attention_q_bytes(int d_k, int element_bytes) {
+  return (d_k + kSelectiveVAttentionStep - 1) / kSelectiveVAttentionStep * kSelectiveVAttentionStep * element_bytes +
+         16;
 }
 // Bytes of shared memory that a gathering block needs beside candidates and list.
-inline constexpr int kSelectiveVGatherBytes = 13 * 1024;
+inline constexpr int kSelectiveVAttentionGatherBytes = 13 * 1024;
 
 struct CudaSelectiveVAttentionPlan {
   float exp2_scale = 0;  // scores times this are exponents of 2
-  int32_t chunk_tokens = kSelectiveVQuantum, chunks = 0, quanta = 0;
+  int32_t chunk_tokens = kSelectiveVAttentionQuantum, chunks = 0, quanta = 0;
   int32_t candidates = 0;                               // that a chunk leaves of a row, zeros after fewer; even
   int32_t wanted = 0;                                   // best rows that a result may use
   int32_t forced = 0;                                   // keep_first and keep_last rows of a query row
@@ -49,9 +51,9 @@ struct CudaSelectiveVAttentionPlan {
 };
 
 // workspace_bytes bounds what a launch takes; one query of one entry may need more.
-inline constexpr int64_t kSelectiveVWorkspaceBytes = int64_t{256} << 20;
-CudaSelectiveVAttentionPlan plan_cuda_selective_v_attention(const SelectiveVAttentionParams& params,
-                                                            const DeviceFacts& facts,
-                                                            int64_t workspace_bytes = kSelectiveVWorkspaceBytes);
+inline constexpr int64_t kSelectiveVAttentionWorkspaceBytes = int64_t{256} << 20;
+CudaSelectiveVAttentionPlan plan_cuda_selective_v_attention(
+    const SelectiveVAttentionParams& params, const DeviceFacts& facts,
+    int64_t workspace_bytes = kSelectiveVAttentionWorkspaceBytes);
 
 }  // namespace diffqkv

@@ -5,7 +5,8 @@
 #include <random>
 #include <vector>
 
-#include "cpu/run.h"
+#include "cpu/attention.h"
+#include "cpu/selective_v_attention.h"
 #include "params/key_range.h"
 #include "params/layout.h"
 #include "support/catch.h"

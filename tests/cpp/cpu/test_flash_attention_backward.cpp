@@ -5,8 +5,9 @@
 #include <random>
 #include <vector>
 
+#include "cpu/attention.h"
+#include "cpu/flash_attention_backward.h"
 #include "cpu/kernels/dropout.h"
-#include "cpu/run.h"
 #include "support/catch.h"
 #include "support/dense_views.h"
 #include "support/on_threads.h"

@@ -6,7 +6,7 @@
 #include <random>
 #include <vector>
 
-#include "cpu/run.h"
+#include "cpu/selective_v_attention.h"
 #include "support/catch.h"
 #include "support/on_threads.h"
 

@@ -1,16 +1,10 @@
 #include <cmath>
 #include <vector>
 
-#include "cpu/run.h"
+#include "support/caller.h"
 #include "support/catch.h"
 
 using namespace diffqkv;
-
-namespace {
-void serial(int64_t workers, void (*body)(void*, int64_t), void* context) {
-  for (int64_t w = 0; w < workers; ++w) body(context, w);
-}
-}  // namespace
 
 TEST_CASE("swiglu and its gradient equal their definitions, tails and large arguments included") {
   constexpr int n = 40003;
@@ -20,12 +14,11 @@ TEST_CASE("swiglu and its gradient equal their definitions, tails and large argu
     up[i] = std::sin(float(i));
     dout[i] = std::cos(float(i));
   }
-  SwigluParams p;
-  p.gate = gate.data(), p.up = up.data(), p.dout = dout.data();
-  p.out = out.data(), p.dgate = dgate.data(), p.dup = dup.data();
-  p.numel = n;
-  cpu::swiglu(p, 2, serial);
-  cpu::swiglu_backward(p, 2, serial);
+  SwigluBackwardParams bp;
+  bp.forward = {.gate = gate.data(), .up = up.data(), .out = out.data(), .numel = n};
+  bp.dout = dout.data(), bp.dgate = dgate.data(), bp.dup = dup.data();
+  run_serially(bp.forward, 2);
+  run_serially(bp, 2);
   for (int i = 0; i < n; ++i) {
     const double x = gate[i], s = 1.0 / (1.0 + std::exp(-x));
     CAPTURE(i, x);
@@ -42,12 +35,11 @@ TEST_CASE("swiglu of huge gates: 0 from where the sigmoid is, NaN where torch ha
     gate[i] = i < 600 ? -80.0f - 0.02f * float(i) : -std::pow(10.0f, 0.06f * float(i - 600) + 2);
   gate[n - 4] = -3.4e38f, gate[n - 3] = 3.4e38f, gate[n - 2] = -HUGE_VALF, gate[n - 1] = NAN;
   up[n - 3] = 1.0f, dout[n - 3] = -1.0f;
-  SwigluParams p;
-  p.gate = gate.data(), p.up = up.data(), p.dout = dout.data();
-  p.out = out.data(), p.dgate = dgate.data(), p.dup = dup.data();
-  p.numel = n;
-  cpu::swiglu(p, 2, serial);
-  cpu::swiglu_backward(p, 2, serial);
+  SwigluBackwardParams bp;
+  bp.forward = {.gate = gate.data(), .up = up.data(), .out = out.data(), .numel = n};
+  bp.dout = dout.data(), bp.dgate = dgate.data(), bp.dup = dup.data();
+  run_serially(bp.forward, 2);
+  run_serially(bp, 2);
   for (int i = 0; i < n - 2; ++i) {
     const double x = gate[i], s = 1.0 / (1.0 + std::exp(-x)), silu = x * s;
     CAPTURE(i, x);

@@ -8,9 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "cpu/run.h"
 #include "cuda/device.cuh"
 #include "params/layout.h"
+#include "support/caller.h"
 #include "support/catch.h"
 
 namespace diffqkv {
@@ -156,12 +156,7 @@ struct AttentionProblem {
     return p;
   }
   // Fills out.wide and lse64.
-  void reference() {
-    const AttentionParams p = wide_params();
-    const AttentionPlan plan = plan_attention(p, c.s_k, 1);
-    std::vector<char> workspace(static_cast<size_t>(cpu::attention_workspace(plan)));
-    cpu::attention(p, plan, workspace.data(), serial);
-  }
+  void reference() { run_serially(wide_params(), 1); }
   // Fills dq.wide, dk.wide, dv.wide and dsinks64; also copies the reference's out and lse, rounded, to where the
   // kernels take them from.
   void reference_backward() {
@@ -175,9 +170,7 @@ struct AttentionProblem {
     p.dq = with(contiguous(c.heads.n_q, c.d_k), dq.wide.data(), DType::f64);
     p.dk = with(dk_view, dk.wide.data(), DType::f64), p.dv = with(dv_view, dv.wide.data(), DType::f64);
     p.dsinks = c.sinks ? dsinks64.data() : nullptr;
-    const FlashAttentionBackwardPlan plan = plan_flash_attention_backward(p.forward, 1);
-    std::vector<char> workspace(static_cast<size_t>(cpu::flash_attention_backward_workspace(p, plan)));
-    cpu::flash_attention_backward(p, plan, workspace.data(), serial);
+    run_serially(p, 1);
   }
   // Where the reference has NaN (gaps), E must have it still: nothing was written there.
   void check(const Array& x, double tolerance, const char* what) const {
@@ -211,9 +204,6 @@ struct AttentionProblem {
   }
 
  private:
-  static void serial(int64_t workers, void (*body)(void*, int64_t), void* context) {
-    for (int64_t w = 0; w < workers; ++w) body(context, w);
-  }
   template <class View>
   static View with(View view, void* data, DType dtype) {
     view.data = data, view.dtype = dtype;

@@ -19,20 +19,20 @@ using emulator::Schedule;
 namespace {
 
 template <class Kernel>
-void run_kernel(const BackwardCall& call, int64_t blocks, int64_t shared_bytes, Schedule schedule) {
+void run_kernel(const FlashAttentionBackwardCall& call, int64_t blocks, int64_t shared_bytes, Schedule schedule) {
   if (blocks == 0) return;
   const emulator::Counts counts = emulate<Kernel>(call, {blocks}, shared_bytes, schedule);
   REQUIRE(counts.matrix_wavefronts == counts.matrix_rows);
 }
 
 template <class E, int kDk, int kDv, bool kFeatures>
-void run_gradients(const BackwardCall& call, Schedule schedule) {
+void run_gradients(const FlashAttentionBackwardCall& call, Schedule schedule) {
   const CudaFlashAttentionBackwardPlan& plan = call.plan;
   run_kernel<KeyGradients<E, kDk, kDv, kFeatures>>(call, plan.key_blocks, plan.key_shared_bytes, schedule);
   run_kernel<QueryGradients<E, kDk, kDv, kFeatures>>(call, plan.query_blocks, plan.query_shared_bytes, schedule);
 }
 template <class E, bool kFeatures>
-void run_variant(const BackwardCall& call, Schedule schedule) {
+void run_variant(const FlashAttentionBackwardCall& call, Schedule schedule) {
   switch (call.plan.variant) {
     case 0: return run_gradients<E, 32, 64, kFeatures>(call, schedule);
     case 1: return run_gradients<E, 64, 64, kFeatures>(call, schedule);
@@ -50,7 +50,7 @@ CudaFlashAttentionBackwardPlan run(const FlashAttentionBackwardParams& p, const 
   const std::vector<double> nan(static_cast<size_t>(plan.workspace_bytes / 8 + 1),
                                 std::numeric_limits<double>::quiet_NaN());
   std::vector<double> workspace = nan;
-  const BackwardCall call{p, plan, reinterpret_cast<char*>(workspace.data())};
+  const FlashAttentionBackwardCall call{p, plan, reinterpret_cast<char*>(workspace.data())};
   run_kernel<RowSums<E>>(call, plan.row_blocks, 0, schedule);
   if constexpr (sizeof(typename E::T) == 2) {
     plan.features ? run_variant<E, true>(call, schedule) : run_variant<E, false>(call, schedule);

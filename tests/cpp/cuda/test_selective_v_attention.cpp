@@ -25,7 +25,8 @@ struct Options {
 DeviceFacts small_chunks() { return {.multiprocessors = 1 << 20}; }
 DeviceFacts large_chunks() { return {.multiprocessors = 1}; }
 DeviceFacts little_shared(DeviceFacts facts) {
-  facts.shared_per_block = 99 * 1024, facts.shared_per_multiprocessor = 2 * (kSelectiveVGatherBytes + 1024 + 64);
+  facts.shared_per_block = 99 * 1024,
+  facts.shared_per_multiprocessor = 2 * (kSelectiveVAttentionGatherBytes + 1024 + 64);
   return facts;
 }
 // The fewest multiprocessors that make chunks of so many tokens.
@@ -79,7 +80,7 @@ struct Selection {
   }
 
   void run(const DeviceFacts& facts = small_chunks(), emulator::Schedule schedule = emulator::Schedule::forward,
-           int64_t workspace_bytes = kSelectiveVWorkspaceBytes) {
+           int64_t workspace_bytes = kSelectiveVAttentionWorkspaceBytes) {
     plan = plan_cuda_selective_v_attention(sp, facts, workspace_bytes);
     const std::align_val_t alignment{256};
     const auto release = [=](void* p) { ::operator delete(p, alignment); };
@@ -436,10 +437,10 @@ TEST_CASE("emulated selective_v_attention: many keys, the same bits by any plan 
       selection.run(facts, schedule, workspace_bytes);
       return selection.bits() == bits;
     };
-    REQUIRE(same(facts_for(selection.sp, 2048), emulator::Schedule::reverse, kSelectiveVWorkspaceBytes));
+    REQUIRE(same(facts_for(selection.sp, 2048), emulator::Schedule::reverse, kSelectiveVAttentionWorkspaceBytes));
     REQUIRE(selection.plan.chunks == 3);
-    REQUIRE(
-        same(little_shared(facts_for(selection.sp, 1024)), emulator::Schedule::shuffled, kSelectiveVWorkspaceBytes));
+    REQUIRE(same(little_shared(facts_for(selection.sp, 1024)), emulator::Schedule::shuffled,
+                 kSelectiveVAttentionWorkspaceBytes));
     REQUIRE_FALSE(selection.plan.keys_in_shared);
     REQUIRE_FALSE(selection.plan.list_in_shared);
     if (top_k > 30) continue;

@@ -19,12 +19,11 @@ void check(double tolerance, bool aligned) {
     up.push_back(E::put(std::sin(float(i))));
     dout.push_back(E::put(std::cos(float(i))));
   }
-  SwigluParams p;
-  p.gate = gate.data(), p.up = up.data(), p.dout = dout.data();
-  p.out = out.data(), p.dgate = dgate.data(), p.dup = dup.data();
-  p.numel = n;
-  emulate<Swiglu<E, false>>({p, aligned}, {blocks}, 0, emulator::Schedule::forward);
-  emulate<Swiglu<E, true>>({p, aligned}, {blocks}, 0, emulator::Schedule::reverse);
+  SwigluBackwardParams bp;
+  bp.forward = {.gate = gate.data(), .up = up.data(), .out = out.data(), .numel = n};
+  bp.dout = dout.data(), bp.dgate = dgate.data(), bp.dup = dup.data();
+  emulate<Swiglu<E, false>>({bp, aligned}, {blocks}, 0, emulator::Schedule::forward);
+  emulate<Swiglu<E, true>>({bp, aligned}, {blocks}, 0, emulator::Schedule::reverse);
   for (int64_t i = 0; i < n; ++i) {
     const double x = E::get(gate[i]), s = 1.0 / (1.0 + std::exp(-x)), u = E::get(up[i]), d = E::get(dout[i]);
     const double limit = tolerance * std::max(1.0, std::abs(x));
@@ -49,12 +48,11 @@ TEST_CASE("emulated swiglu of huge gates is 0, or NaN where torch has NaN") {
   const int64_t n = 6;
   const std::vector<float> gate = {-1e3f, -1e37f, -3.4e38f, 3.4e38f, -HUGE_VALF, NAN}, up(n, 1.0f), dout(n, 2.0f);
   std::vector<float> out(n), dgate(n), dup(n);
-  SwigluParams p;
-  p.gate = gate.data(), p.up = up.data(), p.dout = dout.data();
-  p.out = out.data(), p.dgate = dgate.data(), p.dup = dup.data();
-  p.numel = n;
-  emulate<Swiglu<F32, false>>({p, false}, {1}, 0, emulator::Schedule::forward);
-  emulate<Swiglu<F32, true>>({p, false}, {1}, 0, emulator::Schedule::forward);
+  SwigluBackwardParams bp;
+  bp.forward = {.gate = gate.data(), .up = up.data(), .out = out.data(), .numel = n};
+  bp.dout = dout.data(), bp.dgate = dgate.data(), bp.dup = dup.data();
+  emulate<Swiglu<F32, false>>({bp, false}, {1}, 0, emulator::Schedule::forward);
+  emulate<Swiglu<F32, true>>({bp, false}, {1}, 0, emulator::Schedule::forward);
   for (int i = 0; i < 3; ++i) REQUIRE((out[i] == 0.0f && dgate[i] == 0.0f && dup[i] == 0.0f));
   REQUIRE((out[3] == 3.4e38f && dgate[3] == 2.0f && dup[3] == HUGE_VALF));
   for (int i = 4; i < n; ++i) REQUIRE((std::isnan(out[i]) && std::isnan(dup[i]) && std::isnan(dgate[i])));

@@ -33,21 +33,8 @@ struct RescaleParams {
     ),
     (
         "csrc/cpu/run.h",
-        "void swiglu(",
-        "void rescale(const RescaleParams& params, int64_t threads, Parallel parallel);\n",
-    ),
-    (
-        "csrc/ops/device.h",
-        "virtual void swiglu(",
-        "  virtual void rescale(const RescaleParams& p) const = 0;\n",
-    ),
-    (
-        "csrc/ops/run_cpu.cpp",
-        "void swiglu(",
-        """  void rescale(const RescaleParams& p) const override {
-    cpu::rescale(p, torch_threads(), parallel_on_torch);
-  }
-""",
+        "void run(const SwigluParams&",
+        "void run(const RescaleParams& params, const Caller& caller);\n",
     ),
     (
         "python/diffqkv/reference.py",
@@ -62,19 +49,25 @@ def rescale(x: Tensor, factor: float) -> Tensor:
     ("python/diffqkv/ops/__init__.py", "from .swiglu import", "from .rescale import rescale\n"),
     ("python/diffqkv/ops/__init__.py", '    "swiglu",', '    "rescale",\n'),
 ]
-AT_THE_END_OF_RUN = """
+NEW_FILES = {
+    "csrc/cpu/rescale.cpp": """
+#include "cpu/isa.h"
+#include "cpu/items.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/run.h"
+
 namespace diffqkv::cpu {
 
-void rescale(const RescaleParams& p, int64_t threads, Parallel parallel) {
+void run(const RescaleParams& p, const Caller& caller) {
+  constexpr int64_t kElementsPerItem = 4096;
   const int64_t items = (p.numel + kElementsPerItem - 1) / kElementsPerItem;
-  for_items(items, threads, parallel, [&](int64_t i, int64_t) {
+  for_items(items, caller.threads, caller.parallel, [&](int64_t i, int64_t) {
     cpu_kernels().rescale(p, i * kElementsPerItem, std::min(p.numel, (i + 1) * kElementsPerItem));
   });
 }
 
 }  // namespace diffqkv::cpu
-"""
-NEW_FILES = {
+""",
     "csrc/cpu/kernels/rescale.cpp": """
 #include "cpu/kernels/kernels.h"
 
@@ -97,7 +90,8 @@ Tensor rescale(const Tensor& x, double factor) {
   const TensorChecks checks("x", x, {ScalarType::Float});
   DIFFQKV_CHECK(factor >= 0 && factor < 100, "factor: got ", text_of(factor), ", want a number from 0 to 100");
   const Tensor packed = torch::stable::contiguous(x), out = torch::stable::new_empty(x, x.sizes());
-  device_of("rescale", x)->rescale({data_of<const float>(packed), data_of<float>(out), x.numel(), float(factor)});
+  const RescaleParams params = {data_of<const float>(packed), data_of<float>(out), x.numel(), float(factor)};
+  Device("rescale", x).run(params);
   return out;
 }
 
@@ -181,8 +175,6 @@ def test_the_list_for_a_new_op_is_complete(tmp_path, library):
         lines = (tree / name).read_text().splitlines(keepends=True)
         at = next(i for i, line in enumerate(lines) if anchor in line)
         (tree / name).write_text("".join([*lines[: at + 1], text, *lines[at + 1 :]]))
-    with (tree / "csrc/cpu/run.cpp").open("a") as run:
-        run.write(AT_THE_END_OF_RUN)
     for name, text in NEW_FILES.items():
         (tree / name).write_text(text)
 
@@ -198,8 +190,5 @@ def test_the_list_for_a_new_op_is_complete(tmp_path, library):
 
 
 def test_the_list_for_a_new_op_names_every_file_that_it_touches():
-    named = NEW_OP.replace(".{h,cpp}", ".h run.cpp")
-    for name in ["csrc/cpu/run.cpp", *(name for name, *_ in ADDED)] + [
-        name.replace("rescale", "x") for name in NEW_FILES
-    ]:
-        assert re.search(rf"\b{re.escape(name.rpartition('/')[2])}", named), name
+    for name in [*(name for name, *_ in ADDED), *(name.replace("rescale", "x") for name in NEW_FILES)]:
+        assert re.search(rf"\b{re.escape(name.rpartition('/')[2])}", NEW_OP), name

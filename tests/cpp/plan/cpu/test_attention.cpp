@@ -8,7 +8,7 @@ namespace {
 AttentionPlan plan_of(const AttentionParams& p, int64_t threads) { return plan_attention(p, p.s_k, threads); }
 }  // namespace
 
-TEST_CASE("decode of one token splits the keys, prefill does not") {
+TEST_CASE("decode_attention of one token splits the keys, flash_attention of many does not") {
   const HeadGroups sigma{32, 4, 16};
   const AttentionPlan decode = plan_of(causal_params(sigma, 1, 1, 8192, 64), 2);
   REQUIRE(decode.kernel == AttentionKernel::split);
@@ -35,7 +35,7 @@ TEST_CASE("the number of threads never changes the ranges that are merged") {
   }
 }
 
-TEST_CASE("scratch of a prefill item stays within 2 MiB at any shape") {
+TEST_CASE("scratch of a flash_attention item stays within 2 MiB at any shape") {
   for (const int64_t n_k : {1, 4, 32})
     for (const int64_t d : {8, 64, 128, 256})
       for (const int64_t s_q : {0, 17, 512, 100000}) {

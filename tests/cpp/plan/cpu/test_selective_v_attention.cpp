@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "cpu/run.h"
+#include "cpu/selective_v_attention.h"
 #include "params/selective_v_attention.h"
 #include "plan/cpu/selective_v_attention.h"
 #include "support/catch.h"

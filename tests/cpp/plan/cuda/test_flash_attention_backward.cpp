@@ -28,7 +28,8 @@ const HeadGroups kSigma{32, 4, 16};
 
 TEST_CASE("flash_attention_backward on CUDA: the smallest variant that holds both dimensions") {
   const auto dims = [](int64_t d_k, int64_t d_v) {
-    const BackwardVariant& v = kBackwardVariants[plan_of(params(kSigma, 1, 128, d_k, d_v)).variant];
+    const FlashAttentionBackwardVariant& v =
+        kFlashAttentionBackwardVariants[plan_of(params(kSigma, 1, 128, d_k, d_v)).variant];
     return std::pair<int32_t, int32_t>(v.d_k, v.d_v);
   };
   REQUIRE(dims(64, 64) == std::pair(64, 64));
@@ -43,12 +44,12 @@ TEST_CASE("flash_attention_backward on CUDA: the smallest variant that holds bot
 }
 
 TEST_CASE("flash_attention_backward on CUDA: every variant fits every device, with two stages where there is room") {
-  for (const BackwardVariant& v : kBackwardVariants)
+  for (const FlashAttentionBackwardVariant& v : kFlashAttentionBackwardVariants)
     for (const DeviceFacts& facts :
          {DeviceFacts::h200(), DeviceFacts::h100(), DeviceFacts::a100(), DeviceFacts::rtx4090()}) {
       const CudaFlashAttentionBackwardPlan plan = plan_of(params(kSigma, 2, 512, v.d_k, v.d_v), facts);
       CAPTURE(v.d_k, v.d_v, facts.shared_per_block);
-      REQUIRE(kBackwardVariants[plan.variant].d_k == v.d_k);
+      REQUIRE(kFlashAttentionBackwardVariants[plan.variant].d_k == v.d_k);
       REQUIRE(plan.key_shared_bytes == key_shared_bytes(v, plan.key_stages));
       REQUIRE(plan.query_shared_bytes == query_shared_bytes(v, plan.query_stages));
       REQUIRE(plan.key_shared_bytes <= facts.shared_per_block);

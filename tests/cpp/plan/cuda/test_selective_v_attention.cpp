@@ -39,8 +39,8 @@ TEST_CASE(
           REQUIRE(plan.wanted == wanted);
           REQUIRE(int64_t{plan.chunks} * plan.chunk_tokens >= capacity);
           REQUIRE((int64_t{plan.chunks} - 1) * plan.chunk_tokens < capacity);
-          REQUIRE(int64_t{plan.quanta} * kSelectiveVQuantum >= capacity);
-          REQUIRE(plan.chunk_tokens % kSelectiveVQuantum == 0);
+          REQUIRE(int64_t{plan.quanta} * kSelectiveVAttentionQuantum >= capacity);
+          REQUIRE(plan.chunk_tokens % kSelectiveVAttentionQuantum == 0);
           REQUIRE(plan.candidates >= std::min<int64_t>(plan.chunk_tokens, wanted));
           REQUIRE(plan.candidates % 2 == 0);
         }
@@ -72,14 +72,14 @@ TEST_CASE("selective_v_attention on CUDA: shared memory fits every device at eve
           REQUIRE(plan.gather_shared <= facts.shared_per_block);
           REQUIRE(2 * (plan.gather_shared + 1024) <= facts.shared_per_multiprocessor);
           const int64_t keys = int64_t{8} * plan.chunks * plan.candidates;
-          REQUIRE(plan.gather_shared == kSelectiveVGatherBytes + (plan.keys_in_shared ? keys : 0) +
+          REQUIRE(plan.gather_shared == kSelectiveVAttentionGatherBytes + (plan.keys_in_shared ? keys : 0) +
                                             (plan.list_in_shared ? int64_t{8} * plan.wanted : 0));
         }
   // The rows of q in shared memory lie in different banks: an odd number of 16-byte pieces.
   for (int d = 8; d <= 256; d += 8)
     for (const int bytes : {2, 4}) {
-      REQUIRE(selective_v_q_bytes(d, bytes) / 16 % 2 == 1);
-      REQUIRE(selective_v_q_bytes(d, bytes) >= (d + 31) / 32 * 32 * bytes);
+      REQUIRE(selective_v_attention_q_bytes(d, bytes) / 16 % 2 == 1);
+      REQUIRE(selective_v_attention_q_bytes(d, bytes) >= (d + 31) / 32 * 32 * bytes);
     }
 }
 
@@ -95,7 +95,7 @@ TEST_CASE("selective_v_attention on CUDA: the workspace is bounded, by more laun
         REQUIRE_FALSE(plan.empty());
         REQUIRE((plan.queries == s_q || plan.entries == 1));
         const bool one = plan.queries == 1 && plan.entries == 1;
-        REQUIRE(plan.workspace_bytes <= (one ? int64_t{1} << 40 : kSelectiveVWorkspaceBytes + 2048));
+        REQUIRE(plan.workspace_bytes <= (one ? int64_t{1} << 40 : kSelectiveVAttentionWorkspaceBytes + 2048));
         const int64_t rows = plan.entries * plan.queries * 32;
         REQUIRE(plan.keys_at >= rows * plan.quanta * 8);
         REQUIRE(plan.forced_at >= plan.keys_at + rows * plan.chunks * plan.candidates * 8);
