@@ -392,6 +392,17 @@ def test_assisted_decoding_behind_a_prefix(model, mode, kind, cached):
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_assisted_decoding_generates_a_pad_token(compression):
+    """Transformers guesses the draft model's mask: from its second round on a generated token would be a hole in it."""
+    model, draft = (tiny_model(seed=seed, k_compression=compression) for seed in (0, 1))
+    ids = tokens(1, 6)
+    want = generate(model, ids, max_new_tokens=12)
+    for x in (model, draft):
+        x.generation_config.pad_token_id = int(want[0, 8])
+    assert torch.equal(generate(model, ids, max_new_tokens=12, assistant_model=draft), want)
+
+
 @pytest.mark.parametrize("mode", [{}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}])
 @pytest.mark.parametrize("kind", ["diffqkv", "dynamic"])
 def test_a_prompt_that_is_all_cached_is_refused(model, kind, mode):

@@ -318,6 +318,11 @@ class SigmaGenerationMixin(GenerationMixin):
                 "assisted decoding: a quantised cache cannot take back rejected tokens; use the default cache"
             )
 
+    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
+        """As in transformers, which hands a draft model no mask: a pad token that was generated is no padding."""
+        guessed = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
+        return guessed.cummax(-1).values if generation_config.is_assistant else guessed
+
     def _get_static_cache_init_shape(self):
         # The early initialisation of transformers knows one shape for K and V, so that there is none to tell it.
         return None
