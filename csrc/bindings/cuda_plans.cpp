@@ -28,7 +28,7 @@ const char* element_name(const AttentionParams& p) { return p.q.dtype == DType::
 py::dict decode_attention(const AttentionParams& p, const DeviceFacts& facts) {
   const CudaDecodeAttentionPlan plan = plan_cuda_decode_attention(p, facts);
   py::dict result = common(facts, kDecodeThreads, plan.shared_bytes, plan.blocks);
-  result["kernel"] = plan.bulk ? "decode, bulk copies" : "decode";
+  result["kernel"] = plan.bulk ? "decode_attention, bulk copies" : "decode_attention";
   const DecodeSize size = plan.large ? kLargeDecode : kSmallDecode;
   result["instance"] =
       fmt::format("DecodeAttention<{}, DecodeSize{{{}, {}}}, {}>", element_name(p), size.tiles, size.jobs, plan.bulk);
@@ -50,7 +50,7 @@ py::dict decode_attention(const AttentionParams& p, const DeviceFacts& facts) {
 py::dict flash_attention(const AttentionParams& p, const DeviceFacts& facts) {
   const CudaFlashAttentionPlan plan = plan_cuda_flash_attention(p, facts);
   py::dict result = common(facts, plan.threads, plan.shared_bytes, plan.blocks);
-  result["kernel"] = plan.variant < 0 ? "plain" : "prefill";
+  result["kernel"] = plan.variant < 0 ? "flash_attention, plain" : "flash_attention";
   if (plan.variant >= 0) {
     const FlashAttentionVariant& v = kFlashAttentionVariants[plan.variant];
     result["instance"] = fmt::format("FlashAttention<{}, {}, {}, {}>", element_name(p), v.d_k, v.d_v, plan.features);

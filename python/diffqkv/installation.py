@@ -137,11 +137,11 @@ def explain(
     else:
         gpu, facts = _gpu(device)
         plan = _core.plan_cuda_attention(facts, *shape)
-        op = "decode_attention" if plan["kernel"].startswith("decode") else "flash_attention"
+        op = plan["kernel"].partition(",")[0]
         tiles = f"{plan['block_q']} query rows x {plan['block_k']} keys, {plan['stages']} stages"
         lines |= {
             "device": f"{gpu}, {facts.multiprocessors} multiprocessors, compute capability {facts.capability / 10:.1f}",
-            "kernel": f"{plan['kernel']}; {op}: {_cuda_path(op)}",
+            "kernel": f"{plan['kernel']}: {_cuda_path(op)}",
             "tiles": f"{tiles}, {plan['shared_bytes']} bytes of shared memory",
             "work": f"{plan['blocks']} blocks of {plan['threads']} threads, {plan['splits']} splits of a sequence",
             "memory": f"{plan['workspace_bytes']} bytes of workspace, each K row read {plan['k_reads']} times",

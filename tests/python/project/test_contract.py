@@ -465,7 +465,7 @@ def test_config_and_explain(library):
 def test_explain_for_a_gpu(library, monkeypatch):
     shape, options = (32, 4, 16, 64, 64, 1, 32768), {"dtype": torch.bfloat16}
     text = diffqkv.explain(*shape, **options, device="h200")
-    assert "h200, 132 multiprocessors, compute capability 9.0" in text and "decode_attention: " in text
+    assert "h200, 132 multiprocessors, compute capability 9.0" in text and "decode_attention, bulk copies: " in text
     assert "17.5 µs at 4800 GB/s" in text  # 84 MB
     assert "flash_attention: " in diffqkv.explain(32, 4, 16, 64, 64, 2048, 2048, **options, device="rtx4090")
     for device, message in (("h1000", "device: got 'h1000', want 'cpu', a CUDA device, or one of h100, h200"),):
