@@ -39,7 +39,7 @@ MEASURED = {
     "`selective_v_attention`, 100 of 32768 V rows": ("selective_v_attention", 32768, "own dense"),
     "decode step of all of Sigma-1.5B, 4096 tokens": ("model_decode", 4096, "Llama, GQA-16"),
 }
-LINES = json.loads((ROOT / "benchmarks" / "results" / "bench_zen5.json").read_text())["lines"]
+LINES = json.loads((ROOT / "benchmarks" / "results" / "bench_zen4.json").read_text())["lines"]
 
 
 def ratio(case: str, tokens: int, dtype: str, column: str) -> float:
