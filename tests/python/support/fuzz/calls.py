@@ -91,7 +91,7 @@ def precision_of(dtype: torch.dtype, kernels: bool) -> oracle.Precision:
         return p
     factor = 1 if dtype in (torch.float32, torch.float64) else 4
     return oracle.Precision(
-        4 * p.sums, factor * max(p.weights, p.results), factor * p.results, p.least, p.largest, 4 * p.sums
+        4 * p.sums, factor * max(p.weights, p.results), factor * p.results, factor * p.least, p.largest, 4 * p.sums
     )
 
 

@@ -284,7 +284,8 @@ def _attend_row(r: Result, entry: Entry, o: Options, query: int, head: int, keys
     dp_error = wide * factor * (size @ abs_dout)
     dot = float(used @ (v @ dout))
     most_out = np.abs(out) + out_error
-    dot_error = abs_dout @ (out_error + (p.results + wide) * most_out + p.least)
+    stored_error = np.where(most_out < p.largest, out_error + (p.results + wide) * most_out + p.least, np.inf)
+    dot_error = abs_dout @ stored_error
     inner = dp - dot + dlse
     inner_error = dp_error + dot_error + 2 * p.sums * (np.abs(dp) + abs(dot) + abs(dlse))
     errors = row.errors + (row.weights + row.errors) * row.again
