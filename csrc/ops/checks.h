@@ -1,5 +1,5 @@
 // Checks of arguments that the ops share. Everything is checked before torch is asked for memory and before anything is
-// written. python/diffqkv/ops/checks.py makes the same checks, in the same words, of calls that no kernel takes.
+// written. python/diffqkv/ops makes the same checks, in the same words, of calls that no kernel takes.
 #pragma once
 #include <initializer_list>
 

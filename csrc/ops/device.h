@@ -14,8 +14,8 @@ namespace diffqkv {
 class Device {
  public:
   struct Limits {
-    int64_t flash_attention_tokens;  // of a sequence
-    bool panels;                     // whether the attention over a cache reads K in panels
+    int64_t sequence_tokens;  // of a sequence that is no cache
+    bool panels;              // whether the attention over a cache reads K in panels
   };
 
   // The device of `like`, which has to outlive it: torch's threads, or the current stream of a GPU, which is the

@@ -83,7 +83,7 @@ void fill_packed(const Device& device, TensorChecks& checks, const PackedSequenc
 }
 
 void check_length(const Device& device, const char* name, int64_t tokens) {
-  const int64_t most = device.limits().flash_attention_tokens;
+  const int64_t most = device.limits().sequence_tokens;
   DIFFQKV_CHECK(tokens <= most, name, ": got ", tokens, " tokens, want up to ", most);
 }
 
@@ -195,9 +195,9 @@ Gradients flash_attention_varlen_backward(const BackwardTensors& tensors, const 
   return backward("flash_attention_varlen_backward", tensors, &packed, options);
 }
 
-// Between window_left and window_right tokens around its own a query sees keys (-1: all); dropout is a function of seed
-// and offset. out is [b, n_q, s_q, d_v] or [total_q, n_q, d_v], lse [b, n_q, s_q] or [n_q, total_q], in float32, of
-// float64 inputs in float64.
+// A query sees the keys from window_left before its own to window_right behind it (-1: all). Dropout is a function of
+// seed and offset. out is [b, n_q, s_q, d_v] or [total_q, n_q, d_v], lse [b, n_q, s_q] or [n_q, total_q], in float32,
+// of float64 inputs in float64.
 STABLE_TORCH_LIBRARY_FRAGMENT(diffqkv, m) {
   const std::string inputs = "Tensor q, Tensor k, Tensor v, ";
   const std::string backward_tensors = "Tensor dout, Tensor? dlse, " + inputs + "Tensor out, Tensor lse, ";

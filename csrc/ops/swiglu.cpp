@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "ops/checks.h"
 #include "ops/device.h"
 #include "ops/registration.h"

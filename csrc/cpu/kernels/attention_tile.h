@@ -13,6 +13,8 @@
 namespace diffqkv {
 namespace {
 
+static_assert(kQkRows <= kScoreRows && VL <= kLanes);
+
 constexpr int64_t kRandomBits = kKeyTile + kDraws * kKeysPerDraw;  // room for the random bits of a row's tile
 
 DIFFQKV_INLINE int64_t padded_dim(int64_t d) { return round_up(d, 16); }

@@ -1,4 +1,4 @@
-// swiglu: silu(gate) * up, elementwise, in fp32.
+// swiglu computes silu(gate) * up and its gradients element by element, in fp32.
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/simd.h"
 

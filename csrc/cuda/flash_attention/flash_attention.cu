@@ -30,9 +30,6 @@ cudaError_t launch_variant(const AttentionParams& p, const CudaFlashAttentionPla
 }  // namespace
 
 cudaError_t flash_attention(const AttentionParams& p, const Launch& launch) {
-  if (p.d_k > kMaxHeadDim || p.d_v > kMaxHeadDim || p.k.layout != KLayout::rows || p.s_q > kMaxFlashAttentionTokens ||
-      p.s_k > kMaxFlashAttentionTokens)
-    return cudaErrorInvalidValue;
   const CudaFlashAttentionPlan plan = plan_cuda_flash_attention(p, launch.facts);
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   switch (p.q.dtype) {

@@ -4,7 +4,7 @@
 
 namespace diffqkv::device {
 
-// Vectors where all pointers are aligned to them; the tail and unaligned tensors go element by element.
+// Threads take vectors where all pointers are aligned to them, and single elements of the tail and of other tensors.
 template <class E, bool backward>
 struct Swiglu {
   struct Params {

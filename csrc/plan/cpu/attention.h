@@ -14,6 +14,10 @@ inline constexpr int64_t kKeyTile = 256;
 // stretches never bring the hardware prefetchers up to speed; a thread's scores of it fit the L2 cache.
 inline constexpr int64_t kSplitTokens = 1024;
 
+// What the kernels of every instruction set keep to: lanes of a vector, by which reads and writes may overshoot, and
+// rows whose scores an item holds at once.
+inline constexpr int64_t kLanes = 16, kScoreRows = 12;
+
 // The state of a row before its un-normalised result: maximum, sum and norm of the softmax.
 inline constexpr int64_t kPartialHeader = 3;
 

@@ -5,12 +5,11 @@
 
 #include "params/arithmetic.h"
 #include "params/params.h"
+#include "plan/cpu/attention.h"
 
 namespace diffqkv {
 
-inline constexpr int64_t kLanes = 16;      // of the widest vector: reads and writes overshoot by as much
-inline constexpr int64_t kScoreRows = 12;  // rows whose scores an item holds at once
-inline constexpr int64_t kAlignmentSlack = 4096;
+inline constexpr int64_t kAlignmentSlack = 64 * 64;  // for the beginnings of so many pieces
 
 // Pieces of scratch begin at multiples of 64 bytes.
 inline int64_t aligned(int64_t bytes) { return round_up(bytes, 64); }

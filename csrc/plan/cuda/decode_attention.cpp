@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "params/arithmetic.h"
+#include "plan/cost.h"
 #include "plan/cuda/rows_aligned.h"
 #include "plan/cuda/tile_stride.h"
 
@@ -11,11 +12,13 @@ namespace {
 
 constexpr int64_t kElementBytes = 2;
 constexpr int64_t kLeastSplitTokens = 128, kMostSplitTokens = 1024;
-constexpr int64_t kBlocksPerSequence = 128;
+constexpr int64_t kBlocksPerSequence = 128;  // about as many as a large GPU has multiprocessors
 constexpr int32_t kTileTokens[] = {64, 32, 16};
 constexpr int32_t kMostStages = 4;
 constexpr int64_t kBarrierBytes = 8;
-// The tiles of columns that a chunk's V head meets, and accumulators of the busiest warp.
+
+// What a block computes, of the chunk that has most of it. per_warp counts the accumulators of the busiest warp,
+// tiles_per_v_head the tiles of columns that meet the busiest V head: they decide which kernel size fits.
 struct Jobs {
   int64_t columns = 0, tiles = 0, tiles_per_v_head = 0, per_warp = 0, k_heads = 0, v_heads = 0;
 };
@@ -68,7 +71,7 @@ void lay_out(CudaDecodeAttentionPlan& plan, const AttentionParams& p, const Jobs
     for (const int32_t tokens : kTileTokens)
       for (int32_t stages = kMostStages; stages >= 2 && plan.stages == 0; --stages)
         if (bytes(tokens, stages) <= room) plan.tile_tokens = tokens, plan.stages = stages;
-  // A device without room for one head has no GPU's memory; the launch will say so.
+  // No GPU lacks room for one head; on a device that does, the launch fails.
   if (plan.stages == 0 && plan.heads_per_chunk == 1) plan.tile_tokens = kTileTokens[2], plan.stages = 2;
   // Where there is no second block, one has to keep more copies under way.
   if (plan.blocks <= facts.multiprocessors && plan.stages > 0)
@@ -107,9 +110,8 @@ CudaDecodeAttentionPlan plan_cuda_decode_attention(const AttentionParams& p, con
   plan.tickets = chunks * p.batch;
   if (plan.splits > 1) plan.workspace_floats = plan.blocks * plan.partial_floats;
 
-  const double keys = double(p.batch) * double(p.s_k);
-  plan.flops = 2.0 * keys * double(p.s_q * p.heads.n_q) * double(p.d_k + p.d_v);
-  plan.bytes = keys * double(p.heads.n_k * p.d_k + p.heads.n_v * p.d_v) * double(kElementBytes);
+  const AttentionCost cost = attention_cost(p, p.s_k);
+  plan.flops = cost.flops, plan.bytes = cost.bytes;
   return plan;
 }
 

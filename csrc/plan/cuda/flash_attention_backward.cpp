@@ -20,6 +20,9 @@ constexpr bool dimensions_agree() {
 }
 static_assert(kFlashAttentionBackwardVariantCount == kFlashAttentionVariantCount && dimensions_agree());
 
+// Of the q heads of a group, at most: each may take fp32 sums of all keys' gradients.
+constexpr int64_t kMostHeadChunks = 4;
+
 // The most chunks that the q heads of a K or V head are in.
 int64_t slots(int64_t chunk_heads, int64_t group_heads, int64_t head_heads) {
   int64_t most = 1;
@@ -28,12 +31,12 @@ int64_t slots(int64_t chunk_heads, int64_t group_heads, int64_t head_heads) {
   return most;
 }
 
-// Blocks of keys alone are few in short sequences of small batches: then the q heads of a group are shared out.
+// A short sequence has few blocks of keys: then the q heads of a group are shared out, which costs workspace for sums.
+// The bits of a sum depend on how, so that a sequence counts as if it were alone, whatever the batch.
 void share_heads(const HeadGroups& h, int64_t blocks, int64_t wanted, CudaFlashAttentionBackwardPlan& plan) {
   const int64_t group_heads = h.q_per_group();
-  plan.chunk_heads = group_heads;
   if (blocks == 0 || blocks >= wanted) return;
-  plan.chunk_heads = ceil_div(group_heads, std::min(group_heads, ceil_div(wanted, blocks)));
+  plan.chunk_heads = ceil_div(group_heads, std::min({group_heads, ceil_div(wanted, blocks), kMostHeadChunks}));
   // Whole heads, if possible: their gradients are complete.
   for (const int64_t whole : {std::max(h.q_per_k(), h.q_per_v()), std::min(h.q_per_k(), h.q_per_v())})
     if (plan.chunk_heads >= whole) {
@@ -67,9 +70,12 @@ void plan_tiles(const AttentionParams& p, const DeviceFacts& facts, CudaFlashAtt
   plan.query_shared_bytes = query_shared_bytes(*v, plan.query_stages);
 
   const HeadGroups& h = p.heads;
-  const int64_t blocks = p.batch * h.groups() * ceil_div(p.s_k, v->keys.rows) * (v->both() ? 1 : 2);
-  share_heads(h, blocks, int64_t{kFlashAttentionBackwardBlocks} * facts.multiprocessors, plan);
-  plan.key_blocks = blocks * plan.chunks;
+  const int64_t blocks = h.groups() * ceil_div(p.s_k, v->keys.rows) * (v->both() ? 1 : 2);
+  plan.chunk_heads = h.q_per_group();
+  // s_k of packed sequences is that of the longest, and together they have blocks enough.
+  if (p.cu_seqlens_k == nullptr)
+    share_heads(h, blocks, int64_t{kFlashAttentionBackwardBlocks} * facts.multiprocessors, plan);
+  plan.key_blocks = p.batch * blocks * plan.chunks;
   plan.query_blocks = p.batch * h.n_q * ceil_div(p.s_q, v->queries.rows);
   const int64_t k_sums = plan.k_slots > 1 ? p.batch * h.n_k * p.s_k * p.d_k : 0;
   const int64_t v_sums = plan.v_slots > 1 ? p.batch * h.n_v * p.s_k * p.d_v : 0;

@@ -25,7 +25,7 @@ struct FlashAttentionBackwardVariant {
   DIFFQKV_HOST_DEVICE constexpr bool both() const { return d_k + d_v <= 256; }
 };
 // Smaller ones first, for the dimensions of flash_attention's kernels. Bits depend on the variant, which is a function
-// of the dimensions alone. 32 rows of a gradient take d registers, of at most 255.
+// of the dimensions alone, and on chunk_heads. 32 rows of a gradient take d registers, of at most 255.
 inline constexpr FlashAttentionBackwardVariant kFlashAttentionBackwardVariants[] = {
     {32, 64, {128, 32}, {128, 64}},  {64, 64, {128, 32}, {128, 64}}, {64, 128, {64, 32}, {128, 32}},
     {128, 128, {64, 32}, {128, 32}}, {256, 256, {64, 16}, {64, 16}},
@@ -41,8 +41,9 @@ struct CudaFlashAttentionBackwardPlan {
   // Tiles of a walk in shared memory: 2 where the next one comes while one is computed with.
   int32_t key_stages = 0, query_stages = 0;
   int64_t key_shared_bytes = 0, query_shared_bytes = 0;
-  // A block of keys walks chunk_heads q heads of its group. Where the q heads of a K or V head are in several chunks,
-  // their sums go to fp32 slots of the workspace and are added in the order of the chunks; 1 slot: none is needed.
+  // A block of keys walks chunk_heads q heads of its group, a number that the batch does not change. Where the q heads
+  // of a K or V head are in several chunks, their sums go to fp32 slots of the workspace and are added in the order of
+  // the chunks; 1 slot: none is needed.
   int64_t chunk_heads = 0, chunks = 1, k_slots = 1, v_slots = 1;
   // Grids: sums over rows; dK and dV, of the plain kernels dK alone; their dV; dQ; sums of slots.
   int64_t row_blocks = 0, key_blocks = 0, value_blocks = 0, query_blocks = 0, k_sum_blocks = 0, v_sum_blocks = 0;

@@ -3,8 +3,8 @@
 Notation of the shapes: `b` batch, `s` tokens, `n_q, n_k, n_v` heads, `d_k, d_v` head dimensions, G = gcd(n_k, n_v)
 KV groups. q head i reads K head `i * n_k // n_q` and V head `i * n_v // n_q` (SIGMA, arXiv 2501.13629, eq. 16 and 17),
 so n_k and n_v divide n_q. Head dimensions are multiples of 8 from 8 to 256. Tensors are float32, bfloat16 or float16,
-all of one call alike, with a last dimension of stride 1 and otherwise any strides; results are contiguous. The ops
-that train, `flash_attention` and `flash_attention_varlen`, also take float64, in which all of them is then computed.
+all of one call alike, with a last dimension of stride 1 and otherwise any strides; results are contiguous. The
+attention that trains, `flash_attention` and `flash_attention_varlen`, also takes float64, in which it then computes.
 
 Every wrong argument is a ValueError that is a RuntimeError too, as callers of torch expect it, or a TypeError if its
 type or dtype is wrong, with the text `argument: got ..., want ...`, raised before anything is written. Numbers may be

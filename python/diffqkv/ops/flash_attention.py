@@ -152,7 +152,7 @@ def flash_attention(
 
     Raises:
         ValueError, TypeError: an argument is wrong; torch.compile traces dropout without a seed.
-        NotImplementedError: the gradient of a gradient is asked for.
+        NotImplementedError: the gradient of a gradient is asked of the kernel.
     """
     any_tensor("q", q)
     run = dispatch.uses_kernel(_OP, q, k, v, sinks)

@@ -144,6 +144,30 @@ TEST_CASE("emulated flash_attention_backward: the walk over a group's heads, and
   }
 }
 
+TEST_CASE("emulated flash_attention_backward: the bits of an entry do not depend on the batch") {
+  const AttentionCase c{.heads = {8, 1, 4}, .batch = 2, .s_q = 40, .s_k = 70, .causal = true};
+  AttentionCase alone = c;
+  alone.batch = 1;
+  AttentionProblem<BF16> both(c), one(alone);
+  both.reference_backward();
+  DeviceFacts facts = DeviceFacts::h200();
+  facts.multiprocessors = 2;  // enough for the blocks of two entries, were they counted together
+  REQUIRE(run<BF16>(both.backward_params(), facts, Schedule::forward).k_slots == 4);
+  const auto second_of = [](const auto& two, auto& x) {
+    std::copy_n(two.end() - int64_t(x.size()), x.size(), x.begin());
+  };
+  second_of(both.q.e, one.q.e), second_of(both.k.e, one.k.e), second_of(both.v.e, one.v.e);
+  second_of(both.out.e, one.out.e), second_of(both.dout.e, one.dout.e);
+  second_of(both.lse, one.lse), second_of(both.dlse, one.dlse);
+  run<BF16>(one.backward_params(), facts, Schedule::forward);
+  const auto same = [](const auto& x, const auto& two) {
+    return std::memcmp(x.data(), two.data() + two.size() - x.size(), x.size() * sizeof(x[0])) == 0;
+  };
+  REQUIRE(same(one.dq.e, both.dq.e));
+  REQUIRE(same(one.dk.e, both.dk.e));
+  REQUIRE(same(one.dv.e, both.dv.e));
+}
+
 TEST_CASE("emulated flash_attention_backward: dimensions") {
   for (const auto& [d_k, d_v] : {std::pair{64, 64},
                                  {32, 64},

@@ -173,7 +173,8 @@ class StockAttention:
         store(layer, ...)    writes the new K and V into the cache; returns K, V and options of `attend`
         attend(layer, ...)   computes attention with what `store` returned; returns out and the probabilities, or None
 
-    Of the layer they use layer_idx, expands_k, and key_to_cache, key_from_cache and update_cache.
+    Of the layer they use config, layer_idx, head_dim, shared_heads, num_key_value_groups, is_causal and expands_k, and
+    the methods key_to_cache, key_from_cache and update_cache.
     """
 
     takes_packed_rows = False

@@ -83,6 +83,25 @@ TEST_CASE("flash_attention_backward on CUDA: few blocks share the heads of a gro
   REQUIRE(plan.v_sum_blocks == 0);
 }
 
+TEST_CASE("flash_attention_backward on CUDA: sums have one order, whatever the batch and what is packed with it") {
+  for (const HeadGroups heads : {kSigma, HeadGroups{32, 4, 4}, HeadGroups{12, 4, 6}})
+    for (const int64_t s : {1, 100, 700, 2048, 5000}) {
+      const CudaFlashAttentionBackwardPlan one = plan_of(params(heads, 1, s)), many = plan_of(params(heads, 7, s));
+      CAPTURE(heads.n_q, heads.n_k, heads.n_v, s);
+      REQUIRE(one.chunk_heads == many.chunk_heads);
+      REQUIRE(one.chunks == many.chunks);
+      REQUIRE(one.k_slots == many.k_slots);
+      REQUIRE(one.v_slots == many.v_slots);
+      REQUIRE(7 * one.key_blocks == many.key_blocks);
+      REQUIRE(one.chunks <= 4);
+      FlashAttentionBackwardParams packed = params(heads, 7, s);
+      const int32_t cu_seqlens[8] = {};
+      packed.forward.cu_seqlens_q = packed.forward.cu_seqlens_k = cu_seqlens;
+      REQUIRE(plan_of(packed).chunk_heads == heads.q_per_group());
+      REQUIRE(plan_of(packed).chunks == 1);
+    }
+}
+
 TEST_CASE("flash_attention_backward on CUDA: chunks hold each q head once, slots all chunks of a head") {
   for (const HeadGroups heads : {kSigma, HeadGroups{32, 16, 4}, HeadGroups{12, 4, 6}, HeadGroups{12, 6, 4},
                                  HeadGroups{8, 8, 8}, HeadGroups{31, 1, 1}, HeadGroups{8, 1, 8}, HeadGroups{24, 3, 2}})
