@@ -5,7 +5,7 @@
 #include "cpu/isa.h"
 #include "cpu/items.h"
 #include "cpu/kernels/kernels.h"
-#include "cpu/reference_f64.h"
+#include "cpu/plain_attention.h"
 #include "cpu/run.h"
 #include "cpu/workspace.h"
 #include "params/key_range.h"
@@ -18,7 +18,7 @@ constexpr int64_t kFloatsPerThread = 8192;
 
 struct Pieces {
   Workspace workspace;
-  Scratch scratch;
+  ThreadScratch scratch;
   float* partials;
 
   Pieces(const AttentionPlan& plan, void* base)
@@ -35,10 +35,10 @@ void attention(const AttentionParams& p, const AttentionPlan& plan, void* worksp
   if (plan.items == 0 || plan.rows == 0) return;
   const CpuKernels& kernels = cpu_kernels();
   const Pieces pieces(plan, workspace);
-  const Scratch& scratch = pieces.scratch;
+  const ThreadScratch& scratch = pieces.scratch;
   if (plan.kernel == AttentionKernel::plain)
     return for_items(plan.items, plan.threads, parallel,
-                     [&](int64_t i, int64_t w) { attention_f64(p, i, reinterpret_cast<double*>(scratch.of(w))); });
+                     [&](int64_t i, int64_t w) { plain_attention(p, i, reinterpret_cast<double*>(scratch.of(w))); });
   if (plan.kernel == AttentionKernel::block)
     return for_items(plan.items, plan.threads, parallel,
                      [&](int64_t i, int64_t w) { kernels.attention_block(p, plan, i, scratch.of(w)); });

@@ -6,7 +6,7 @@
 #include "cpu/isa.h"
 #include "cpu/items.h"
 #include "cpu/kernels/kernels.h"
-#include "cpu/reference_f64.h"
+#include "cpu/plain_attention.h"
 #include "cpu/run.h"
 #include "cpu/workspace.h"
 
@@ -22,7 +22,7 @@ void wait_until(const int32_t* ready, int32_t count) {
 
 struct Pieces {
   Workspace workspace;
-  Scratch scratch;
+  ThreadScratch scratch;
   FlashAttentionBackwardWorkspace shared;
 
   Pieces(const AttentionParams& p, const FlashAttentionBackwardPlan& plan, void* base)
@@ -64,7 +64,7 @@ void flash_attention_backward(const FlashAttentionBackwardParams& bp, const Flas
   const int64_t q_heads = p.batch * p.heads.n_q;
   if (p.q.dtype == DType::f64) {
     for_items(plan.items, plan.threads, parallel,
-              [&](int64_t i, int64_t) { flash_attention_backward_f64(bp, i, shared.dsinks); });
+              [&](int64_t i, int64_t) { plain_attention_backward(bp, i, shared.dsinks); });
   } else {
     std::fill_n(shared.ready, q_heads * plan.query_blocks, 0);
     for_items(q_heads, plan.threads, parallel,

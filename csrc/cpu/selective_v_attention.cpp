@@ -14,7 +14,7 @@ namespace {
 
 struct Pieces {
   Workspace workspace;
-  Scratch scratch;
+  ThreadScratch scratch;
   float* partials;
   SelectiveVAttentionWorkspace shared;
 
@@ -53,7 +53,7 @@ void selective_v_attention(const SelectiveVAttentionParams& sp, const SelectiveV
   const CpuKernels& kernels = cpu_kernels();
   const AttentionParams& p = sp.attention;
   const Pieces pieces(sp, plan, workspace);
-  const Scratch& scratch = pieces.scratch;
+  const ThreadScratch& scratch = pieces.scratch;
   float* const partials = pieces.partials;
   const SelectiveVAttentionWorkspace& shared = pieces.shared;
   const int64_t threads = dense_plan.threads, splits = dense_plan.splits, groups = dense_plan.groups;

@@ -29,9 +29,9 @@ class Workspace {
 };
 
 // The scratch of all threads of a call.
-class Scratch {
+class ThreadScratch {
  public:
-  Scratch(Workspace& workspace, int64_t threads, int64_t bytes)
+  ThreadScratch(Workspace& workspace, int64_t threads, int64_t bytes)
       : stride_(aligned(bytes)), first_(workspace.take<char>(threads * stride_)) {}
 
   char* of(int64_t worker) const { return first_ + worker * stride_; }

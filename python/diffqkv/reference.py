@@ -186,12 +186,12 @@ def _compute_dtype(q: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype or (torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
-def _scores(q: Tensor, k: Tensor) -> Tensor:
+def dot_products(q: Tensor, k: Tensor) -> Tensor:
     """Dot products `[b, n_q, s_q, s_k]`."""
     return q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).transpose(2, 3)
 
 
-def _softmax(logits: Tensor, visible: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def softmax(logits: Tensor, visible: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Weights `[b, n_q, s_q, s_k]` and lse `[b, n_q, s_q]`; a row that sees nothing has weights 0 and lse -inf.
 
     Differences are those from the maximum: the lse of large logits is rounded by more than exponents can bear.
@@ -261,10 +261,10 @@ def attend(
     kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out and lse in the dtype of q, k and v; visible and kept: bool, broadcastable to `[b, n_q, s_q, s_k]`."""
-    logits = _scores(q, k) * (q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale)
+    logits = dot_products(q, k) * (q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale)
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    weights, lse = _softmax(logits, visible, sinks)
+    weights, lse = softmax(logits, visible, sinks)
     if kept is not None:
         weights = torch.where(kept, weights * (65536 / (65536 - dropout_threshold(dropout_p))), 0)
     return weights @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1), lse
@@ -366,8 +366,8 @@ def selective_v_attention(
     visible = visible.expand(b, n_q, s_q, capacity)
     q, k, v = (x.to(_compute_dtype(q, dtype)) for x in (q, k, v))
     scale = d_k**-0.5 if softmax_scale is None else softmax_scale
-    scores = _scores(q, k)
-    weights, lse = _softmax(scores * scale, visible)
+    scores = dot_products(q, k)
+    weights, lse = softmax(scores * scale, visible)
 
     # Visible keys from the best to the worst, then the others. Both sorts are stable: ties stay in index order.
     order = (-scores if scale < 0 else scores).argsort(dim=-1, descending=True, stable=True)

@@ -19,7 +19,7 @@ constexpr int64_t kRandomBits = kKeyTile + kDraws * kKeysPerDraw;  // room for t
 
 DIFFQKV_INLINE int64_t padded_dim(int64_t d) { return round_up(d, 16); }
 
-struct Scratch {  // hands out 64-byte aligned pieces of a thread's workspace
+struct Scratch {  // hands out 64-byte aligned pieces of a thread's memory
   char* at;
   explicit Scratch(void* p) : at((char*)(((uintptr_t)p + 63) & ~uintptr_t(63))) {}
   template <class T>

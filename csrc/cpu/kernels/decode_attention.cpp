@@ -44,9 +44,8 @@ struct PairedValues {
 #endif
 
 template <bool kDot, class V>
-void attention_split(const AttentionParams& p, const AttentionPlan& plan, int64_t item, void* workspace,
-                     float* partials) {
-  Scratch scratch(workspace);
+void attention_split(const AttentionParams& p, const AttentionPlan& plan, int64_t item, void* memory, float* partials) {
+  Scratch scratch(memory);
   const int64_t split = item % plan.splits, batch_group = item / plan.splits;
   const GroupSplit<kDot> part(p, batch_group / plan.groups, batch_group % plan.groups,
                               {split * kSplitTokens, (split + 1) * kSplitTokens}, scratch);

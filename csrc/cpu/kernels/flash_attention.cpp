@@ -13,7 +13,7 @@ struct BlockRows {  // the rows of one q head in an item
 };
 
 template <bool kDot>
-void attention_block(const AttentionParams& p, const AttentionPlan& plan, int64_t item, void* workspace) {
+void attention_block(const AttentionParams& p, const AttentionPlan& plan, int64_t item, void* memory) {
   // Blocks of late queries see most keys: they come first, so that the last items to finish are short.
   const int64_t per_block = p.batch * plan.groups * plan.head_chunks;
   const int64_t blocks = (p.s_q + plan.block_q - 1) / plan.block_q;
@@ -28,7 +28,7 @@ void attention_block(const AttentionParams& p, const AttentionPlan& plan, int64_
   const int64_t h1 = min_of(group_end, h0 + plan.heads_per_item), heads = h1 - h0;
 
   const int64_t W = kDot ? p.d_k / 2 : p.d_k, stride_o = padded_dim(p.d_v);
-  Scratch scratch(workspace);
+  Scratch scratch(memory);
   word* q = scratch.take<word>(heads * rows * W);
   float* o = scratch.take<float>(heads * rows * stride_o);
   RowState* state = scratch.take<RowState>(heads * rows);

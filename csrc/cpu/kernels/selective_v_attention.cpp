@@ -32,11 +32,11 @@ inline RowState mass_of(float* s, KeyRange own, float c) {
 
 template <bool kDot>
 void score(const SelectiveVAttentionParams& sp, const SelectiveVAttentionPlan& plan,
-           const SelectiveVAttentionWorkspace& work, int64_t item, void* workspace) {
+           const SelectiveVAttentionWorkspace& work, int64_t item, void* memory) {
   const AttentionParams& p = sp.attention;
   const int64_t chunk = item % plan.chunks, group = item / plan.chunks % plan.dense.groups;
   const int64_t b = item / plan.chunks / plan.dense.groups, chunk_tokens = plan.chunk_splits * kSplitTokens;
-  Scratch scratch(workspace);
+  Scratch scratch(memory);
   const GroupSplit<kDot> part(p, b, group, {chunk * chunk_tokens, (chunk + 1) * chunk_tokens}, scratch);
   Candidates* best = scratch.take<Candidates>(part.rows);
   bool* nan = scratch.take<bool>(part.rows);
@@ -340,12 +340,12 @@ struct SelectedRow {
 // first; while one row selects, the V rows of the one before are on their way.
 template <class E>
 void gather(const SelectiveVAttentionParams& sp, const SelectiveVAttentionPlan& plan,
-            const SelectiveVAttentionWorkspace& work, int64_t item, void* workspace) {
+            const SelectiveVAttentionWorkspace& work, int64_t item, void* memory) {
   const AttentionParams& p = sp.attention;
   const int64_t rows = p.heads.q_per_v() * p.s_q, blocks = (rows + kRowsPerFetch - 1) / kRowsPerFetch;
   const int64_t first = item % blocks * kRowsPerFetch, end = min_of(rows, first + kRowsPerFetch);
   const int64_t row0 = item / blocks * rows;  // q heads of a V head are neighbours
-  Scratch scratch(workspace);
+  Scratch scratch(memory);
   SelectedRow<E> one(sp, plan, work, scratch), other(sp, plan, work, scratch);
   SelectedRow<E>*next = &one, *pending = nullptr;
   for (int64_t r = first; r < end; ++r) {

@@ -112,7 +112,7 @@ def _probabilities(
 
     Torch's softmax is faster than that of `reference.attend`, which knows no additive mask besides.
     """
-    scores = reference._scores(query, key) * scaling
+    scores = reference.dot_products(query, key) * scaling
     if softcap:
         scores = softcap * (scores / softcap).tanh()
     if mask is None and causal:

@@ -176,7 +176,7 @@ def _composed(
 
     scale = d_k**-0.5 if options.softmax_scale is None else options.softmax_scale
     scores = dot_products(q, k)
-    weights, lse = reference._softmax(scores * scale, visible)
+    weights, lse = reference.softmax(scores * scale, visible)
     best = _best_rows(-scores if scale < 0 else scores, visible, min(top_k, capacity))
     rows, used = _rows_to_read(best, first, end, capacity, options.keep_first, options.keep_last)
     rows_used = used.sum(-1)

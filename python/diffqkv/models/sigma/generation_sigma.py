@@ -179,7 +179,8 @@ def positions_of_slots(
     """The positions of all cache slots, `[b or 1, s]`, for keys that are cached without their rotation.
 
     A cache keeps no positions. Those of older tokens follow from the newest one, since the tokens of a row are
-    consecutive; where a mask shows that they are not, an error says so. Without older tokens any positions do.
+    consecutive; where a mask shows that they are not, an error says so. Without older tokens any positions do, and the
+    cache remembers in `has_position_gaps` whether they were consecutive.
     """
     tokens = position_ids.shape[1]
     slots, _ = cache.get_mask_sizes(tokens, 0)
@@ -191,7 +192,7 @@ def positions_of_slots(
         return positions
     has_gaps = _has_gaps(positions, attention_mask)
     if cache_is_empty:
-        cache.has_position_gaps = has_gaps  # The steps that follow these tokens ask for it.
+        cache.has_position_gaps = has_gaps
     elif has_gaps or getattr(cache, "has_position_gaps", False):
         raise NotImplementedError(
             "k_compression='expand' with a cache: the tokens of a row must have consecutive positions, "

@@ -1,4 +1,4 @@
-#include "cpu/reference_f64.h"
+#include "cpu/plain_attention.h"
 
 #include <cmath>
 #include <limits>
@@ -62,7 +62,7 @@ struct Row {
 
 }  // namespace
 
-void attention_f64(const AttentionParams& p, int64_t item, double* scores) {
+void plain_attention(const AttentionParams& p, int64_t item, double* scores) {
   const Entry entry = entry_of(p, item / p.heads.n_q);
   for (int64_t i = 0; i < entry.s_q; ++i) {
     const Row row{p, entry, item % p.heads.n_q, i};
@@ -83,7 +83,7 @@ void attention_f64(const AttentionParams& p, int64_t item, double* scores) {
   }
 }
 
-void flash_attention_backward_f64(const FlashAttentionBackwardParams& bp, int64_t item, double* dsinks) {
+void plain_attention_backward(const FlashAttentionBackwardParams& bp, int64_t item, double* dsinks) {
   const AttentionParams& p = bp.forward;
   const HeadGroups& heads = p.heads;
   const int64_t group = item % heads.groups();

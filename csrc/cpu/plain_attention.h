@@ -6,8 +6,8 @@
 namespace diffqkv {
 
 // An item is a q head of a batch entry. scores: room for s_k.
-void attention_f64(const AttentionParams& params, int64_t item, double* scores);
+void plain_attention(const AttentionParams& params, int64_t item, double* scores);
 // An item is a KV group of a batch entry. dsinks: [batch, n_q].
-void flash_attention_backward_f64(const FlashAttentionBackwardParams& params, int64_t item, double* dsinks);
+void plain_attention_backward(const FlashAttentionBackwardParams& params, int64_t item, double* dsinks);
 
 }  // namespace diffqkv
