@@ -27,12 +27,12 @@ const char* element_name(const AttentionParams& p) { return p.q.dtype == DType::
 
 py::dict decode_attention(const AttentionParams& p, const DeviceFacts& facts) {
   const CudaDecodeAttentionPlan plan = plan_cuda_decode_attention(p, facts);
-  py::dict result = common(facts, kDecodeThreads, plan.shared_bytes, plan.blocks);
+  py::dict result = common(facts, kDecodeAttentionThreads, plan.shared_bytes, plan.blocks);
   result["kernel"] = plan.bulk ? "decode_attention, bulk copies" : "decode_attention";
-  const DecodeSize size = plan.large ? kLargeDecode : kSmallDecode;
-  result["instance"] =
-      fmt::format("DecodeAttention<{}, DecodeSize{{{}, {}}}, {}>", element_name(p), size.tiles, size.jobs, plan.bulk);
-  const DecodeChunk chunk = DecodeChunk::of(p.heads, 0, plan.heads_per_chunk, 0);
+  const DecodeAttentionSize size = plan.large ? kLargeDecodeAttention : kSmallDecodeAttention;
+  result["instance"] = fmt::format("DecodeAttention<{}, DecodeAttentionSize{{{}, {}}}, {}>", element_name(p),
+                                   size.tiles, size.jobs, plan.bulk);
+  const DecodeAttentionChunk chunk = DecodeAttentionChunk::of(p.heads, 0, plan.heads_per_chunk, 0);
   result["bytes_under_way"] =
       int64_t{2} * (plan.stages - 1) * plan.tile_tokens * (chunk.k_heads * p.d_k + chunk.v_heads * p.d_v);
   result["block_q"] = plan.columns;

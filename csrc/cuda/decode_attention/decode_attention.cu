@@ -7,7 +7,7 @@
 namespace diffqkv::cuda {
 namespace {
 
-template <class E, DecodeSize size, bool bulk>
+template <class E, DecodeAttentionSize size, bool bulk>
 cudaError_t launch(const device::DecodeAttentionParams& params, cudaStream_t stream) {
   const CudaDecodeAttentionPlan& plan = params.plan;
   const dim3 grid(static_cast<unsigned>(plan.splits), static_cast<unsigned>(params.p.heads.groups() * plan.chunks),
@@ -17,9 +17,9 @@ cudaError_t launch(const device::DecodeAttentionParams& params, cudaStream_t str
 
 template <class E>
 cudaError_t dispatch(const device::DecodeAttentionParams& params, cudaStream_t stream) {
-  if (params.plan.large) return launch<E, kLargeDecode, false>(params, stream);
-  return params.plan.bulk ? launch<E, kSmallDecode, true>(params, stream)
-                          : launch<E, kSmallDecode, false>(params, stream);
+  if (params.plan.large) return launch<E, kLargeDecodeAttention, false>(params, stream);
+  return params.plan.bulk ? launch<E, kSmallDecodeAttention, true>(params, stream)
+                          : launch<E, kSmallDecodeAttention, false>(params, stream);
 }
 
 }  // namespace

@@ -18,11 +18,11 @@ struct DecodeAttentionParams {
 };
 
 // kBulk: tiles come by bulk copies of whole rows (sm_90), else 16 bytes at a time.
-template <class E, DecodeSize kSize, bool kBulk>
+template <class E, DecodeAttentionSize kSize, bool kBulk>
 struct DecodeAttention {
   using Params = DecodeAttentionParams;
   using T = typename E::T;
-  static constexpr int kThreads = kDecodeThreads, kMinBlocks = 2;
+  static constexpr int kThreads = kDecodeAttentionThreads, kMinBlocks = 2;
   static constexpr int kTiles = kSize.tiles, kJobs = kSize.jobs;
   static constexpr int kRows = 16, kStep = 16;  // tokens of a matrix product, dimensions of a step
 
@@ -31,7 +31,7 @@ struct DecodeAttention {
   struct Block {
     const AttentionParams& p;
     const CudaDecodeAttentionPlan& plan;
-    DecodeChunk chunk;
+    DecodeAttentionChunk chunk;
     Entry entry;
     int64_t batch, group, split;
     int columns;                // of this chunk
@@ -40,7 +40,7 @@ struct DecodeAttention {
 
     DIFFQKV_DEVICE Block(const Params& params)
         : p(params.p), plan(params.plan), batch(block_z()), group(block_y() / plan.chunks), split(block_x()) {
-      chunk = DecodeChunk::of(p.heads, group, plan.heads_per_chunk, block_y() % plan.chunks);
+      chunk = DecodeAttentionChunk::of(p.heads, group, plan.heads_per_chunk, block_y() % plan.chunks);
       entry = entry_of(p, batch);
       columns = chunk.q_heads * static_cast<int>(p.s_q);
       keys = {keys_of_query(p, entry, 0).lo, keys_of_query(p, entry, p.s_q - 1).hi};
@@ -69,14 +69,14 @@ struct DecodeAttention {
     int stage_elements, v_offset;
 
     DIFFQKV_DEVICE Shared(const CudaDecodeAttentionPlan& plan, char* shared) {
-      const int columns = plan.column_tiles * kDecodeColumns;
+      const int columns = plan.column_tiles * kDecodeAttentionColumns;
       q = reinterpret_cast<T*>(shared);
       p = q + columns * plan.q_stride;
       stages = p + plan.tile_tokens * plan.p_stride;
       v_offset = plan.tile_tokens * plan.k_stride;
       stage_elements = v_offset + plan.tile_tokens * plan.v_stride;
       most = reinterpret_cast<float*>(stages + plan.stages * stage_elements);
-      alpha = most + kDecodeWarps * columns;
+      alpha = most + kDecodeAttentionWarps * columns;
       bounds = reinterpret_cast<int32_t*>(alpha + columns);
       arrived = reinterpret_cast<Barrier*>(bounds + 2 * columns);
     }
@@ -88,7 +88,8 @@ struct DecodeAttention {
   // steps.
   static DIFFQKV_DEVICE void prepare(const Block& b, const Shared& s) {
     const AttentionParams& p = b.p;
-    const int d = static_cast<int>(p.d_k), padded = b.plan.q_stride, all = b.plan.column_tiles * kDecodeColumns;
+    const int d = static_cast<int>(p.d_k), padded = b.plan.q_stride,
+              all = b.plan.column_tiles * kDecodeAttentionColumns;
     for (int i = thread(); i < all * padded; i += kThreads) {
       const int column = i / padded, x = i % padded;
       T value = 0;
@@ -127,7 +128,7 @@ struct DecodeAttention {
           width(static_cast<int>(round_up(d, kStep))) {}
   };
   static DIFFQKV_DEVICE Rows rows_of(const Block& b, bool k) {
-    const DecodeChunk& c = b.chunk;
+    const DecodeAttentionChunk& c = b.chunk;
     const int64_t first =
         k ? c.first_k - b.group * b.p.heads.k_per_group() : c.first_v - b.group * b.p.heads.v_per_group();
     return {k ? b.p.k : b.p.v, b.group, first, k ? c.k_heads : c.v_heads, k ? b.p.d_k : b.p.d_v};
@@ -171,8 +172,9 @@ struct DecodeAttention {
     const AttentionParams& p = b.p;
     const CudaDecodeAttentionPlan& plan = b.plan;
     // Where the warp's tokens lie: lane l looks up its l-th one.
-    const int64_t mine = first + warp() + kDecodeWarps * lane();
-    const bool exists = kDecodeWarps * lane() + warp() < plan.tile_tokens && mine >= b.keys.lo && mine < b.keys.hi;
+    const int64_t mine = first + warp() + kDecodeAttentionWarps * lane();
+    const bool exists =
+        kDecodeAttentionWarps * lane() + warp() < plan.tile_tokens && mine >= b.keys.lo && mine < b.keys.hi;
     const KvSlot slot = exists ? kv_page(p.paging, b.batch, mine) : KvSlot{-1, 0};
     const int my_page = static_cast<int>(slot.page), my_token = static_cast<int>(slot.token);
     const int k_pieces = static_cast<int>(p.d_k) / kPiece, v_pieces = static_cast<int>(p.d_v) / kPiece;
@@ -185,10 +187,10 @@ struct DecodeAttention {
       const T* source = rows.first + head * rows.stride_head + x;
       T* target = (is_k ? s.k(stage) : s.v(stage)) + head * rows.width + x;
       const int stride = is_k ? plan.k_stride : plan.v_stride;
-      for (int j = 0; j * kDecodeWarps + warp() < plan.tile_tokens; ++j) {
+      for (int j = 0; j * kDecodeAttentionWarps + warp() < plan.tile_tokens; ++j) {
         const int64_t page = shuffle(my_page, j), token = shuffle(my_token, j);
         if (u < units)
-          copy_piece(target + (j * kDecodeWarps + warp()) * stride,
+          copy_piece(target + (j * kDecodeAttentionWarps + warp()) * stride,
                      source + page * rows.stride_page + token * rows.stride_token, page >= 0, plan.aligned);
       }
     }
@@ -232,9 +234,9 @@ struct DecodeAttention {
       for (int head = 0; head < b.chunk.k_heads; ++head) {
         int begin, end;
         b.columns_of(b.chunk.first_k + head, p.heads.q_per_k(), begin, end);
-        if (end <= t * kDecodeColumns || begin >= (t + 1) * kDecodeColumns) continue;
+        if (end <= t * kDecodeAttentionColumns || begin >= (t + 1) * kDecodeAttentionColumns) continue;
         const T* a_row = s.k(stage) + (row + lane() % 16) * b.plan.k_stride + head * width + lane() / 16 * kPiece;
-        const T* b_row = s.q + (t * kDecodeColumns + lane() % 8) * b.plan.q_stride + lane() / 8 % 2 * kPiece;
+        const T* b_row = s.q + (t * kDecodeAttentionColumns + lane() % 8) * b.plan.q_stride + lane() / 8 % 2 * kPiece;
         float c[4] = {};
         for (int x = 0; x < width; x += kStep) {
           uint32_t keys[4], queries[2];
@@ -244,7 +246,7 @@ struct DecodeAttention {
         }
         DIFFQKV_UNROLL
         for (int i = 0; i < 4; ++i) {
-          const int column = t * kDecodeColumns + 2 * (lane() % 4) + i % 2;
+          const int column = t * kDecodeAttentionColumns + 2 * (lane() % 4) + i % 2;
           if (column >= begin && (column < end || end == b.columns)) scores[t][i] = c[i];
         }
       }
@@ -256,7 +258,7 @@ struct DecodeAttention {
       }
       DIFFQKV_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const int column = t * kDecodeColumns + 2 * (lane() % 4) + i % 2;
+        const int column = t * kDecodeAttentionColumns + 2 * (lane() % 4) + i % 2;
         const int64_t token = first + row + lane() / 4 + i / 2 * 8;
         if (token < s.bounds[2 * column] || token >= s.bounds[2 * column + 1]) scores[t][i] = -INFINITY;
       }
@@ -265,7 +267,7 @@ struct DecodeAttention {
 
   // Writes the maximum of each column over this warp's tokens, for all warps to see.
   static DIFFQKV_DEVICE void share_maxima(const Block& b, const Shared& s, const float (&scores)[kTiles][4]) {
-    const int columns = b.plan.column_tiles * kDecodeColumns;
+    const int columns = b.plan.column_tiles * kDecodeAttentionColumns;
     DIFFQKV_UNROLL
     for (int t = 0; t < kTiles; ++t) {
       if (t >= b.plan.column_tiles) break;
@@ -274,7 +276,7 @@ struct DecodeAttention {
         float x = fmaxf(scores[t][i], scores[t][i + 2]);
         DIFFQKV_UNROLL
         for (int mask = 4; mask < 32; mask *= 2) x = fmaxf(x, shuffle_xor(x, mask));
-        if (lane() < 4) s.most[warp() * columns + t * kDecodeColumns + 2 * lane() + i] = x;
+        if (lane() < 4) s.most[warp() * columns + t * kDecodeAttentionColumns + 2 * lane() + i] = x;
       }
     }
   }
@@ -289,14 +291,14 @@ struct DecodeAttention {
   // product with V; s.alpha becomes what each column had accumulated before is multiplied by.
   static DIFFQKV_DEVICE void softmax(const Block& b, const Shared& s, bool scoring, float (&scores)[kTiles][4],
                                      Columns& state) {
-    const int columns = b.plan.column_tiles * kDecodeColumns, warps = b.plan.tile_tokens / kRows;
+    const int columns = b.plan.column_tiles * kDecodeAttentionColumns, warps = b.plan.tile_tokens / kRows;
     DIFFQKV_UNROLL
     for (int t = 0; t < kTiles; ++t) {
       if (t >= b.plan.column_tiles) break;
       float shift[2];
       DIFFQKV_UNROLL
       for (int i = 0; i < 2; ++i) {
-        const int column = t * kDecodeColumns + 2 * (lane() % 4) + i;
+        const int column = t * kDecodeAttentionColumns + 2 * (lane() % 4) + i;
         float most = state.most[t][i];
         for (int w = 0; w < warps; ++w) most = fmaxf(most, s.most[w * columns + column]);
         shift[i] = most == -INFINITY ? 0.0f : most;
@@ -314,7 +316,7 @@ struct DecodeAttention {
       DIFFQKV_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int token = warp() * kRows + lane() / 4 + half * 8;
-        *reinterpret_cast<uint32_t*>(s.p + token * b.plan.p_stride + t * kDecodeColumns + 2 * (lane() % 4)) =
+        *reinterpret_cast<uint32_t*>(s.p + token * b.plan.p_stride + t * kDecodeAttentionColumns + 2 * (lane() % 4)) =
             E::pack(scores[t][2 * half], scores[t][2 * half + 1]);
       }
     }
@@ -335,11 +337,12 @@ struct DecodeAttention {
       const int per = b.plan.tiles_per_v_head;
       DIFFQKV_UNROLL
       for (int j = 0; j < kJobs; ++j) {
-        const int pair = warp() + kDecodeWarps * (j / per), head = pair / slices;
+        const int pair = warp() + kDecodeAttentionWarps * (j / per), head = pair / slices;
         int begin = 0, end = 0;
         if (head < b.chunk.v_heads) b.columns_of(b.chunk.first_v + head, b.p.heads.q_per_v(), begin, end);
-        const int tile = begin / kDecodeColumns + j % per;
-        place[j] = tile * kDecodeColumns < end ? (head * width + pair % slices * kStep) * kMostTiles + tile : -1;
+        const int tile = begin / kDecodeAttentionColumns + j % per;
+        place[j] =
+            tile * kDecodeAttentionColumns < end ? (head * width + pair % slices * kStep) * kMostTiles + tile : -1;
         DIFFQKV_UNROLL
         for (int i = 0; i < 4; ++i) sum[j][i] = 0.0f;
       }
@@ -350,7 +353,7 @@ struct DecodeAttention {
     DIFFQKV_UNROLL
     for (int j = 0; j < kJobs; ++j) {
       if (jobs.place[j] < 0) continue;
-      const float* alpha = s.alpha + jobs.tile(j) * kDecodeColumns + 2 * (lane() % 4);
+      const float* alpha = s.alpha + jobs.tile(j) * kDecodeAttentionColumns + 2 * (lane() % 4);
       const float a0 = alpha[0], a1 = alpha[1];
       jobs.sum[j][0] *= a0, jobs.sum[j][1] *= a1, jobs.sum[j][2] *= a0, jobs.sum[j][3] *= a1;
     }
@@ -362,7 +365,7 @@ struct DecodeAttention {
       for (int j = 0; j < kJobs; ++j) {
         if (jobs.place[j] < 0) continue;
         load_matrices_transposed(values, v_row + jobs.offset(j));
-        if (kTiles > 1 || j == 0) load_matrices_transposed(weights, p_row + jobs.tile(j) * kDecodeColumns);
+        if (kTiles > 1 || j == 0) load_matrices_transposed(weights, p_row + jobs.tile(j) * kDecodeAttentionColumns);
         E::mma(jobs.sum[j], values, weights[0], weights[1]);
       }
     }
@@ -390,10 +393,10 @@ struct DecodeAttention {
   // Merges the partial results of all splits, 4 dimensions at a time. Each thread adds in the order of the splits.
   static DIFFQKV_DEVICE void merge(const Block& b, const Shared& s, const float* partials) {
     const int64_t step = b.plan.partial_floats;
-    const int header = static_cast<int>(step - int64_t{b.plan.column_tiles} * kDecodeColumns * b.p.d_v);
+    const int header = static_cast<int>(step - int64_t{b.plan.column_tiles} * kDecodeAttentionColumns * b.p.d_v);
     const int live = static_cast<int>(b.live), d_v = static_cast<int>(b.p.d_v);
     // A warp per column: its maximum, then its sum, each lane in the order of its splits.
-    for (int column = warp(); column < b.columns; column += kDecodeWarps) {
+    for (int column = warp(); column < b.columns; column += kDecodeAttentionWarps) {
       const float* head = partials + 2 * column;
       float most = -INFINITY, sum = 0.0f;
       for (int i = lane(); i < live; i += 32) most = fmaxf(most, load_shared_by_blocks(head + i * step));
@@ -450,7 +453,7 @@ struct DecodeAttention {
 
   // Writes the sum of each column over lanes and warps, in their order, into s.alpha; the maximum into s.most.
   static DIFFQKV_DEVICE void gather_columns(const Block& b, const Shared& s, const Columns& state) {
-    const int columns = b.plan.column_tiles * kDecodeColumns;
+    const int columns = b.plan.column_tiles * kDecodeAttentionColumns;
     sync_block();  // nobody reads the maxima of the last tile any more
     DIFFQKV_UNROLL
     for (int t = 0; t < kTiles; ++t) {
@@ -460,13 +463,13 @@ struct DecodeAttention {
         float sum = state.sum[t][i];
         DIFFQKV_UNROLL
         for (int mask = 4; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
-        if (lane() < 4) s.most[warp() * columns + t * kDecodeColumns + 2 * lane() + i] = sum;
+        if (lane() < 4) s.most[warp() * columns + t * kDecodeAttentionColumns + 2 * lane() + i] = sum;
       }
     }
     sync_block();
     for (int column = thread(); column < columns; column += kThreads) {
       float sum = 0.0f;
-      for (int w = 0; w < kDecodeWarps; ++w) sum += s.most[w * columns + column];
+      for (int w = 0; w < kDecodeAttentionWarps; ++w) sum += s.most[w * columns + column];
       s.alpha[column] = sum;
     }
     sync_block();
@@ -474,7 +477,7 @@ struct DecodeAttention {
     for (int t = 0; t < kTiles; ++t) {
       if (t >= b.plan.column_tiles) break;
       if (warp() == 0 && lane() < 4)
-        for (int i = 0; i < 2; ++i) s.most[t * kDecodeColumns + 2 * lane() + i] = state.most[t][i];
+        for (int i = 0; i < 2; ++i) s.most[t * kDecodeAttentionColumns + 2 * lane() + i] = state.most[t][i];
     }
     sync_block();
   }
@@ -491,7 +494,7 @@ struct DecodeAttention {
       b.columns_of(b.chunk.first_v + head, b.p.heads.q_per_v(), begin, end);
       DIFFQKV_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const int column = jobs.tile(j) * kDecodeColumns + 2 * (lane() % 4) + i % 2;
+        const int column = jobs.tile(j) * kDecodeAttentionColumns + 2 * (lane() % 4) + i % 2;
         const int x = jobs.offset(j) - head * width + lane() / 4 + i / 2 * 8;
         if (column >= begin && column < end && x < b.p.d_v) store(column, x, jobs.sum[j][i]);
       }
@@ -554,7 +557,8 @@ struct DecodeAttention {
     }
     float* partials = params.partials + b.group_index() * plan.splits * plan.partial_floats;
     float* mine = partials + b.split * plan.partial_floats;
-    const int header = static_cast<int>(plan.partial_floats - int64_t{plan.column_tiles} * kDecodeColumns * b.p.d_v);
+    const int header =
+        static_cast<int>(plan.partial_floats - int64_t{plan.column_tiles} * kDecodeAttentionColumns * b.p.d_v);
     for (int column = thread(); column < b.columns; column += kThreads) {
       mine[2 * column] = s.most[column];
       mine[2 * column + 1] = s.alpha[column];

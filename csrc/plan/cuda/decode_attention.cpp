@@ -26,19 +26,19 @@ Jobs jobs_of(const AttentionParams& p, int64_t heads_per_chunk, int64_t chunks) 
   Jobs most;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     // Groups are alike.
-    const DecodeChunk c = DecodeChunk::of(p.heads, 0, heads_per_chunk, chunk);
+    const DecodeAttentionChunk c = DecodeAttentionChunk::of(p.heads, 0, heads_per_chunk, chunk);
     most.columns = std::max(most.columns, c.q_heads * p.s_q);
     most.k_heads = std::max<int64_t>(most.k_heads, c.k_heads);
     most.v_heads = std::max<int64_t>(most.v_heads, c.v_heads);
     for (int64_t v = c.first_v; v < c.first_v + c.v_heads; ++v) {
       const int64_t first = std::max<int64_t>(v * p.heads.q_per_v(), c.first_q) - c.first_q;
       const int64_t end = std::min<int64_t>((v + 1) * p.heads.q_per_v(), c.first_q + c.q_heads) - c.first_q;
-      const int64_t tiles = (end * p.s_q - 1) / kDecodeColumns - first * p.s_q / kDecodeColumns + 1;
+      const int64_t tiles = (end * p.s_q - 1) / kDecodeAttentionColumns - first * p.s_q / kDecodeAttentionColumns + 1;
       most.tiles_per_v_head = std::max(most.tiles_per_v_head, tiles);
     }
   }
-  most.tiles = ceil_div(most.columns, kDecodeColumns);
-  most.per_warp = ceil_div(most.v_heads * ceil_div(p.d_v, 16), kDecodeWarps) * most.tiles_per_v_head;
+  most.tiles = ceil_div(most.columns, kDecodeAttentionColumns);
+  most.per_warp = ceil_div(most.v_heads * ceil_div(p.d_v, 16), kDecodeAttentionWarps) * most.tiles_per_v_head;
   return most;
 }
 
@@ -54,7 +54,7 @@ void cut(CudaDecodeAttentionPlan& plan, const AttentionParams& p) {
 
 // Chooses the shared memory of a block, and how many tokens it takes at a time.
 void lay_out(CudaDecodeAttentionPlan& plan, const AttentionParams& p, const Jobs& jobs, const DeviceFacts& facts) {
-  const int64_t d_k = round_up(p.d_k, 16), d_v = round_up(p.d_v, 16), columns = jobs.tiles * kDecodeColumns;
+  const int64_t d_k = round_up(p.d_k, 16), d_v = round_up(p.d_v, 16), columns = jobs.tiles * kDecodeAttentionColumns;
   plan.q_stride = tile_stride(static_cast<int32_t>(d_k));
   plan.k_stride = tile_stride(static_cast<int32_t>(jobs.k_heads * d_k));
   plan.v_stride = tile_stride(static_cast<int32_t>(jobs.v_heads * d_v));
@@ -62,7 +62,7 @@ void lay_out(CudaDecodeAttentionPlan& plan, const AttentionParams& p, const Jobs
   const auto bytes = [&](int64_t tile_tokens, int64_t stages) {
     const int64_t elements =
         columns * plan.q_stride + tile_tokens * plan.p_stride + stages * tile_tokens * (plan.k_stride + plan.v_stride);
-    return elements * kElementBytes + columns * (kDecodeWarps + 3) * 4 + stages * kBarrierBytes;
+    return elements * kElementBytes + columns * (kDecodeAttentionWarps + 3) * 4 + stages * kBarrierBytes;
   };
   // Two blocks to a multiprocessor hide each other's waits; long tiles have fewer of them.
   const int64_t half = facts.shared_per_multiprocessor / 2 - kSystemSharedBytes;
@@ -91,9 +91,11 @@ CudaDecodeAttentionPlan plan_cuda_decode_attention(const AttentionParams& p, con
     plan.heads_per_chunk = static_cast<int32_t>(heads_per_chunk);
     plan.chunks = static_cast<int32_t>(ceil_div(group_heads, heads_per_chunk));
     const Jobs jobs = jobs_of(p, heads_per_chunk, plan.chunks);
-    const auto fits = [&](const DecodeSize& size) { return jobs.tiles <= size.tiles && jobs.per_warp <= size.jobs; };
-    plan.large = !fits(kSmallDecode);
-    if (plan.large && !fits(kLargeDecode)) continue;
+    const auto fits = [&](const DecodeAttentionSize& size) {
+      return jobs.tiles <= size.tiles && jobs.per_warp <= size.jobs;
+    };
+    plan.large = !fits(kSmallDecodeAttention);
+    if (plan.large && !fits(kLargeDecodeAttention)) continue;
     plan.columns = static_cast<int32_t>(jobs.columns);
     plan.column_tiles = static_cast<int32_t>(jobs.tiles);
     plan.tiles_per_v_head = static_cast<int32_t>(jobs.tiles_per_v_head);
@@ -105,7 +107,7 @@ CudaDecodeAttentionPlan plan_cuda_decode_attention(const AttentionParams& p, con
   plan.bulk = facts.capability == 90 && plan.aligned && !plan.large;
 
   const int64_t chunks = p.heads.groups() * plan.chunks;
-  const int64_t columns = int64_t{plan.column_tiles} * kDecodeColumns;
+  const int64_t columns = int64_t{plan.column_tiles} * kDecodeAttentionColumns;
   plan.partial_floats = round_up(columns * 2, 4) + columns * p.d_v;
   plan.tickets = chunks * p.batch;
   if (plan.splits > 1) plan.workspace_floats = plan.blocks * plan.partial_floats;

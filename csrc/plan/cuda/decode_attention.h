@@ -7,29 +7,29 @@
 
 namespace diffqkv {
 
-inline constexpr int32_t kDecodeThreads = 128;
-inline constexpr int32_t kDecodeWarps = kDecodeThreads / 32;
-inline constexpr int32_t kDecodeColumns = 8;      // of a matrix product's right operand: one tile of query rows
-inline constexpr int64_t kMaxDecodeQueries = 16;  // per q head; more go to flash_attention's kernel
+inline constexpr int32_t kDecodeAttentionThreads = 128;
+inline constexpr int32_t kDecodeAttentionWarps = kDecodeAttentionThreads / 32;
+inline constexpr int32_t kDecodeAttentionColumns = 8;  // of a matrix product's right operand: one tile of query rows
+inline constexpr int64_t kMaxDecodeAttentionQueries = 16;  // per q head; more go to flash_attention's kernel
 
 inline constexpr int64_t kMaxGrid = 65535;  // blocks in the second and third direction
 
 // What a kernel of each size holds in registers.
-struct DecodeSize {
+struct DecodeAttentionSize {
   int32_t tiles;  // of columns, whose scores a thread holds
   int32_t jobs;   // accumulators of 16 dimensions x 8 columns per warp
 };
-inline constexpr DecodeSize kSmallDecode{1, 8}, kLargeDecode{8, 8};
+inline constexpr DecodeAttentionSize kSmallDecodeAttention{1, 8}, kLargeDecodeAttention{8, 8};
 
 // Some neighbouring q heads of a KV group, and the K and V heads that they read. Column c of a chunk is query c % s_q
 // of its q head c / s_q.
-struct DecodeChunk {
+struct DecodeAttentionChunk {
   int32_t first_q = 0, q_heads = 0;  // absolute numbers of heads
   int32_t first_k = 0, k_heads = 0;
   int32_t first_v = 0, v_heads = 0;
 
-  DIFFQKV_HOST_DEVICE static DecodeChunk of(const HeadGroups& heads, int64_t group, int64_t heads_per_chunk,
-                                            int64_t chunk) {
+  DIFFQKV_HOST_DEVICE static DecodeAttentionChunk of(const HeadGroups& heads, int64_t group, int64_t heads_per_chunk,
+                                                     int64_t chunk) {
     const int64_t first = group * heads.q_per_group() + chunk * heads_per_chunk;
     const int64_t end_of_group = (group + 1) * heads.q_per_group(), wanted_end = first + heads_per_chunk;
     const int64_t end = wanted_end < end_of_group ? wanted_end : end_of_group;
@@ -47,7 +47,7 @@ struct CudaDecodeAttentionPlan {
   int32_t heads_per_chunk = 0, chunks = 0;  // per KV group
   int32_t columns = 0, column_tiles = 0;    // of the largest chunk
   int32_t tiles_per_v_head = 0;             // column tiles that a V head's columns meet, at most
-  bool large = false;                       // kLargeDecode
+  bool large = false;                       // kLargeDecodeAttention
   int32_t k_stride = 0, v_stride = 0;       // elements from a token to the next in shared memory
   int32_t q_stride = 0, p_stride = 0;       // from a column to the next, of a token's probabilities to the next
   int32_t tile_tokens = 0, stages = 0;
@@ -63,7 +63,7 @@ struct CudaDecodeAttentionPlan {
 // Whether the kernel takes a call; others go to that of flash_attention. A packed sequence takes the same kernel
 // whatever lies beside it.
 constexpr bool cuda_decode_attention_takes(const AttentionParams& p) {
-  return (p.q.dtype == DType::f16 || p.q.dtype == DType::bf16) && p.s_q <= kMaxDecodeQueries &&
+  return (p.q.dtype == DType::f16 || p.q.dtype == DType::bf16) && p.s_q <= kMaxDecodeAttentionQueries &&
          p.cu_seqlens_q == nullptr && p.dropout.threshold == 0 && p.batch <= kMaxGrid && p.heads.n_q <= kMaxGrid;
 }
 

@@ -19,7 +19,7 @@ from .checks import Sizes, any_tensor, wrong
 from .op import Op, shared
 
 
-class DecodeOptions(NamedTuple):
+class DecodeAttentionOptions(NamedTuple):
     """The options of `decode_attention`."""
 
     cache_start: Tensor | None = None
@@ -32,8 +32,8 @@ class DecodeOptions(NamedTuple):
     sinks: Tensor | None = None
 
 
-def check_decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, options: DecodeOptions
+def check_decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, options: DecodeAttentionOptions
 ) -> CacheSizes:
     sizes = Sizes()
     checks.rows("q", q, q, sizes, "b n_q s_q d_k")
@@ -67,7 +67,7 @@ def _composed(
     k_cache: Tensor,
     v_cache: Tensor,
     cache_seqlens: Tensor,
-    options: DecodeOptions,
+    options: DecodeAttentionOptions,
     *,
     need_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
@@ -94,7 +94,9 @@ def _flops(q: Tensor, v_cache: Tensor, block_table: Tensor | None = None, **rest
     return attention_flops(b, n_q, s_q, s_k, d_k, v_cache.shape[4])
 
 
-_OP = dispatch.register(Op("decode_attention", check=check_decode, fake=_fake, composed=_composed, flops=_flops))
+_OP = dispatch.register(
+    Op("decode_attention", check=check_decode_attention, fake=_fake, composed=_composed, flops=_flops)
+)
 
 
 def decode_attention(

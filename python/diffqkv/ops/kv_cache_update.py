@@ -17,7 +17,7 @@ from .checks import DTYPES, Sizes, any_tensor, wrong
 from .op import Op
 
 
-class UpdateOptions(NamedTuple):
+class KvCacheUpdateOptions(NamedTuple):
     """The options of `kv_cache_update`."""
 
     cos: Tensor | None = None
@@ -51,7 +51,7 @@ def _check_rope(k: Tensor, sizes: Sizes, cos: Tensor | None, sin: Tensor | None)
 
 
 def _check(
-    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, positions: Tensor, options: UpdateOptions
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, positions: Tensor, options: KvCacheUpdateOptions
 ) -> CacheSizes:
     checks.kind("k_cache", k_cache, k_cache, DTYPES)
     checks.rows("k", k, k_cache, Sizes(), "b n_k s_new d_k")
@@ -79,7 +79,7 @@ def _composed(
     k: Tensor,
     v: Tensor,
     positions: Tensor,
-    options: UpdateOptions,
+    options: KvCacheUpdateOptions,
     *,
     cache: CacheSizes,
 ) -> None:

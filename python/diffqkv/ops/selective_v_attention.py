@@ -17,14 +17,14 @@ from .autocast import outside_autocast
 from .caches import ROWS, CacheSizes, check_v_stats
 from .calls import call
 from .checks import any_tensor, wrong
-from .decode_attention import DecodeOptions, check_decode
+from .decode_attention import DecodeAttentionOptions, check_decode_attention
 from .op import Op, shared
 
 DROP, RENORM, MEAN = 0, 1, 2
 _MOST_INDICES = 2**27  # places of indices beyond those that the cache can fill: 1 GiB
 
 
-class SelectiveVOptions(NamedTuple):
+class SelectiveVAttentionOptions(NamedTuple):
     """The options of `selective_v_attention`."""
 
     tail: int = DROP
@@ -41,7 +41,7 @@ class SelectiveVOptions(NamedTuple):
 
 
 def _check(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, top_k: int, options: SelectiveVOptions
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, top_k: int, options: SelectiveVAttentionOptions
 ) -> CacheSizes:
     if options.max_error is not None and not options.max_error >= 0:
         raise wrong("max_error", options.max_error, "a number >= 0")
@@ -54,7 +54,7 @@ def _check(
             raise wrong(name, value, f"an integer >= {least}")
     if options.tail not in (DROP, RENORM, MEAN):
         raise wrong("tail", options.tail, "0 (drop), 1 (renorm) or 2 (mean)")
-    cache = check_decode(q, k_cache, v_cache, cache_seqlens, shared(options, DecodeOptions))
+    cache = check_decode_attention(q, k_cache, v_cache, cache_seqlens, shared(options, DecodeAttentionOptions))
     most = max(cache.capacity, _MOST_INDICES // max(1, q.shape[:3].numel()))
     if options.return_indices and top_k > most:
         raise wrong("top_k", top_k, f"1 to {most} where indices are asked for")
@@ -98,7 +98,7 @@ def _padded(indices: Tensor, top_k: int) -> Tensor:
 
 
 def _certified(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, top_k: int, options: SelectiveVOptions
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, top_k: int, options: SelectiveVAttentionOptions
 ) -> tuple[Tensor, SelectiveVStats]:
     """The op with max_error, by the reference, whose indices are as wide as top_k."""
     given = options._asdict() | {"tail": TAILS[options.tail], "k_layout": LAYOUTS[options.k_layout]}
@@ -154,7 +154,7 @@ def _composed(
     v_cache: Tensor,
     cache_seqlens: Tensor,
     top_k: int,
-    options: SelectiveVOptions,
+    options: SelectiveVAttentionOptions,
     *,
     cache: CacheSizes,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -208,8 +208,8 @@ def _composed(
 
 
 def _fake(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, top_k: int, options: SelectiveVOptions, *,
-    cache: CacheSizes,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, top_k: int,
+    options: SelectiveVAttentionOptions, *, cache: CacheSizes,
 ):  # fmt: skip
     out, lse = fake_out_and_lse(q, cache.d_v)
     indices = q.new_empty((*q.shape[:3], top_k if options.return_indices else 0), dtype=torch.int64)

@@ -19,9 +19,9 @@ emulator::Counts run(const AttentionParams& p, const DeviceFacts& facts, emulato
   const DecodeAttentionParams params{p, plan, partials.data(), tickets.data()};
   const emulator::Grid grid{plan.splits, p.heads.groups() * plan.chunks, p.batch};
   const auto run_as = [&]<class Kernel>() { return emulate<Kernel>(params, grid, plan.shared_bytes, schedule); };
-  const auto counts = plan.large  ? run_as.template operator()<DecodeAttention<E, kLargeDecode, false>>()
-                      : plan.bulk ? run_as.template operator()<DecodeAttention<E, kSmallDecode, true>>()
-                                  : run_as.template operator()<DecodeAttention<E, kSmallDecode, false>>();
+  const auto counts = plan.large  ? run_as.template operator()<DecodeAttention<E, kLargeDecodeAttention, false>>()
+                      : plan.bulk ? run_as.template operator()<DecodeAttention<E, kSmallDecodeAttention, true>>()
+                                  : run_as.template operator()<DecodeAttention<E, kSmallDecodeAttention, false>>();
   for (const uint32_t ticket : tickets) REQUIRE(ticket == 0);
   REQUIRE(counts.matrix_wavefronts == counts.matrix_rows);
   return counts;

@@ -209,6 +209,7 @@ ELSEWHERE = {
     "tests/cpp/cpu/test_kv_cache_update.cpp",
     "benchmarks/gpu/calls/flash_attention_backward.py",
     "python/diffqkv/ops/flash_attention_backward.py",
+    "tests/python/support/fuzz/calls/flash_attention_backward.py",
 }
 
 

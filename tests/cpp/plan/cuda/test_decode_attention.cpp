@@ -76,9 +76,9 @@ TEST_CASE("decode_attention on CUDA: every shape fits the device: shared memory,
           HeadGroups{64, 64, 1}, HeadGroups{64, 1, 64}, HeadGroups{5, 1, 5}})
       for (const auto& [d_k, d_v] :
            {std::pair{64, 64}, {32, 64}, {128, 128}, {64, 128}, {40, 56}, {8, 256}, {256, 8}, {256, 256}})
-        for (int64_t s_q = 1; s_q <= kMaxDecodeQueries; ++s_q) {
+        for (int64_t s_q = 1; s_q <= kMaxDecodeAttentionQueries; ++s_q) {
           const CudaDecodeAttentionPlan plan = plan_cuda_decode_attention(params(heads, 3000, d_k, d_v, s_q), facts);
-          const DecodeSize size = plan.large ? kLargeDecode : kSmallDecode;
+          const DecodeAttentionSize size = plan.large ? kLargeDecodeAttention : kSmallDecodeAttention;
           CAPTURE(heads.n_q, heads.n_k, heads.n_v, d_k, d_v, s_q, facts.capability);
           REQUIRE(plan.shared_bytes <= facts.shared_per_block);
           REQUIRE(plan.stages >= 2);
@@ -90,9 +90,11 @@ TEST_CASE("decode_attention on CUDA: every shape fits the device: shared memory,
           REQUIRE(plan.partial_floats % 4 == 0);
           // Every (V head, 16 dimensions, tile) has an accumulator.
           for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-            const DecodeChunk c = DecodeChunk::of(heads, heads.groups() - 1, plan.heads_per_chunk, chunk);
-            REQUIRE(c.q_heads * s_q <= plan.column_tiles * kDecodeColumns);
-            REQUIRE((c.v_heads * ((d_v + 15) / 16) + kDecodeWarps - 1) / kDecodeWarps * plan.tiles_per_v_head <=
+            const DecodeAttentionChunk c =
+                DecodeAttentionChunk::of(heads, heads.groups() - 1, plan.heads_per_chunk, chunk);
+            REQUIRE(c.q_heads * s_q <= plan.column_tiles * kDecodeAttentionColumns);
+            REQUIRE((c.v_heads * ((d_v + 15) / 16) + kDecodeAttentionWarps - 1) / kDecodeAttentionWarps *
+                        plan.tiles_per_v_head <=
                     size.jobs);
             REQUIRE(c.k_heads * ((d_k + 15) / 16 * 16) <= plan.k_stride);
             REQUIRE(c.v_heads * ((d_v + 15) / 16 * 16) <= plan.v_stride);

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 Array = np.ndarray
+FLOAT32, FLOAT64 = torch.finfo(torch.float32), torch.finfo(torch.float64)
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,18 @@ class Precision:
     # Of lse, where weights are not sums' shares but exponentials of a difference to it; the backward pass then computes
     # the scores in another order, too.
     lse: float = 0.0
+    on_the_way: float = FLOAT32.max  # the largest number that is multiplied by V, K or Q
 
     def rounded(self, x: Array, error: Array) -> Array:
-        """The error of x in the dtype, before it is multiplied by V, K or Q; infinite where x may be."""
+        """The error of x before it is multiplied by V, K or Q; infinite where x may be."""
         most = np.abs(x) + error
-        return np.where(most < self.largest, error + self.weights * most + self.least * (most != 0), np.inf)
+        return np.where(most < self.on_the_way, error + self.weights * most + self.least * (most != 0), np.inf)
 
 
 PRECISION = {
     # The oracle rounds as much itself.
-    torch.float64: Precision(2**-52, 2**-51, 2**-52, 1e-290, torch.finfo(torch.float64).max),
-    torch.float32: Precision(2**-24, 0.0, 2**-24, 1e-34, torch.finfo(torch.float32).max),
+    torch.float64: Precision(2**-52, 2**-51, 2**-52, 1e-290, FLOAT64.max, on_the_way=FLOAT64.max),
+    torch.float32: Precision(2**-24, 0.0, 2**-24, 1e-34, FLOAT32.max),
     torch.bfloat16: Precision(2**-24, 2**-8, 2**-8, 1e-34, torch.finfo(torch.bfloat16).max),
     torch.float16: Precision(2**-24, 2**-11, 2**-11, 2**-25, torch.finfo(torch.float16).max),
 }
