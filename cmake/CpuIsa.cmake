@@ -4,7 +4,7 @@ set(DIFFQKV_CPU_ISAS v2 v3 v4 v4_bf16)
 set(DIFFQKV_ISA_FLAGS_v2 -march=x86-64-v2)
 set(DIFFQKV_ISA_FLAGS_v3 -march=x86-64-v3)
 set(DIFFQKV_ISA_FLAGS_v4 -march=x86-64-v4)
-set(DIFFQKV_ISA_FLAGS_v4_bf16 -march=x86-64-v4 -mavx512bf16)
+set(DIFFQKV_ISA_FLAGS_v4_bf16 -march=x86-64-v4 -mavx512bf16 -mavx512vnni)
 
 function(diffqkv_add_cpu_isa target)
   foreach(isa IN LISTS DIFFQKV_CPU_ISAS)

@@ -19,7 +19,8 @@ bool supported(CpuIsa isa) {
       return supported(CpuIsa::v3) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vl");
-    case CpuIsa::v4_bf16: return supported(CpuIsa::v4) && __builtin_cpu_supports("avx512bf16");
+    case CpuIsa::v4_bf16:
+      return supported(CpuIsa::v4) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   }
   return false;
 }

@@ -37,7 +37,9 @@ class Device {
   void run(const Params& params) const {
     TorchMemory memory(like_);
 #ifdef DIFFQKV_HAVE_CUDA
-    if (on_gpu()) return stream_->check(cuda::run(params, {stream_->facts(), stream_->get(), memory}));
+    // Ops without CUDA kernels are registered for the CPU alone.
+    if constexpr (requires(cuda::Launch launch) { cuda::run(params, launch); })
+      if (on_gpu()) return stream_->check(cuda::run(params, {stream_->facts(), stream_->get(), memory}));
 #endif
     cpu::run(params, {torch_threads(), parallel_on_torch, memory});
   }

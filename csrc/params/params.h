@@ -154,4 +154,36 @@ struct SwigluBackwardParams {
   void *dgate = nullptr, *dup = nullptr;
 };
 
+// How the weights of packed_linear lie in memory: panels of 32 output features, so that a result needs no horizontal
+// sum. In a panel, for each step along in_features, the 32 features lie side by side:
+enum class WeightForm : int32_t {
+  f32 = 0,   // [panels, in_features, 32]
+  f16 = 1,   // [panels, in_features, 32]
+  bf16 = 2,  // [panels, in_features / 2, 32, 2], as a bf16 dot product wants them
+  int8 = 3,  // [panels, in_features / 2, 32, 2]
+  int4 = 4,  // [panels, in_features / 8, 32, 4] bytes: bits 4 j of 16-bit half h are feature 2 j + h of 8, plus 8
+};
+inline constexpr int64_t kPanelFeatures = 32;
+inline constexpr int64_t kLeastGroupSize = 32, kMostGroupSize = 256;  // of integer weights
+
+// packed_linear: out = x W^T + bias. A weight of int8 or int4 is scale * integer + zero, of its group of neighbouring
+// input features.
+struct PackedLinearParams {
+  int64_t rows = 0, in_features = 0, out_features = 0;
+  DType dtype = DType::f32;    // of x, out and bias
+  const void* x = nullptr;     // [rows, in_features] contiguous
+  void* out = nullptr;         // [rows, out_features] contiguous
+  const void* bias = nullptr;  // [out_features] or null
+  const void* weight = nullptr;
+  WeightForm form = WeightForm::f32;
+  int64_t group_size = 0;        // of int8 and int4: a multiple of 32 that divides in_features
+  const void* scales = nullptr;  // [panels, in_features / group_size, 32]
+  const void* zeros = nullptr;   // as scales, or null
+  DType scales_dtype = DType::f32;
+
+  constexpr bool is_integer() const { return form == WeightForm::int8 || form == WeightForm::int4; }
+  constexpr int64_t panels() const { return (out_features + kPanelFeatures - 1) / kPanelFeatures; }
+  constexpr int64_t groups() const { return is_integer() ? in_features / group_size : 0; }
+};
+
 }  // namespace diffqkv

@@ -477,3 +477,34 @@ def swiglu(gate: Tensor, up: Tensor, dtype: torch.dtype | None = None) -> Tensor
     """silu(gate) * up, the activation of augmented Q (appendix E)."""
     gate, up = (x.to(_compute_dtype(gate, dtype)) for x in (gate, up))
     return gate * torch.sigmoid(gate) * up
+
+
+def packed_linear(
+    x: Tensor,
+    weight: Tensor,
+    out_features: int,
+    *,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x W^T + bias for x `[..., k]` and W `[n, k]` in panels of 32 output features.
+
+    weight is `[panels, k, 32]` (float32, float16), `[panels, k / 2, 32, 2]` (bfloat16, int8), or uint8 `[panels, k / 8,
+    32, 4]`, whose 32-bit words hold eight integers plus 8. W is scale * integer + zero where there are scales
+    `[panels, groups, 32]`.
+    """
+    x = x.to(_compute_dtype(x, dtype))
+    if weight.dtype == torch.uint8:
+        word = (weight.long() << torch.tensor([0, 8, 16, 24])).sum(-1)
+        # Input feature 2 j + h of the eight has bits 4 j of half h.
+        weight = torch.stack([(word >> (16 * (i % 2) + 4 * (i // 2)) & 15) - 8 for i in range(8)], -1)
+    by_feature = weight.unsqueeze(-1) if weight.dim() == 3 else weight
+    w = by_feature.transpose(1, 2).flatten(2).to(x.dtype)  # [panels, 32, k]
+    if scales is not None:
+        groups = w.unflatten(2, (scales.shape[1], -1))
+        groups = groups * scales.to(x.dtype).transpose(1, 2)[..., None]
+        w = (groups if zeros is None else groups + zeros.to(x.dtype).transpose(1, 2)[..., None]).flatten(2)
+    out = x @ w.flatten(0, 1)[:out_features].T
+    return out if bias is None else out + bias.to(x.dtype)

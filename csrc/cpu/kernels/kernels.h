@@ -7,6 +7,7 @@
 #include "params/params.h"
 #include "plan/cpu/attention.h"
 #include "plan/cpu/flash_attention_backward.h"
+#include "plan/cpu/packed_linear.h"
 #include "plan/cpu/selective_v_attention.h"
 
 namespace diffqkv {
@@ -30,6 +31,13 @@ struct FlashAttentionBackwardWorkspace {
   int32_t* ready;  // [batch, n_q, query blocks]: key blocks whose share is in dq
   // Returns when *ready has become `count`.
   void (*wait)(const int32_t* ready, int32_t count);
+};
+
+// The rows of x as packed_linear multiplies them, shared by its items: tiles of n rows, at most kLinearTileRows.
+struct PackedLinearRows {
+  uint32_t* words = nullptr;  // [tiles, in_features, n] fp32; [.., in_features / 2, n] pairs of bf16, or of int16
+  float* scales = nullptr;    // [tiles, groups, n] of the latter
+  int32_t* sums = nullptr;    // [tiles, groups, n] of these integers
 };
 
 // Every kernel, listed once: KERNEL(result, name, (parameters)). The functions below and the members of the table are
@@ -58,6 +66,9 @@ struct FlashAttentionBackwardWorkspace {
           int64_t item, void* scratch))                                                                                \
   KERNEL(void, kv_cache_update,                                                                                        \
          (const KvCacheUpdateParams&, int64_t entry, int64_t group, int64_t begin, int64_t end))                       \
+  KERNEL(void, packed_linear_rows, (const PackedLinearParams&, const PackedLinearRows&, int64_t tile))                   \
+  KERNEL(void, packed_linear_block,                                                                                    \
+         (const PackedLinearParams&, const PackedLinearPlan&, const PackedLinearRows&, int64_t item, void* scratch))   \
   KERNEL(void, swiglu, (const SwigluParams&, int64_t begin, int64_t end))                                              \
   KERNEL(void, swiglu_backward, (const SwigluBackwardParams&, int64_t begin, int64_t end))                                     \
   KERNEL(double, probe_fma, (int64_t rounds, float* sink))                                                             \

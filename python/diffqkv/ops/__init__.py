@@ -19,6 +19,7 @@ from .decode_attention import decode_attention
 from .flash_attention import flash_attention
 from .flash_attention_varlen import flash_attention_varlen
 from .kv_cache_update import kv_cache_update
+from .packed_linear import packed_linear
 from .selective_v_attention import selective_v_attention
 from .swiglu import swiglu
 
@@ -27,6 +28,7 @@ __all__ = [
     "flash_attention",
     "flash_attention_varlen",
     "kv_cache_update",
+    "packed_linear",
     "selective_v_attention",
     "swiglu",
 ]

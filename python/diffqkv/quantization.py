@@ -1,0 +1,127 @@
+"""Weights of linear layers as `diffqkv.packed_linear` takes them: in panels, and as integers of 8 or 4 bits.
+
+A panel holds 32 output features side by side, so that a product needs no horizontal sum; of the last one, what is left
+over is zero. `weight` is `[n, k]` as in `torch.nn.Linear`: n output features of k input features.
+
+| dtype | form | holds |
+|---|---|---|
+| float32, float16 | `[ceil(n / 32), k, 32]` | the weights |
+| bfloat16 | `[ceil(n / 32), k / 2, 32, 2]` | the weights, two neighbouring input features together |
+| int8 | `[ceil(n / 32), k / 2, 32, 2]` | integers of 8 bits |
+| uint8 | `[ceil(n / 32), k / 8, 32, 4]` | integers of 4 bits plus 8: bits 4 j of 16-bit half h are input feature 2 j + h |
+
+Integers stand for scale * integer + zero, with a scale and a zero for each output feature and group of neighbouring
+input features: `[ceil(n / 32), k / group_size, 32]`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PANEL = 32  # output features
+GROUP_SIZES = range(32, 257, 32)
+_BLOCK = 1 << 22  # weights that are quantised at a time
+# Scales that are tried, as parts of the one by which the largest weight of a group fits.
+_SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Weights `[n, k]` of a floating-point dtype, or integers of int8, in panels."""
+    pairs = 2 if weight.dtype in (torch.bfloat16, torch.int8) else 1
+    by_panel = _whole_panels(weight).unflatten(0, (-1, PANEL)).unflatten(-1, (-1, pairs)).transpose(1, 2)
+    return (by_panel if pairs == 2 else by_panel.squeeze(-1)).contiguous()
+
+
+def unpack(packed: Tensor, out_features: int) -> Tensor:
+    """The weights, or the integers as int8, `[out_features, k]`."""
+    if packed.dtype == torch.uint8:
+        halves = packed.contiguous().view(torch.int16)[..., None]  # [panels, steps, 32, 2, 1]
+        nibbles = (halves >> torch.arange(0, 16, 4, dtype=torch.int16, device=packed.device)) & 15
+        by_step = (nibbles - 8).to(torch.int8).transpose(-1, -2).flatten(3)
+    else:
+        by_step = packed if packed.dim() == 4 else packed[..., None]
+    return by_step.transpose(1, 2).flatten(2).flatten(0, 1)[:out_features]
+
+
+def pack_int4(integers: Tensor) -> Tensor:
+    """Integers `[n, k]` from -8 to 7 in panels of 4 bits each."""
+    by_step = _whole_panels(integers, -8).unflatten(0, (-1, PANEL)).unflatten(-1, (-1, 4, 2)).transpose(1, 2)
+    nibbles = by_step.transpose(-1, -2).to(torch.int32) + 8  # [panels, steps, 32, 2, 4]
+    shifts = torch.arange(0, 16, 4, dtype=torch.int32, device=integers.device)
+    return (nibbles << shifts).sum(-1, dtype=torch.int32).to(torch.int16).contiguous().view(torch.uint8)
+
+
+def pack_groups(numbers: Tensor) -> Tensor:
+    """Scales or zeros `[n, groups]` in panels."""
+    return _whole_panels(numbers).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
+
+
+def unpack_groups(packed: Tensor, out_features: int) -> Tensor:
+    """Scales or zeros `[out_features, groups]`."""
+    return packed.transpose(1, 2).flatten(0, 1)[:out_features]
+
+
+def _whole_panels(x: Tensor, value: int = 0) -> Tensor:
+    missing = -x.shape[0] % PANEL
+    return F.pad(x, (0, 0, 0, missing), value=value) if missing else x
+
+
+def dequantize(packed: Tensor, out_features: int, scales: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weights `[out_features, k]` that integers stand for; computed in float32."""
+    integers = unpack(packed, out_features).float()
+    by_group = integers.unflatten(-1, (scales.shape[1], -1)) * unpack_groups(scales, out_features).float()[..., None]
+    if zeros is not None:
+        by_group = by_group + unpack_groups(zeros, out_features).float()[..., None]
+    return by_group.flatten(1).to(dtype)
+
+
+def quantize(weight: Tensor, bits: int, group_size: int = 32) -> tuple[Tensor, Tensor]:
+    """Rounds weights `[n, k]` to integers of `bits` (8 or 4), with a scale for each group of input features.
+
+    A group's scale is the one of some around |largest weight| / 2^(bits - 1) by which its integers are nearest to its
+    weights, in the mean square.
+
+    Returns:
+        integers `[n, k]`, int8, and scales `[n, k / group_size]`, bfloat16: 8.5 or 4.5 bits a weight by groups of 32.
+
+    Raises:
+        ValueError: another number of bits, or a k or group_size that does not fit.
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"bits: got {bits}, want 8 or 4")
+    check_group_size(group_size, weight.shape[1])
+    rows = max(1, _BLOCK // weight.shape[1])
+    parts = [_quantize_rows(part, bits, group_size) for part in weight.split(rows)]
+    integers, scales = (torch.cat(x) for x in zip(*parts, strict=True))
+    return integers, scales
+
+
+def check_group_size(group_size: int, in_features: int) -> None:
+    """Raises ValueError unless groups of this size can divide so many input features."""
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size: got {group_size}, want a multiple of 32 up to 256")
+    if in_features % group_size:
+        raise ValueError(f"group_size: got {group_size}, want a divisor of the {in_features} input features")
+
+
+def _quantize_rows(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    groups = weight.float().unflatten(-1, (-1, group_size))
+    least, most = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    at = groups.abs().argmax(-1, keepdim=True)
+    # The largest weight becomes the least integer, of which there is one more than on the other side.
+    fitting = groups.gather(-1, at) / least
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    for shrink in _SHRINKS if bits == 4 else _SHRINKS[:1]:
+        scales = (fitting * shrink).to(torch.bfloat16)
+        exact = scales.float()
+        integers = (groups / torch.where(exact == 0, 1, exact)).round_().clamp_(least, most)
+        error = (integers * exact - groups).square_().sum(-1, keepdim=True)
+        if best is None:
+            best = integers, scales, error
+            continue
+        better = error < best[2]
+        best = tuple(torch.where(better, new, old) for new, old in zip((integers, scales, error), best, strict=True))
+    assert best is not None
+    return best[0].to(torch.int8).flatten(1), best[1].squeeze(-1)
