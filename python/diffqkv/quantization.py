@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PANEL = 32  # output features
 GROUP_SIZES = range(32, 257, 32)
 _BLOCK = 1 << 22  # weights that are quantised at a time
@@ -32,6 +33,11 @@ def pack(weight: Tensor) -> Tensor:
     pairs = 2 if weight.dtype in (torch.bfloat16, torch.int8) else 1
     by_panel = _whole_panels(weight).unflatten(0, (-1, PANEL)).unflatten(-1, (-1, pairs)).transpose(1, 2)
     return (by_panel if pairs == 2 else by_panel.squeeze(-1)).contiguous()
+
+
+def in_features(packed: Tensor) -> int:
+    """The k of weights in panels."""
+    return packed.shape[1] * (8 if packed.dtype == torch.uint8 else 2 if packed.dim() == 4 else 1)
 
 
 def unpack(packed: Tensor, out_features: int) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`fuse_for_inference`: the projections of each attention's input folded into one matrix.
+"""`fuse_for_inference`: the projections of each attention's input folded into one matrix, and weights packed.
 
 This file stands alone, as those beside it do: `save_pretrained` copies it beside a checkpoint, where it runs without
 the diffqkv package.
@@ -7,6 +7,14 @@ the diffqkv package.
 
 import torch
 from torch import nn
+
+try:
+    from diffqkv.models import packed_linear
+except ImportError:
+    packed_linear = None
+
+# Layers of one head, with few weights and perhaps few features: they stay as they are.
+_NOT_PACKED = ("q_absorb_proj", "k_expand_proj")
 
 
 def project_fused(attention: nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -24,7 +32,7 @@ def _fused_names(attention: nn.Module) -> list[str]:
 
 
 def _check_fusable(attention: nn.Module) -> None:
-    """Raises ValueError unless `_fuse` can fold the projections as they are now."""
+    """Raises ValueError unless `_fused` can fold the projections as they are now."""
     for name in _fused_names(attention):
         projection = getattr(attention, name)
         if (kind := type(projection)) is not nn.Linear:
@@ -67,28 +75,65 @@ class SigmaFusingMixin:
         """Whether `fuse_for_inference` has been called."""
         return any(attention.fused_proj is not None for attention in self._attentions())
 
-    def fuse_for_inference(self) -> "SigmaFusingMixin":
-        """Folds the projections of each attention's input into one matrix, in place, and returns the model.
+    @property
+    def packed_weights(self) -> str | None:
+        """The form of the linear layers that `fuse_for_inference` has made: "packed", "int8", "int4", or None."""
+        return self.__dict__.get("_packed_weights")
 
-        gate(q_proj(h)) and up(q_proj(h)) of augmented Q are linear in h, so that one product gives gate, up, K and V:
-        for Sigma-1.5B, 7424 rows of weights are read instead of 9472. The original weights are freed, and no parameter
-        takes gradients any more: training and saving are a RuntimeError, and `from_pretrained` is the way back.
+    def fuse_for_inference(self, weights: str | None = None, *, group_size: int = 32) -> "SigmaFusingMixin":
+        """Makes the model one for inference, in place, and returns it.
+
+        The projections of each attention's input are folded into one matrix: gate(q_proj(h)) and up(q_proj(h)) of
+        augmented Q are linear in h, so that one product gives gate, up, K and V. For Sigma-1.5B, 7424 rows of weights
+        are read instead of 9472. Besides, all linear layers can get a form that the CPU reads at the speed of memory.
+        The original weights are freed layer by layer, and no parameter takes gradients any more: training and saving
+        are a RuntimeError, and `from_pretrained` is the way back.
+
+        Args:
+            weights: None leaves the linear layers as they are. "packed" keeps every number, in the order in which
+                `diffqkv.packed_linear` reads them; on a GPU it is as None, since torch reads at speed there. "int8" and
+                "int4" round them to the nearest integers of so many bits, by `diffqkv.quantization.quantize`; on a GPU
+                this saves memory, not time. Embeddings stay as they are, save those that are tied to the head.
+            group_size: the input features that share a scale of integers; a multiple of 32 up to 256.
 
         Raises:
             ValueError: the model is in training mode, or tensor parallel, or has projections that are not plain linear
-                layers (LoRA, quantised) or not in memory; before any weight is changed.
+                layers (LoRA, quantised) or not in memory, or of a size that the form cannot hold; or the compiled
+                library is missing; before any weight is changed.
         """
-        if self.is_fused:
+        if weights is not None and packed_linear is None:
+            raise ValueError(f"weights: got {weights!r}, want None: the package diffqkv is not importable")
+        if self.is_fused and weights in (None, self.packed_weights):
             return self
         if self.training:
             raise ValueError("fuse_for_inference: got a model in training mode, want eval()")
         if self._tp_size not in (None, 1):
             raise ValueError(f"fuse_for_inference: got tp_size = {self._tp_size}, want a model that is not sharded")
-        for attention in self._attentions():
+        if self.packed_weights is not None:
+            raise ValueError(
+                f"weights: got {weights!r}, want {self.packed_weights!r}, which the model has already, or the model "
+                f"loaded again with from_pretrained"
+            )
+        if weights is not None:
+            packed_linear.check_model(self, weights, group_size, _NOT_PACKED)
+        to_fuse = [attention for attention in self._attentions() if attention.fused_proj is None]
+        for attention in to_fuse:
             _check_fusable(attention)
-        for attention in self._attentions():
+        for attention in to_fuse:
             _fuse(attention)
+            if weights is not None:
+                packed_linear.pack_linears(attention, weights, group_size, _NOT_PACKED)
+        if weights is not None:
+            self._pack_the_rest(weights, group_size)
         return self.requires_grad_(False)
+
+    def _pack_the_rest(self, weights: str, group_size: int) -> None:
+        embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
+        is_tied = head is not None and head.weight is embedding.weight
+        packed_linear.pack_linears(self, weights, group_size, _NOT_PACKED)
+        if is_tied:
+            self.set_input_embeddings(packed_linear.embedding_of(self.get_output_embeddings(), embedding))
+        self._packed_weights = weights
 
     def train(self, mode: bool = True) -> "SigmaFusingMixin":
         """As in `torch.nn.Module`; mode=True is refused after `fuse_for_inference`."""

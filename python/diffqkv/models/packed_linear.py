@@ -1,0 +1,154 @@
+"""Layers whose weights lie in panels, as `diffqkv.packed_linear` reads them: the inference form of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import quantization
+from ..ops import library, packed_linear
+
+BITS = {"packed": None, "int8": 8, "int4": 4}
+
+
+def check_model(model: nn.Module, weights: str, group_size: int, keep: tuple[str, ...]) -> None:
+    """Raises ValueError, naming the layer, unless `pack_linears` can take all linear layers of the model."""
+    if weights not in BITS:
+        raise ValueError(f"weights: got {weights!r}, want None or one of {', '.join(map(repr, BITS))}")
+    if group_size not in quantization.GROUP_SIZES:
+        raise ValueError(f"group_size: got {group_size!r}, want a multiple of 32 up to 256")
+    for name, module in _linears(model, keep):
+        _check_linear(name, module, weights, group_size)
+
+
+def pack_linears(module: nn.Module, weights: str, group_size: int, keep: tuple[str, ...]) -> None:
+    """Gives the linear layers in module the form `weights`, one after the other, and frees their own weights."""
+    for name, linear in list(_linears(module, keep)):
+        # Elsewhere torch's own products read plain weights at the speed of memory.
+        if type(linear) is nn.Linear and (linear.weight.device.type == "cpu" or BITS[weights] is not None):
+            packed = PackedLinear.of(linear.weight, linear.bias, weights, group_size)
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, packed.eval())
+
+
+def embedding_of(head: nn.Module, embedding: nn.Embedding) -> nn.Module:
+    """What becomes of an embedding that shared its table with a head, which `pack_linears` may have packed."""
+    if isinstance(head, PackedLinear):
+        return PackedEmbedding(head, embedding.padding_idx, embedding.weight.dtype).eval()
+    return embedding
+
+
+def _linears(model: nn.Module, keep: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if hasattr(module, "in_features") and name.rpartition(".")[2] not in keep:
+            yield name, module
+
+
+def _check_linear(name: str, linear: nn.Module, weights: str, group_size: int) -> None:
+    if (kind := type(linear)) is not nn.Linear:
+        raise ValueError(f"{name}: got a {kind.__module__}.{kind.__name__}, want a torch.nn.Linear")
+    weight = linear.weight
+    if type(weight.data) is not Tensor or weight.is_meta or weight.dtype not in quantization.FLOATS:
+        raise ValueError(
+            f"{name}: got a weight of type {type(weight.data).__name__}, {weight.dtype}, on {weight.device}, want a "
+            f"whole tensor of float32, bfloat16 or float16 in this process"
+        )
+    if (device := weight.device.type) not in ("cpu", "cuda"):
+        raise ValueError(f"{name}: got a weight on {device}, want cpu or cuda for weights={weights!r}")
+    if device == "cpu" and not library.loaded:
+        raise ValueError(f"weights: got {weights!r}, want None: the compiled library of diffqkv is not there")
+    if BITS[weights] is not None:
+        if linear.in_features % group_size:
+            raise ValueError(f"{name}: got {linear.in_features} input features, want a multiple of {group_size}")
+    elif weight.dtype == torch.bfloat16 and linear.in_features % 2:
+        raise ValueError(f"{name}: got {linear.in_features} input features, want an even number for bfloat16")
+
+
+class _Packed(nn.Module):
+    """Weights `[n, k]` in panels, and the scales of integers."""
+
+    weight: Tensor
+    scales: Tensor | None
+
+    def __init__(self, weight: Tensor, scales: Tensor | None, rows: int, columns: int) -> None:
+        super().__init__()
+        self._rows, self._columns = rows, columns
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scales = None if scales is None else nn.Parameter(scales, requires_grad=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        # Converted to or from bfloat16, the weights have another form.
+        is_paired = self.weight.dim() == 4
+        if self.weight.is_floating_point() and is_paired != (self.weight.dtype == torch.bfloat16):
+            dense = quantization.unpack(self.weight, self._rows)
+            self.weight = nn.Parameter(quantization.pack(dense), requires_grad=False)
+        return self
+
+    def _form(self) -> str:
+        bits = {torch.int8: "int8", torch.uint8: "int4"}.get(self.weight.dtype)
+        return "packed" if bits is None else f"{bits} by groups of {self._columns // self.scales.shape[1]}"
+
+
+class PackedLinear(_Packed):
+    """`torch.nn.Linear` for inference, whose weights are packed or quantised.
+
+    Attributes:
+        weight, scales: as in `diffqkv.packed_linear`; scales is None unless weight holds integers.
+        bias: `[out_features]`, or None.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, scales: Tensor | None, bias: Tensor | None, out_features: int) -> None:
+        columns = quantization.in_features(weight)
+        super().__init__(weight, scales, out_features, columns)
+        self.in_features, self.out_features = columns, out_features
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, weight: Tensor, bias: Tensor | None, weights: str, group_size: int = 32) -> PackedLinear:
+        """A layer with these weights `[n, k]` in the form "packed", in their own dtype, "int8" or "int4"."""
+        if (bits := BITS[weights]) is None:
+            return cls(quantization.pack(weight), None, bias, len(weight))
+        integers, scales = quantization.quantize(weight, bits, group_size)
+        packed = quantization.pack(integers) if bits == 8 else quantization.pack_int4(integers)
+        return cls(packed, quantization.pack_groups(scales), bias, len(weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        if self.weight.is_floating_point() and dtype != self.weight.dtype:  # under autocast
+            x = x.to(self.weight.dtype)
+        bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
+        return packed_linear(x, self.weight, self.out_features, scales=self.scales, bias=bias).to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._form()}"
+
+
+class PackedEmbedding(_Packed):
+    """`torch.nn.Embedding` that shares its table with a `PackedLinear`, as tied models do."""
+
+    def __init__(self, head: PackedLinear, padding_idx: int | None, dtype: torch.dtype) -> None:
+        super().__init__(head.weight, head.scales, head.out_features, head.in_features)
+        self.weight, self.scales = head.weight, head.scales  # the same parameters
+        self.num_embeddings, self.embedding_dim, self.padding_idx = head.out_features, head.in_features, padding_idx
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        at = ids.flatten()
+        panel, lane = at // quantization.PANEL, at % quantization.PANEL
+        weight = self.weight[panel, :, lane].unsqueeze(2)  # each row as a panel of one
+        if self.scales is None:
+            rows = quantization.unpack(weight, len(at))
+        else:
+            scales = self.scales[panel, :, lane].unsqueeze(2)
+            rows = quantization.dequantize(weight, len(at), scales, None, self.dtype)
+        return rows.view(*ids.shape, -1)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self._form()}, shared"
