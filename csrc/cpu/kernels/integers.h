@@ -19,6 +19,10 @@ DIFFQKV_INLINE vi vi_shift_right(vi a) {
   return _mm512_srli_epi32(a, kBits);
 }
 template <int kBits>
+DIFFQKV_INLINE vi vi_shift_right_signed(vi a) {
+  return _mm512_srai_epi32(a, kBits);
+}
+template <int kBits>
 DIFFQKV_INLINE vi vi_shift_left(vi a) {
   return _mm512_slli_epi32(a, kBits);
 }
@@ -54,6 +58,10 @@ DIFFQKV_INLINE vi vi_shift_right(vi a) {
   return _mm256_srli_epi32(a, kBits);
 }
 template <int kBits>
+DIFFQKV_INLINE vi vi_shift_right_signed(vi a) {
+  return _mm256_srai_epi32(a, kBits);
+}
+template <int kBits>
 DIFFQKV_INLINE vi vi_shift_left(vi a) {
   return _mm256_slli_epi32(a, kBits);
 }
@@ -77,6 +85,10 @@ DIFFQKV_INLINE vi vi_and(vi a, vi b) { return _mm_and_si128(a, b); }
 template <int kBits>
 DIFFQKV_INLINE vi vi_shift_right(vi a) {
   return _mm_srli_epi32(a, kBits);
+}
+template <int kBits>
+DIFFQKV_INLINE vi vi_shift_right_signed(vi a) {
+  return _mm_srai_epi32(a, kBits);
 }
 template <int kBits>
 DIFFQKV_INLINE vi vi_shift_left(vi a) {

@@ -95,26 +95,27 @@ void multiply_floats(const PackedLinearParams& p, int64_t rows, const word* x, i
 // -------------------------------------------------------------------------------------------------
 
 // How integers lie in a panel. `load` makes pairs of 16-bit integers, weights plus kOffset, of a step's features
-// [column, column + VL).
+// [column, column + VL); every second pair is 2^kOddShift times that.
 struct Int8 {
-  static constexpr int kPairs = 1, kBytes = 2 * kPanelFeatures, kOffset = 0;
+  static constexpr int kPairs = 1, kBytes = 2 * kPanelFeatures, kOffset = 0, kOddShift = 0;
   static DIFFQKV_INLINE void load(const uint8_t* step, int64_t column, vi* pairs) {
     pairs[0] = vi_load_int8((const int8_t*)step + 2 * column);
   }
 };
 struct Int4 {
-  static constexpr int kPairs = 4, kBytes = 4 * kPanelFeatures, kOffset = 8;
+  static constexpr int kPairs = 4, kBytes = 4 * kPanelFeatures, kOffset = 8, kOddShift = 4;
   static DIFFQKV_INLINE void load(const uint8_t* step, int64_t column, vi* pairs) {
-    const vi all = vi_load(step + 4 * column), low = vi_set(0x000f000fu);
-    pairs[0] = vi_and(all, low);
-    pairs[1] = vi_and(vi_shift_right<4>(all), low);
-    pairs[2] = vi_and(vi_shift_right<8>(all), low);
-    pairs[3] = vi_and(vi_shift_right<12>(all), low);
+    const vi first = vi_load(step + 4 * column), second = vi_shift_right<8>(first);
+    const vi low = vi_set(0x000f000fu), high = vi_set(0x00f000f0u);
+    pairs[0] = vi_and(first, low);
+    pairs[1] = vi_and(first, high);
+    pairs[2] = vi_and(second, low);
+    pairs[3] = vi_and(second, high);
   }
 };
 // What they become for many rows.
 struct Int16 {
-  static constexpr int kPairs = 1, kBytes = 4 * kPanelFeatures, kOffset = 0;
+  static constexpr int kPairs = 1, kBytes = 4 * kPanelFeatures, kOffset = 0, kOddShift = 0;
   static DIFFQKV_INLINE void load(const uint8_t* step, int64_t column, vi* pairs) {
     pairs[0] = vi_load(step + 4 * column);
   }
@@ -127,8 +128,10 @@ void widen(const uint8_t* from, int64_t pairs, word* to) {
     for (int64_t column = 0; column < kPanelFeatures; column += VL) {
       vi step[Form::kPairs];
       Form::load(from, column, step);
-      for (int j = 0; j < Form::kPairs; ++j)
-        vi_store(to + (done + j) * kPanelFeatures + column, vi_subtract_int16(step[j], offset));
+      for (int j = 0; j < Form::kPairs; ++j) {
+        const vi pair = j % 2 == 1 ? vi_shift_right<Form::kOddShift>(step[j]) : step[j];
+        vi_store(to + (done + j) * kPanelFeatures + column, vi_subtract_int16(pair, offset));
+      }
     }
 }
 
@@ -137,16 +140,16 @@ DIFFQKV_INLINE vf load_number(const void* from, DType dtype, int64_t i) {
   return dtype == DType::bf16 ? vload_bf16((const uint16_t*)from + i) : vload_f16((const uint16_t*)from + i);
 }
 
-// sums[MR][VL] of a row's 32 += integer sums [kChains, MR], by the scales of x and of the weights.
-template <int kOffset, int kChains, int MR>
-DIFFQKV_INLINE void add_scaled(const PackedLinearParams& p, const vi* integers, const float* x_scale,
+// sums[MR][VL] of a row's 32 += the sums of even and of odd pairs [MR], by the scales of x and of the weights.
+template <class Form, int MR>
+DIFFQKV_INLINE void add_scaled(const PackedLinearParams& p, const vi* even, const vi* odd, const float* x_scale,
                                const int32_t* x_sum, int64_t scale_at, float* sums) {
   const vf scale = load_number(p.scales, p.scales_dtype, scale_at);
   DIFFQKV_UNROLL
   for (int i = 0; i < MR; ++i) {
-    vi total = integers[i];
-    if (kChains == 2) total = vi_add(total, integers[(kChains - 1) * MR + i]);
-    if (kOffset != 0) total = vi_add(total, vi_set(word(-kOffset * x_sum[i])));
+    vi total = even[i];
+    if (Form::kOddShift != 0) total = vi_add(total, vi_shift_right_signed<Form::kOddShift>(odd[i]));
+    if (Form::kOffset != 0) total = vi_add(total, vi_set(word(-Form::kOffset * x_sum[i])));
     float* to = sums + i * kPanelFeatures;
     vstore(to, vfma(vmul(vi_to_float(total), vset(x_scale[i])), scale, vload(to)));
   }
@@ -163,12 +166,11 @@ DIFFQKV_INLINE void add_scaled(const PackedLinearParams& p, const vi* integers, 
 template <class Form, int MR>
 void integer_tile(const PackedLinearParams& p, const word* x, int64_t tile_rows, const float* x_scale,
                   const int32_t* x_sum, const uint8_t* weight, int64_t scale_at, float* sums) {
-  // One row alone would wait for its sums.
-  constexpr int kChains = MR == 1 && Form::kPairs > 1 ? 2 : 1;
+  constexpr int kKinds = Form::kOddShift == 0 ? 1 : 2;  // of pairs
   for (int64_t column = 0; column < kPanelFeatures; column += 2 * VL) {
-    vi left[kChains * MR], right[kChains * MR];
+    vi left[kKinds * MR], right[kKinds * MR];
     DIFFQKV_UNROLL
-    for (int i = 0; i < kChains * MR; ++i) left[i] = right[i] = vi_set(0);
+    for (int i = 0; i < kKinds * MR; ++i) left[i] = right[i] = vi_set(0);
     const uint8_t* step = weight;
     const word *a = x, *end = x + p.group_size / 2 * tile_rows;
     for (; a < end; a += Form::kPairs * tile_rows, step += Form::kBytes) {
@@ -180,14 +182,15 @@ void integer_tile(const PackedLinearParams& p, const word* x, int64_t tile_rows,
         DIFFQKV_UNROLL
         for (int i = 0; i < MR; ++i) {
           const vi both = vi_set(a[j * tile_rows + i]);
-          const int to = j % kChains * MR + i;
+          const int to = j % kKinds * MR + i;
           left[to] = vi_dot(w0[j], both, left[to]);
           right[to] = vi_dot(w1[j], both, right[to]);
         }
       }
     }
-    add_scaled<Form::kOffset, kChains, MR>(p, left, x_scale, x_sum, scale_at + column, sums + column);
-    add_scaled<Form::kOffset, kChains, MR>(p, right, x_scale, x_sum, scale_at + column + VL, sums + column + VL);
+    constexpr int kOdd = (kKinds - 1) * MR;
+    add_scaled<Form, MR>(p, left, left + kOdd, x_scale, x_sum, scale_at + column, sums + column);
+    add_scaled<Form, MR>(p, right, right + kOdd, x_scale, x_sum, scale_at + column + VL, sums + column + VL);
   }
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from math import gcd
 
 from transformers import PreTrainedConfig
@@ -45,9 +45,10 @@ def cache_shapes(config_or_shapes: ConfigOrShapes) -> list[CacheShape]:
     """
     if not isinstance(config_or_shapes, PreTrainedConfig):
         shapes = [x if isinstance(x, CacheShape) else CacheShape(*x) for x in config_or_shapes]
-        for shape in map(astuple, shapes):
-            if any(not isinstance(size, int) or size < 1 for size in shape):
-                raise ValueError(f"config_or_shapes: got {shape}, want positive integers (n_k, d_k, n_v, d_v)")
+        for shape in shapes:
+            sizes = (shape.n_k, shape.d_k, shape.n_v, shape.d_v)
+            if any(not isinstance(size, int) or size < 1 for size in sizes):
+                raise ValueError(f"config_or_shapes: got {sizes}, want positive integers (n_k, d_k, n_v, d_v)")
         return shapes
     return [_shape_of(config) for config in _layer_configs(config_or_shapes)]
 

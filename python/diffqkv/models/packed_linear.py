@@ -120,11 +120,15 @@ class PackedLinear(_Packed):
         return cls(packed, quantization.pack_groups(scales), bias, len(weight))
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = x.dtype
-        if self.weight.is_floating_point() and dtype != self.weight.dtype:  # under autocast
-            x = x.to(self.weight.dtype)
-        bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
-        return packed_linear(x, self.weight, self.out_features, scales=self.scales, bias=bias).to(dtype)
+        weight, scales, bias, dtype = self.weight, self.scales, self.bias, x.dtype
+        # Under autocast x may be narrower than the weights.
+        wanted = weight.dtype if scales is None else dtype
+        if dtype != wanted:
+            x = x.to(wanted)
+        if bias is not None and bias.dtype != wanted:
+            bias = bias.to(wanted)
+        out = packed_linear(x, weight, self.out_features, scales=scales, bias=bias)
+        return out if dtype == wanted else out.to(dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._form()}"
