@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import memory
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PANEL = 32  # output features
 GROUP_SIZES = range(32, 257, 32)
@@ -32,7 +34,7 @@ def pack(weight: Tensor) -> Tensor:
     """Weights `[n, k]` of a floating-point dtype, or integers of int8, in panels."""
     pairs = 2 if weight.dtype in (torch.bfloat16, torch.int8) else 1
     by_panel = _whole_panels(weight).unflatten(0, (-1, PANEL)).unflatten(-1, (-1, pairs)).transpose(1, 2)
-    return (by_panel if pairs == 2 else by_panel.squeeze(-1)).contiguous()
+    return memory.contiguous(by_panel if pairs == 2 else by_panel.squeeze(-1))
 
 
 def in_features(packed: Tensor) -> int:
@@ -56,7 +58,7 @@ def pack_int4(integers: Tensor) -> Tensor:
     by_step = _whole_panels(integers, -8).unflatten(0, (-1, PANEL)).unflatten(-1, (-1, 4, 2)).transpose(1, 2)
     nibbles = by_step.transpose(-1, -2).to(torch.int32) + 8  # [panels, steps, 32, 2, 4]
     shifts = torch.arange(0, 16, 4, dtype=torch.int32, device=integers.device)
-    return (nibbles << shifts).sum(-1, dtype=torch.int32).to(torch.int16).contiguous().view(torch.uint8)
+    return memory.contiguous((nibbles << shifts).sum(-1, dtype=torch.int32).to(torch.int16)).view(torch.uint8)
 
 
 def pack_groups(numbers: Tensor) -> Tensor:

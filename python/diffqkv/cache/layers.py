@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
-from contextlib import suppress
 from inspect import signature
 from math import prod
 
@@ -11,6 +9,7 @@ import torch
 from transformers.cache_utils import Cache as HuggingFaceCache
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
+from .. import memory
 from ..ops import kv_cache_update
 from ..reference import PANEL_TOKENS, group, panels_to_rows, ungroup
 from .shapes import CacheShape
@@ -19,7 +18,6 @@ from .shapes import CacheShape
 _CROPS_TO_LENGTH = "max_length" in signature(HuggingFaceCache.crop).parameters
 _PANEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _SMALLEST_CAPACITY = 64
-_HUGE_PAGE = 2 << 20
 # Heads at power-of-two distances fall into the same cache sets and halve the read rate; this many bytes between them,
 # 68 cache lines, cost a large head little.
 _HEAD_GAP = 68 * 64
@@ -27,19 +25,6 @@ _HEAD_GAP = 68 * 64
 
 def _whole_panels(tokens: int) -> int:
     return -(-tokens // PANEL_TOKENS) * PANEL_TOKENS
-
-
-def _empty_on_cpu(numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """A buffer that, if large, lies in huge pages where the system has them: reading it then misses the TLB less."""
-    size = numel * dtype.itemsize
-    if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(numel, dtype=dtype, device="cpu")
-    pages = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    start = torch.frombuffer(pages, dtype=torch.uint8).data_ptr()
-    # The tensor keeps the map alive, which goes when the last view of it does.
-    return torch.frombuffer(pages, dtype=dtype, count=numel, offset=-start % _HUGE_PAGE)
 
 
 def _empty_heads(
@@ -50,8 +35,7 @@ def _empty_heads(
         return torch.empty(*heads, *each, dtype=dtype, device=device)
     used = prod(each)
     gap = _HEAD_GAP // dtype.itemsize if used * dtype.itemsize >= 10 * _HEAD_GAP else 0
-    buffer = _empty_on_cpu(prod(heads) * (used + gap), dtype)
-    return buffer.view(*heads, used + gap)[..., :used].unflatten(-1, each)
+    return memory.empty((*heads, used + gap), dtype)[..., :used].unflatten(-1, each)
 
 
 class SlotPositions:
