@@ -20,7 +20,8 @@ struct Pieces {
     // One row that is made of words already is a tile as it is.
     const bool is_words = p.form == WeightForm::f32 || (p.form == WeightForm::bf16 && cpu_isa() == CpuIsa::v4_bf16);
     if (p.rows > 1 || !is_words)
-      rows.words = workspace.take<uint32_t>(p.rows * (p.is_integer() ? p.in_features / 2 : p.in_features));
+      rows.words =
+          workspace.take<uint32_t>(p.rows * round_up(p.is_integer() ? p.in_features / 2 : p.in_features, kLinearBlock));
     if (!p.is_integer()) return;
     rows.scales = workspace.take<float>(p.rows * p.groups());
     rows.sums = workspace.take<int32_t>(p.rows * p.groups());

@@ -8,7 +8,7 @@ over is zero. `weight` is `[n, k]` as in `torch.nn.Linear`: n output features of
 | float32, float16 | `[ceil(n / 32), k, 32]` | the weights |
 | bfloat16 | `[ceil(n / 32), k / 2, 32, 2]` | the weights, two neighbouring input features together |
 | int8 | `[ceil(n / 32), k / 2, 32, 2]` | integers of 8 bits |
-| uint8 | `[ceil(n / 32), k / 8, 32, 4]` | integers of 4 bits plus 8: bits 4 j of 16-bit half h are input feature 2 j + h |
+| uint8 | `[ceil(n / 32), k / 8, 32, 4]` | integers of 4 bits plus 8; bits 4 j of 16-bit half h: input feature 2 j + h |
 
 Integers stand for scale * integer + zero, with a scale and a zero for each output feature and group of neighbouring
 input features: `[ceil(n / 32), k / group_size, 32]`.

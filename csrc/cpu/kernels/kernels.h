@@ -33,9 +33,10 @@ struct FlashAttentionBackwardWorkspace {
   void (*wait)(const int32_t* ready, int32_t count);
 };
 
-// The rows of x as packed_linear multiplies them, shared by its items: tiles of n rows, at most kLinearTileRows.
+// The rows of x as packed_linear multiplies them, shared by its items: in tiles of n rows, at most kLinearTileRows, the
+// words in blocks of kLinearBlock. One row may be x itself, without the last block's zeros.
 struct PackedLinearRows {
-  uint32_t* words = nullptr;  // [tiles, in_features, n] fp32; [.., in_features / 2, n] pairs of bf16, or of int16
+  uint32_t* words = nullptr;  // [tiles, blocks, n, kLinearBlock]: fp32, or pairs of bf16 or of int16
   float* scales = nullptr;    // [tiles, groups, n] of the latter
   int32_t* sums = nullptr;    // [tiles, groups, n] of these integers
 };

@@ -16,7 +16,7 @@ constexpr bool kHasDot = true;
 constexpr bool kHasDot = false;
 #endif
 
-static_assert(kLinearTileRows % kQkRows == 0);
+static_assert(kLinearTileRows % kQkRows == 0 && kLinearBlock == 4 && kLinearWords % kLinearBlock == 0);
 
 // Calls body<n>(first) for runs of rows, as many as registers hold the sums of, and then for what is left.
 template <int MR = kQkRows, class Body>
@@ -48,6 +48,21 @@ const word* float_panel(WeightForm form, const void* panel, int64_t w, int64_t n
   return copy;
 }
 
+// left and right[MR] += a block of at most kLinearBlock words of MR rows of a tile times words of a panel.
+template <bool kDot, int MR>
+DIFFQKV_INLINE void multiply_block(const word* x, const word* panel, int words, vf* left, vf* right) {
+  DIFFQKV_UNROLL
+  for (int w = 0; w < words; ++w) {
+    const vf b0 = vload((const float*)panel + w * kPanelFeatures);
+    const vf b1 = vload((const float*)panel + w * kPanelFeatures + VL);
+    DIFFQKV_UNROLL
+    for (int i = 0; i < MR; ++i) {
+      left[i] = mac<kDot>(x[kLinearBlock * i + w], b0, left[i]);
+      right[i] = mac<kDot>(x[kLinearBlock * i + w], b1, right[i]);
+    }
+  }
+}
+
 // sums[MR][32] = MR rows of a tile of x times n words of a panel, or with `add` += it.
 template <bool kDot, int MR>
 void float_tile(const word* x, int64_t tile_rows, const word* panel, int64_t n, bool add, float* sums) {
@@ -56,15 +71,10 @@ void float_tile(const word* x, int64_t tile_rows, const word* panel, int64_t n, 
     DIFFQKV_UNROLL
     for (int i = 0; i < MR; ++i) left[i] = right[i] = vset(0.0f);
     const word *a = x, *b = panel + column;
-    for (int64_t w = 0; w < n; ++w, a += tile_rows, b += kPanelFeatures) {
-      const vf b0 = vload((const float*)b), b1 = vload((const float*)b + VL);
-      DIFFQKV_UNROLL
-      for (int i = 0; i < MR; ++i) {
-        const word both = word_at(a + i);
-        left[i] = mac<kDot>(both, b0, left[i]);
-        right[i] = mac<kDot>(both, b1, right[i]);
-      }
-    }
+    int64_t w = n;
+    for (; w >= kLinearBlock; w -= kLinearBlock, a += kLinearBlock * tile_rows, b += kLinearBlock * kPanelFeatures)
+      multiply_block<kDot, MR>(a, b, kLinearBlock, left, right);
+    for (; w > 0; --w, ++a, b += kPanelFeatures) multiply_block<kDot, MR>(a, b, 1, left, right);
     DIFFQKV_UNROLL
     for (int i = 0; i < MR; ++i) {
       float* to = sums + i * kPanelFeatures + column;
@@ -78,13 +88,14 @@ void float_tile(const word* x, int64_t tile_rows, const word* panel, int64_t n, 
 template <bool kDot>
 void multiply_floats(const PackedLinearParams& p, int64_t rows, const word* x, int64_t W, const void* panel, word* copy,
                      float* sums) {
+  const int64_t stride = round_up(W, kLinearBlock);
   for (int64_t w = 0; w < W; w += kLinearWords) {
     const int64_t n = min_of(kLinearWords, W - w);
     const word* words = float_panel(p.form, panel, w, n, copy);
     for (int64_t r = 0; r < rows; r += kLinearTileRows) {
       const int64_t tile_rows = min_of(kLinearTileRows, rows - r);
       for_row_runs(tile_rows, [&]<int MR>(int64_t i) {
-        float_tile<kDot, MR>(x + r * W + w * tile_rows + i, tile_rows, words, n, w > 0,
+        float_tile<kDot, MR>(x + r * stride + w * tile_rows + kLinearBlock * i, tile_rows, words, n, w > 0,
                              sums + (r + i) * kPanelFeatures);
       });
     }
@@ -95,15 +106,16 @@ void multiply_floats(const PackedLinearParams& p, int64_t rows, const word* x, i
 // -------------------------------------------------------------------------------------------------
 
 // How integers lie in a panel. `load` makes pairs of 16-bit integers, weights plus kOffset, of a step's features
-// [column, column + VL); every second pair is 2^kOddShift times that.
+// [column, column + VL); every second pair is 2^kOddShift times that. Tiles of more than kRows rows, and several tiles,
+// multiply them as Int16 instead.
 struct Int8 {
-  static constexpr int kPairs = 1, kBytes = 2 * kPanelFeatures, kOffset = 0, kOddShift = 0;
+  static constexpr int kPairs = 1, kBytes = 2 * kPanelFeatures, kOffset = 0, kOddShift = 0, kRows = kLinearTileRows;
   static DIFFQKV_INLINE void load(const uint8_t* step, int64_t column, vi* pairs) {
     pairs[0] = vi_load_int8((const int8_t*)step + 2 * column);
   }
 };
 struct Int4 {
-  static constexpr int kPairs = 4, kBytes = 4 * kPanelFeatures, kOffset = 8, kOddShift = 4;
+  static constexpr int kPairs = 4, kBytes = 4 * kPanelFeatures, kOffset = 8, kOddShift = 4, kRows = 4;
   static DIFFQKV_INLINE void load(const uint8_t* step, int64_t column, vi* pairs) {
     const vi first = vi_load(step + 4 * column), second = vi_shift_right<8>(first);
     const vi low = vi_set(0x000f000fu), high = vi_set(0x00f000f0u);
@@ -113,7 +125,7 @@ struct Int4 {
     pairs[3] = vi_and(second, high);
   }
 };
-// What they become for many rows.
+// What they are widened to.
 struct Int16 {
   static constexpr int kPairs = 1, kBytes = 4 * kPanelFeatures, kOffset = 0, kOddShift = 0;
   static DIFFQKV_INLINE void load(const uint8_t* step, int64_t column, vi* pairs) {
@@ -173,18 +185,21 @@ void integer_tile(const PackedLinearParams& p, const word* x, int64_t tile_rows,
     for (int i = 0; i < kKinds * MR; ++i) left[i] = right[i] = vi_set(0);
     const uint8_t* step = weight;
     const word *a = x, *end = x + p.group_size / 2 * tile_rows;
-    for (; a < end; a += Form::kPairs * tile_rows, step += Form::kBytes) {
-      vi w0[Form::kPairs], w1[Form::kPairs];
-      Form::load(step, column, w0);
-      Form::load(step, column + VL, w1);
+    for (; a < end; a += kLinearBlock * tile_rows) {
       DIFFQKV_UNROLL
-      for (int j = 0; j < Form::kPairs; ++j) {
+      for (int block = 0; block < kLinearBlock; block += Form::kPairs, step += Form::kBytes) {
+        vi w0[Form::kPairs], w1[Form::kPairs];
+        Form::load(step, column, w0);
+        Form::load(step, column + VL, w1);
         DIFFQKV_UNROLL
-        for (int i = 0; i < MR; ++i) {
-          const vi both = vi_set(a[j * tile_rows + i]);
-          const int to = j % kKinds * MR + i;
-          left[to] = vi_dot(w0[j], both, left[to]);
-          right[to] = vi_dot(w1[j], both, right[to]);
+        for (int j = 0; j < Form::kPairs; ++j) {
+          DIFFQKV_UNROLL
+          for (int i = 0; i < MR; ++i) {
+            const vi both = vi_set(a[kLinearBlock * i + block + j]);
+            const int to = j % kKinds * MR + i;
+            left[to] = vi_dot(w0[j], both, left[to]);
+            right[to] = vi_dot(w1[j], both, right[to]);
+          }
         }
       }
     }
@@ -203,14 +218,14 @@ void multiply_integers(const PackedLinearParams& p, const PackedLinearRows& x, i
   for (int64_t i = 0; i < rows * kPanelFeatures; ++i) sums[i] = 0.0f;
   for (int64_t g = 0; g < groups; ++g, weight += bytes) {
     const int64_t scale_at = (n * groups + g) * kPanelFeatures;
-    const bool widens = rows > kFewRows;
+    const bool widens = rows > Form::kRows;
     if (widens) widen<Form>(weight, pairs, copy);
     for (int64_t r = 0; r < rows; r += kLinearTileRows) {
       const int64_t tile_rows = min_of(kLinearTileRows, rows - r), at = (r0 + r) * groups + g * tile_rows;
       for_row_runs(tile_rows, [&]<int MR>(int64_t i) {
-        const word* words = x.words + at * pairs + i;
+        const word* words = x.words + at * pairs + kLinearBlock * i;
         float* to = sums + (r + i) * kPanelFeatures;
-        if (MR > kFewRows || widens)
+        if (MR > Form::kRows || widens)
           integer_tile<Int16, MR>(p, words, tile_rows, x.scales + at + i, x.sums + at + i, (const uint8_t*)copy,
                                   scale_at, to);
         else
@@ -242,9 +257,11 @@ DIFFQKV_INLINE void group_to_integers(const float* x, int64_t n, int16_t* intege
   for (int64_t i = 0; i < n; ++i) *sum += integers[i];
 }
 
-// to[i * stride] = from[i].
-DIFFQKV_INLINE void spread(const word* from, int64_t n, word* to, int64_t stride) {
-  for (int64_t i = 0; i < n; ++i) to[i * stride] = word_at(from + i);
+// n words of a row, in blocks, to its place in a tile; the last block may get zeros besides.
+DIFFQKV_INLINE void place(const word* from, int64_t n, word* to, int64_t tile_rows) {
+  for (; n >= kLinearBlock; n -= kLinearBlock, from += kLinearBlock, to += kLinearBlock * tile_rows)
+    _mm_storeu_si128((__m128i*)to, _mm_loadu_si128((const __m128i*)from));
+  for (int64_t w = 0; n > 0 && w < kLinearBlock; ++w) to[w] = w < n ? word_at(from + w) : 0;
 }
 
 // ---- items
@@ -289,7 +306,7 @@ void packed_linear_rows(const PackedLinearParams& p, const PackedLinearRows& row
   for (int64_t i = 0; i < n; ++i) {
     const char* x = (const char*)p.x + (r0 + i) * K * dtype_size(p.dtype);
     if (kHasDot && p.form == WeightForm::bf16) {
-      spread((const word*)x, K / 2, rows.words + r0 * (K / 2) + i, n);
+      place((const word*)x, K / 2, rows.words + r0 * round_up(K / 2, kLinearBlock) + kLinearBlock * i, n);
       continue;
     }
     const int64_t piece = p.is_integer() ? p.group_size : kPiece;
@@ -299,9 +316,9 @@ void packed_linear_rows(const PackedLinearParams& p, const PackedLinearRows& row
       if (p.is_integer()) {
         const int64_t at = r0 * groups + g * n + i;
         group_to_integers(numbers, few, integers, rows.scales + at, rows.sums + at);
-        spread((const word*)integers, few / 2, rows.words + (r0 * K + k * n) / 2 + i, n);
+        place((const word*)integers, few / 2, rows.words + (r0 * K + k * n) / 2 + kLinearBlock * i, n);
       } else {
-        spread((const word*)numbers, few, rows.words + r0 * K + k * n + i, n);
+        place((const word*)numbers, few, rows.words + r0 * round_up(K, kLinearBlock) + k * n + kLinearBlock * i, n);
       }
     }
   }
@@ -318,7 +335,7 @@ void packed_linear_block(const PackedLinearParams& p, const PackedLinearPlan& pl
 
   const bool dots = kHasDot && p.form == WeightForm::bf16;
   const int64_t W = dots ? p.in_features / 2 : p.in_features;
-  const word* words = (x.words == nullptr ? (const word*)p.x : x.words) + r0 * W;
+  const word* words = x.words == nullptr ? (const word*)p.x : x.words + r0 * round_up(W, kLinearBlock);
   const int64_t panel_bytes = p.in_features * kPanelFeatures * (p.form == WeightForm::f32 ? 4 : 2);
   for (int64_t n = first; n < end; ++n) {
     const char* panel = (const char*)p.weight + n * panel_bytes;

@@ -9,10 +9,9 @@ namespace diffqkv {
 // Words of a panel whose products are summed up before they join a result: sums of sums round less. A part of the
 // numerics, as is the group of integer weights.
 inline constexpr int64_t kLinearWords = 128;
-// Rows of x lie in tiles of at most so many, word by word: rows apart by a power of two would meet in the L1 cache.
-inline constexpr int64_t kLinearTileRows = 12;
-// Up to so many rows integer weights are widened in registers, above them once for all rows.
-inline constexpr int64_t kFewRows = 4;
+// Rows of x lie in tiles of at most so many, the words of a block of each side by side: rows apart by a power of two
+// would meet in the L1 cache.
+inline constexpr int64_t kLinearTileRows = 12, kLinearBlock = 4;
 
 struct PackedLinearPlan {
   int64_t row_block = 0;        // rows of x of an item
