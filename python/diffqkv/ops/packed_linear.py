@@ -50,8 +50,9 @@ def _check(
     if scales is not None:
         checks.tensor("scales", scales, x, DTYPES, sizes, "panels groups 32")
         checks.contiguous("scales", scales)
-        groups = sizes["groups"]
-        if groups < 1 or k % groups or k // groups not in quantization.GROUP_SIZES:
+        groups, largest = sizes["groups"], quantization.GROUP_SIZES[-1]
+        # torch.compile cannot trace `in` of a range where sizes are dynamic.
+        if groups < 1 or k % groups or k // groups % divisor or k // groups > largest:
             raise wrong("scales", f"{groups} groups of {k} input features", "groups of a multiple of 32 up to 256")
         if zeros is not None:
             checks.tensor("zeros", zeros, x, (scales.dtype,), sizes, "panels groups 32")
