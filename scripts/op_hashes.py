@@ -108,6 +108,17 @@ def lines(level: str) -> Iterator[str]:
             out = diffqkv.swiglu(gate, up)
             gradients = torch.autograd.grad(out, (gate, up), torch.ones_like(out))
             yield line("swiglu", "-", dtype, out, *gradients)
+            n, k = 301, 512
+            for form in ("own", "int8", "int4"):
+                weight, scales = torch.randn(n, k).to(dtype), None
+                if form != "own":
+                    weight, scales = diffqkv.quantization.quantize(weight, int(form.removeprefix("int")))
+                    scales = diffqkv.quantization.pack_groups(scales)
+                pack = diffqkv.quantization.pack_int4 if form == "int4" else diffqkv.quantization.pack
+                panels, bias = pack(weight), torch.randn(n).to(dtype)
+                for rows in (1, 3, 20):
+                    out = diffqkv.packed_linear(torch.randn(rows, k).to(dtype), panels, n, scales=scales, bias=bias)
+                    yield line("packed_linear", f"{form}/{rows}", dtype, out)
 
 
 def main() -> int:

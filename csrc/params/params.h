@@ -182,7 +182,8 @@ struct PackedLinearParams {
   DType scales_dtype = DType::f32;
 
   constexpr bool is_integer() const { return form == WeightForm::int8 || form == WeightForm::int4; }
-  constexpr int64_t panels() const { return (out_features + kPanelFeatures - 1) / kPanelFeatures; }
+  // Of any number, however large: arguments are compared with it.
+  constexpr int64_t panels() const { return out_features / kPanelFeatures + (out_features % kPanelFeatures != 0); }
   constexpr int64_t groups() const { return is_integer() ? in_features / group_size : 0; }
 };
 

@@ -19,8 +19,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from . import memory
+from .ops.checks import any_tensor, dtype_name, kind, wrong
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PANEL = 32  # output features
@@ -31,8 +33,14 @@ _SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Weights `[n, k]` of a floating-point dtype, or integers of int8, in panels."""
+    """Weights `[n, k]` of float32, float16 or bfloat16, or integers of int8, in panels.
+
+    Raises:
+        ValueError, TypeError: another shape or dtype; an odd k, where two input features lie together.
+    """
+    _check_matrix("weight", weight, (*FLOATS, torch.int8))
     pairs = 2 if weight.dtype in (torch.bfloat16, torch.int8) else 1
+    _check_steps("weight", weight, pairs)
     by_panel = _whole_panels(weight).unflatten(0, (-1, PANEL)).unflatten(-1, (-1, pairs)).transpose(1, 2)
     return memory.contiguous(by_panel if pairs == 2 else by_panel.squeeze(-1))
 
@@ -54,7 +62,15 @@ def unpack(packed: Tensor, out_features: int) -> Tensor:
 
 
 def pack_int4(integers: Tensor) -> Tensor:
-    """Integers `[n, k]` from -8 to 7 in panels of 4 bits each."""
+    """Integers `[n, k]` of int8, from -8 to 7, in panels of 4 bits each.
+
+    Raises:
+        ValueError, TypeError: another shape or dtype, or an integer of more than 4 bits.
+    """
+    _check_matrix("integers", integers, (torch.int8,))
+    _check_steps("integers", integers, 8)
+    if _has_values(integers) and (wide := (integers < -8) | (integers > 7)).any():
+        raise wrong("integers", int(integers[wide][0]), "an integer from -8 to 7")
     by_step = _whole_panels(integers, -8).unflatten(0, (-1, PANEL)).unflatten(-1, (-1, 4, 2)).transpose(1, 2)
     nibbles = by_step.transpose(-1, -2).to(torch.int32) + 8  # [panels, steps, 32, 2, 4]
     shifts = torch.arange(0, 16, 4, dtype=torch.int32, device=integers.device)
@@ -95,23 +111,51 @@ def quantize(weight: Tensor, bits: int, group_size: int = 32) -> tuple[Tensor, T
         integers `[n, k]`, int8, and scales `[n, k / group_size]`, bfloat16: 8.5 or 4.5 bits a weight by groups of 32.
 
     Raises:
-        ValueError: another number of bits, or a k or group_size that does not fit.
+        ValueError, TypeError: another shape or dtype, another number of bits, a k or group_size that does not fit, or a
+            weight that is no number or infinite.
     """
+    _check_matrix("weight", weight, (*FLOATS, torch.float64))
     if bits not in (4, 8):
-        raise ValueError(f"bits: got {bits}, want 8 or 4")
+        raise wrong("bits", bits, "8 or 4")
     check_group_size(group_size, weight.shape[1])
-    rows = max(1, _BLOCK // weight.shape[1])
-    parts = [_quantize_rows(part, bits, group_size) for part in weight.split(rows)]
-    integers, scales = (torch.cat(x) for x in zip(*parts, strict=True))
+    parts = weight.detach().split(max(1, _BLOCK // weight.shape[1]))
+    if _has_values(weight):
+        for part in parts:
+            _check_finite(part.float())
+    integers, scales = (torch.cat(x) for x in zip(*(_quantize_rows(x, bits, group_size) for x in parts), strict=True))
     return integers, scales
 
 
 def check_group_size(group_size: int, in_features: int) -> None:
     """Raises ValueError unless groups of this size can divide so many input features."""
     if group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size: got {group_size}, want a multiple of 32 up to 256")
-    if in_features % group_size:
-        raise ValueError(f"group_size: got {group_size}, want a divisor of the {in_features} input features")
+        raise wrong("group_size", group_size, "a multiple of 32 up to 256")
+    if in_features < 1 or in_features % group_size:
+        raise wrong("group_size", group_size, f"a divisor of the {in_features} input features")
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether the values of x can be looked at: a layer may be made on the meta device first."""
+    return x.device.type != "meta" and not isinstance(x, FakeTensor)
+
+
+def _check_matrix(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    any_tensor(name, x)
+    kind(name, x, x, dtypes)
+    if x.dim() != 2:
+        raise wrong(name, f"shape {list(x.shape)}", "[out_features, in_features]")
+
+
+def _check_steps(name: str, x: Tensor, divisor: int) -> None:
+    if x.shape[1] % divisor:
+        raise wrong(
+            name, f"{x.shape[1]} input features", f"a multiple of {divisor} for panels of {dtype_name(x.dtype)}"
+        )
+
+
+def _check_finite(weight: Tensor) -> None:
+    if not (finite := weight.isfinite()).all():
+        raise wrong("weight", f"{float(weight[~finite][0])}", "finite numbers")
 
 
 def _quantize_rows(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:

@@ -497,7 +497,7 @@ def packed_linear(
     """
     x = x.to(_compute_dtype(x, dtype))
     if weight.dtype == torch.uint8:
-        word = (weight.long() << torch.tensor([0, 8, 16, 24])).sum(-1)
+        word = (weight.long() << torch.tensor([0, 8, 16, 24], device=weight.device)).sum(-1)
         # Input feature 2 j + h of the eight has bits 4 j of half h.
         weight = torch.stack([(word >> (16 * (i % 2) + 4 * (i // 2)) & 15) - 8 for i in range(8)], -1)
     by_feature = weight.unsqueeze(-1) if weight.dim() == 3 else weight

@@ -67,11 +67,11 @@ struct PackedLinearRows {
           int64_t item, void* scratch))                                                                                \
   KERNEL(void, kv_cache_update,                                                                                        \
          (const KvCacheUpdateParams&, int64_t entry, int64_t group, int64_t begin, int64_t end))                       \
-  KERNEL(void, packed_linear_rows, (const PackedLinearParams&, const PackedLinearRows&, int64_t tile))                   \
+  KERNEL(void, packed_linear_rows, (const PackedLinearParams&, const PackedLinearRows&, int64_t tile))                 \
   KERNEL(void, packed_linear_block,                                                                                    \
          (const PackedLinearParams&, const PackedLinearPlan&, const PackedLinearRows&, int64_t item, void* scratch))   \
   KERNEL(void, swiglu, (const SwigluParams&, int64_t begin, int64_t end))                                              \
-  KERNEL(void, swiglu_backward, (const SwigluBackwardParams&, int64_t begin, int64_t end))                                     \
+  KERNEL(void, swiglu_backward, (const SwigluBackwardParams&, int64_t begin, int64_t end))                             \
   KERNEL(double, probe_fma, (int64_t rounds, float* sink))                                                             \
   KERNEL(double, probe_dot, (int64_t rounds, float* sink))                                                             \
   KERNEL(void, probe_read, (const void* data, int64_t bytes, float* sink))

@@ -21,17 +21,18 @@ constexpr int64_t kElementsPerThread = 32768;
 
 PackedLinearPlan plan_packed_linear(const PackedLinearParams& p, int64_t threads) {
   PackedLinearPlan plan;
+  if (p.rows == 0) return plan;
   const int64_t word_bytes = p.dtype == DType::f32 && !p.is_integer() ? 4 : 2;
   plan.row_block =
       std::clamp(kRowBytes / (word_bytes * std::max<int64_t>(1, p.in_features)) / kLinearTileRows * kLinearTileRows,
                  kLeastRowBlock, kMostRowBlock);
   plan.row_blocks = ceil_div(p.rows, plan.row_block);
-  plan.row_block = ceil_div(ceil_div(p.rows, std::max<int64_t>(1, plan.row_blocks)), kLinearTileRows) * kLinearTileRows;
+  plan.row_block = round_up(ceil_div(p.rows, plan.row_blocks), kLinearTileRows);
   plan.row_blocks = ceil_div(p.rows, plan.row_block);
   const int64_t panels = p.panels();
   plan.panels_per_item = std::max<int64_t>(1, ceil_div(panels, kRangesPerThread * std::max<int64_t>(1, threads)));
   if (p.rows > kLinearTileRows) plan.panels_per_item = std::min(plan.panels_per_item, kPanelsOfManyRows);
-  plan.items = p.rows == 0 ? 0 : ceil_div(panels, plan.panels_per_item) * plan.row_blocks;
+  plan.items = ceil_div(panels, plan.panels_per_item) * plan.row_blocks;
   plan.threads =
       useful_threads(2.0 * double(p.rows) * double(p.in_features) * double(p.out_features), plan.items, threads);
   plan.row_threads = std::clamp<int64_t>(p.rows * p.in_features / kElementsPerThread, 1, plan.threads);

@@ -50,8 +50,9 @@ def _check(
     if scales is not None:
         checks.tensor("scales", scales, x, DTYPES, sizes, "panels groups 32")
         checks.contiguous("scales", scales)
-        groups = sizes["groups"]
-        if groups < 1 or k % groups or k // groups not in quantization.GROUP_SIZES:
+        groups, largest = sizes["groups"], quantization.GROUP_SIZES[-1]
+        # torch.compile cannot trace `in` of a range where sizes are dynamic.
+        if groups < 1 or k % groups or k // groups % divisor or k // groups > largest:
             raise wrong("scales", f"{groups} groups of {k} input features", "groups of a multiple of 32 up to 256")
         if zeros is not None:
             checks.tensor("zeros", zeros, x, (scales.dtype,), sizes, "panels groups 32")
@@ -97,9 +98,10 @@ def packed_linear(
     `diffqkv.quantization` makes the panels, and describes them.
 
     Floating-point weights: products of float32, or of bfloat16 where the CPU has a dot product of them, are added up in
-    float32. Integer weights: each group of x is rounded to 16-bit integers, of which |x - scale * integer| is at most
-    2^-16 of the largest |x| of the group (or 1e-35); their products with the weights are exact, and groups are added up
-    in float32. A group with an infinity or NaN makes the whole row NaN. A result does not depend on the other rows.
+    float32. Integer weights: each group of x is rounded to 16-bit integers, by at most 1.6e-5 of its largest |x| (or of
+    1e-30); their products with the weights are exact, and groups are added up in float32. A group with an infinity or
+    NaN makes the whole row NaN. A result does not depend on the other rows. Plain torch rounds the weights that
+    integers stand for to x's dtype instead, and x not at all.
 
     Args:
         x: `[..., in_features]`, any strides.

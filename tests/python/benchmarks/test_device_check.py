@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import WITHOUT_CUDA_KERNEL
 from paths import PACKAGE, ROOT
 
 from diffqkv import reference
@@ -18,7 +19,7 @@ from diffqkv.ops import dispatch
 from diffqkv.ops import library as compiled
 
 BENCHMARKS = ROOT / "benchmarks"
-OPS = {*dispatch.OPS, *dispatch.BACKWARD.values()}
+OPS = {*dispatch.OPS, *dispatch.BACKWARD.values()} - WITHOUT_CUDA_KERNEL
 DECIDING = ("smoke", "correctness", "stability", "large")
 SPEED = (
     "decode_attention", "flash_attention", "flash_attention_backward", "selective_v_attention", "kv_cache_update",

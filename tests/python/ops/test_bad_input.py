@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import assert_refusal, int32
+from helpers import assert_refusal, int32, linear_weights
 
 import diffqkv
 from diffqkv.ops import dispatch
@@ -74,6 +74,11 @@ def update_arguments(layout="rows", paged=False):
         "v_stats": torch.zeros(2, 4, 25),
         "k_layout": layout,
     }
+
+
+def packed_arguments(form="int4"):
+    weights = linear_weights(form, 64, 128, zeros=True)._asdict()
+    return {"x": torch.randn(2, 3, 128), "out_features": 64, "bias": torch.randn(64)} | weights
 
 
 def wide(x):
@@ -365,6 +370,94 @@ SWIGLU = [
     ({"up": lambda x: x.to("meta")}, ValueError, "up"),
 ]
 
+PACKED = [
+    ({"x": double}, TypeError, "x"),
+    ({"x": lambda x: x.int()}, TypeError, "x"),
+    ({"x": 1.0}, TypeError, "x"),
+    ({"x": None}, TypeError, "x"),
+    ({"x": torch.tensor(1.0)}, ValueError, "x"),
+    ({"x": lambda x: x[..., :0]}, ValueError, "x"),
+    ({"x": lambda x: x[..., :127]}, ValueError, "x"),
+    ({"x": lambda x: x[..., :120]}, ValueError, "x"),
+    ({"x": lambda x: x.to("meta")}, ValueError, "weight"),
+    ({"x": lambda x: x.requires_grad_()}, ValueError, "x"),
+    ({"x": lambda x: x[..., :96]}, ValueError, "weight"),
+    ({"weight": double}, TypeError, "weight"),
+    ({"weight": lambda x: x.int()}, TypeError, "weight"),
+    ({"weight": lambda x: x.bool()}, TypeError, "weight"),
+    ({"weight": half}, TypeError, "weight"),
+    ({"weight": lambda x: x.float()}, ValueError, "weight"),
+    ({"weight": lambda x: x.view(torch.int8)}, ValueError, "weight"),
+    ({"weight": lambda x: x[:1]}, ValueError, "weight"),
+    ({"weight": lambda x: x[0]}, ValueError, "weight"),
+    ({"weight": lambda x: x[..., :3]}, ValueError, "weight"),
+    ({"weight": lambda x: x[:, :, :31]}, ValueError, "weight"),
+    ({"weight": lambda x: x.mT.contiguous().mT}, ValueError, "weight"),
+    ({"weight": lambda x: x.to("meta")}, ValueError, "weight"),
+    ({"weight": lambda x: x.tolist()}, TypeError, "weight"),
+    ({"weight": None}, TypeError, "weight"),
+    ({"out_features": 0}, ValueError, "out_features"),
+    ({"out_features": -1}, ValueError, "out_features"),
+    ({"out_features": 2**63}, ValueError, "out_features"),
+    ({"out_features": None}, TypeError, "out_features"),
+    ({"out_features": 65}, ValueError, "weight"),
+    ({"out_features": 32}, ValueError, "weight"),
+    ({"out_features": 2**63 - 1}, ValueError, "weight"),
+    ({"out_features": 63}, ValueError, "bias"),
+    ({"scales": None}, ValueError, "scales"),
+    ({"scales": None, "zeros": None}, ValueError, "scales"),
+    ({"scales": double}, TypeError, "scales"),
+    ({"scales": lambda x: x.int()}, TypeError, "scales"),
+    ({"scales": lambda x: x[:1]}, ValueError, "scales"),
+    ({"scales": lambda x: x[0]}, ValueError, "scales"),
+    ({"scales": lambda x: x[..., :31]}, ValueError, "scales"),
+    ({"scales": lambda x: x[:, :0]}, ValueError, "scales"),
+    ({"scales": lambda x: x[:, :3].contiguous()}, ValueError, "scales"),
+    ({"scales": lambda x: x.repeat(1, 2, 1)}, ValueError, "scales"),
+    ({"scales": lambda x: x[:, :2].contiguous()}, ValueError, "zeros"),
+    ({"scales": wide}, ValueError, "scales"),
+    ({"scales": 1.0}, TypeError, "scales"),
+    ({"scales": lambda x: x.to("meta")}, ValueError, "scales"),
+    ({"scales": lambda x: x.requires_grad_()}, ValueError, "scales"),
+    ({"zeros": lambda x: x.half()}, TypeError, "zeros"),
+    ({"zeros": lambda x: x[:, :2]}, ValueError, "zeros"),
+    ({"zeros": lambda x: x[:1]}, ValueError, "zeros"),
+    ({"zeros": wide}, ValueError, "zeros"),
+    ({"zeros": "0"}, TypeError, "zeros"),
+    ({"zeros": lambda x: x.to("meta")}, ValueError, "zeros"),
+    ({"zeros": lambda x: x.requires_grad_()}, ValueError, "zeros"),
+    ({"bias": half}, TypeError, "bias"),
+    ({"bias": lambda x: x[:63]}, ValueError, "bias"),
+    ({"bias": lambda x: x[None]}, ValueError, "bias"),
+    ({"bias": wide}, ValueError, "bias"),
+    ({"bias": 0}, TypeError, "bias"),
+    ({"bias": lambda x: x.to("meta")}, ValueError, "bias"),
+    ({"bias": lambda x: x.requires_grad_()}, ValueError, "bias"),
+]
+LARGE_GROUPS = {
+    "x": torch.randn(512),
+    "weight": torch.zeros(2, 64, 32, 4, dtype=torch.uint8),
+    "scales": torch.ones(2, 1, 32),
+    "zeros": None,
+}
+PACKED.append((LARGE_GROUPS, ValueError, "scales"))
+# form of the weights, and what is wrong beside them
+FORMS = [
+    ("own", {"scales": torch.ones(2, 4, 32), "zeros": None}, ValueError, "scales"),
+    ("own", {"zeros": torch.ones(2, 4, 32)}, ValueError, "zeros"),
+    ("own", {"x": half, "bias": half}, TypeError, "weight"),
+    ("own", {"x": half, "bias": half, "weight": half}, ValueError, "weight"),
+    ("own", {"x": lambda x: half(x)[..., :127], "bias": half, "weight": half}, ValueError, "x"),
+    ("own", {"x": lambda x: x[..., :0]}, ValueError, "x"),
+    ("own", {"weight": lambda x: x[:, :127]}, ValueError, "weight"),
+    ("own", {"weight": lambda x: x.mT.contiguous().mT}, ValueError, "weight"),
+    ("own", {"weight": lambda x: x.requires_grad_()}, ValueError, "weight"),
+    ("int8", {"x": lambda x: x[..., :126]}, ValueError, "x"),
+    ("int8", {"weight": lambda x: x.view(torch.uint8)}, ValueError, "weight"),
+    ("int8", {"weight": lambda x: x.flatten(2)}, ValueError, "weight"),
+    ("int8", {"scales": None}, ValueError, "scales"),
+]
+
 
 def numbered(cases):
     return pytest.mark.parametrize("changes, error, name", cases, ids=[f"{i}-{c[2]}" for i, c in enumerate(cases)])
@@ -481,6 +574,7 @@ def test_elements_lie_in_memory_by_strides(api, kind):
         "selective_v_attention": selective_arguments(),
         "kv_cache_update": update_arguments(paged=True),
         "swiglu": {"gate": torch.randn(3, 4), "up": torch.randn(3, 4)},
+        "packed_linear": packed_arguments(),
     }
     for op, arguments in calls.items():
         for name, x in arguments.items():
@@ -505,6 +599,35 @@ def test_swiglu(api, changes, error, name):
     check(api.swiglu, {"gate": torch.randn(3, 4), "up": torch.randn(3, 4)}, changes, error, name)
 
 
+def check_packed(api, arguments, changes, error, name):
+    check(api.packed_linear, arguments, changes, error, name)
+    # The compiled op says the same of what its schema lets through.
+    changed = {n: changes[n](x) if callable(changes.get(n)) else changes.get(n, x) for n, x in arguments.items()}
+    tensors = [x for n, x in changed.items() if n != "out_features"]
+    in_range = type(changed["out_features"]) is int and changed["out_features"] < 2**63
+    required = isinstance(changed["x"], torch.Tensor) and isinstance(changed["weight"], torch.Tensor)
+    mixed = len({x.device for x in tensors if isinstance(x, torch.Tensor)}) > 1
+    if not (in_range and required and all(x is None or isinstance(x, torch.Tensor) for x in tensors)) or mixed:
+        return
+    if any(x is not None and x.requires_grad for x in tensors):
+        return
+    with pytest.raises(error) as caught:
+        api.packed_linear(**changed)
+    with pytest.raises(RuntimeError) as direct:
+        torch.ops.diffqkv.packed_linear(**changed)
+    assert str(caught.value) in str(direct.value)
+
+
+@numbered(PACKED)
+def test_packed_linear(api, library, changes, error, name):
+    check_packed(api, packed_arguments(), changes, error, name)
+
+
+@pytest.mark.parametrize("form, changes, error, name", FORMS, ids=[f"{i}-{c[0]}-{c[3]}" for i, c in enumerate(FORMS)])
+def test_packed_linear_forms(api, library, form, changes, error, name):
+    check_packed(api, packed_arguments(form), changes, error, name)
+
+
 def test_a_wrong_value_is_both_errors_and_pickles():
     with pytest.raises(RuntimeError, match="^k: got ") as caught:
         diffqkv.flash_attention(torch.randn(1, 2, 3, 16), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8))
@@ -521,6 +644,7 @@ INTEGERS = [
     ("flash_attention_varlen", varlen_arguments, {"dropout_p": 0.5, "seed": 5, "offset": 3}),
     ("decode_attention", decode_arguments, {"window": (3, -1)}),
     ("selective_v_attention", selective_arguments, {"top_k": 1, "keep_first": 1, "keep_last": 2}),
+    ("packed_linear", lambda: packed_arguments() | {"bias": None}, {"out_features": 63}),
 ]
 
 
@@ -611,6 +735,12 @@ def test_inference_ops_run_on_parameters_without_grad_mode(api):
     arguments["q"].requires_grad_()
     with torch.no_grad():
         assert not api.decode_attention(**arguments).requires_grad
+    arguments = packed_arguments("own")
+    arguments |= {name: torch.nn.Parameter(arguments[name]) for name in ("weight", "bias")}
+    with torch.no_grad():
+        assert not api.packed_linear(**arguments).requires_grad
+    with torch.inference_mode():
+        assert api.packed_linear(**arguments).shape == (2, 3, 64)
 
 
 DIRECT = [

@@ -76,6 +76,8 @@ def path_of(op, dtype=BF16, requires_grad=False, k_layout="rows"):
         elif op == "kv_cache_update":
             new = (random(1, 2, 1, 16), random(1, 4, 1, 8), int32(1, 1))
             diffqkv.kv_cache_update(*cached[1:3], *new, k_layout=k_layout)
+        elif op == "packed_linear":
+            diffqkv.packed_linear(random(3, 64), random(1, 32, 32, 2) if dtype == BF16 else random(1, 64, 32), 32)
         else:
             diffqkv.swiglu(random(3, 8), random(3, 8))
     return str(taken.value)

@@ -66,6 +66,14 @@ def beside_the_tokens(op, *args, **options):
         v_cache[0, 0, 0, 0, 0] = 1.0
 
 
+def rounded_to_int8(op, x, *args, **options):
+    """x of integer weights in 8 bits instead of 16."""
+    if options.get("scales") is not None:
+        scale = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+        x = (scale * (x / scale).round()).to(x.dtype)
+    return op(x, *args, **options)
+
+
 FAULTS = [
     *[(op, accepts_anything) for op in OPS],
     *[(op, last_element) for op in OPS if op != "kv_cache_update"],
@@ -75,6 +83,7 @@ FAULTS = [
     *[(op, one_less("cache_seqlens")) for op in ("decode_attention", "selective_v_attention")],
     *[("selective_v_attention", without(name)) for name in ("tail", "keep_last", "max_error")],
     *[("kv_cache_update", without("v_stats")), ("kv_cache_update", beside_the_tokens)],
+    *[("packed_linear", without("zeros")), ("packed_linear", without("bias")), ("packed_linear", rounded_to_int8)],
 ]
 
 

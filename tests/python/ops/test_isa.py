@@ -12,7 +12,10 @@ LEVELS = ["v2", "v3", "v4", "v4_bf16"]
 CHECK = """
 import sys
 import torch
-from helpers import DTYPES, LAYOUTS, TAILS, TRAINING_DTYPES, assert_accurate, assert_lse, cache_of, int32, qkv
+from helpers import (
+    DTYPES, LAYOUTS, TAILS, TRAINING_DTYPES, WEIGHTS, assert_accurate, assert_linear, assert_lse, cache_of, int32,
+    linear_weights, qkv,
+)
 from diffqkv import _core, reference
 
 assert _core.cpu_isa() == sys.argv[1], _core.cpu_isa()
@@ -73,6 +76,14 @@ for dtype in DTYPES:
     exact = torch.autograd.grad(reference.swiglu(g, u), (g, u), dout.double())
     for actual, e in zip(ops.swiglu_backward(dout, gate, up), exact, strict=True):
         assert_accurate(actual, e, e.to(dtype), factor=3)
+
+    for form, zeros in WEIGHTS:
+        for rows, n, group_size in ((1, 45, 32), (4, 70, 96), (7, 32, 32), (30, 100, 256)):
+            w = linear_weights(form, n, 3 * group_size, dtype, zeros, group_size)
+            x, bias = torch.randn(rows, 3 * group_size).to(dtype), torch.randn(n).to(dtype)
+            out = ops.packed_linear(x, *w, bias, n)
+            assert_linear(out, x, n, w, bias, kernel=True)
+            assert torch.equal(out[-1:], ops.packed_linear(x[-1:], *w, bias, n))
 
 TRAINING = [
     {"causal": True},

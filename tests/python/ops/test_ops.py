@@ -10,16 +10,19 @@ from helpers import (
     LAYOUTS,
     NAN,
     TAILS,
+    WEIGHTS,
     assert_accurate,
+    assert_linear,
     assert_lse,
     cache_of,
     int32,
+    linear_weights,
     qkv,
     strided,
 )
 
 import diffqkv
-from diffqkv import reference
+from diffqkv import quantization, reference
 
 D = torch.float64
 
@@ -668,6 +671,106 @@ def test_swiglu_strides(ops):
         assert torch.equal(actual, want)
 
 
+# ---- packed_linear ---------------------------------------------------------------------------------------------------
+
+
+def check_linear(ops, x, n, w, bias=None):
+    out = ops.packed_linear(x, *w, bias, n)
+    assert out.dtype == x.dtype and out.shape == (*x.shape[:-1], n) and out.is_contiguous()
+    assert_linear(out, x, n, w, bias, kernel=ops.name == "library")
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form, zeros", WEIGHTS)
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (3, 256), (2, 3, 288), (2, 1, 3, 96), (40, 512)])
+def test_packed_linear(ops, shape, form, zeros, dtype):
+    for n in (1, 32, 45, 70):
+        w = linear_weights(form, n, shape[-1], dtype, zeros)
+        check_linear(ops, torch.randn(shape).to(dtype), n, w, torch.randn(n).to(dtype) if n > 1 else None)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("group_size", quantization.GROUP_SIZES)
+def test_packed_linear_groups(ops, group_size, form):
+    k = 2 * group_size
+    for dtype in DTYPES:
+        check_linear(ops, torch.randn(5, k).to(dtype), 40, linear_weights(form, 40, k, dtype, True, group_size))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_linear_of_any_number_of_input_features(ops, dtype):
+    for k in (1, 2, 3, 62, 129, 257, 1030):
+        if dtype != torch.bfloat16 or k % 2 == 0:
+            check_linear(ops, torch.randn(3, k).to(dtype), 33, linear_weights("own", 33, k, dtype))
+
+
+@pytest.mark.parametrize("form", ["own", "int8", "int4"])
+def test_packed_linear_strides(ops, form):
+    """Rows that lie apart or are one in memory, columns that lie apart, and memory that begins at an odd number."""
+    n, k = 40, 64
+    for dtype in DTYPES:
+        w = linear_weights(form, n, k, dtype)
+        x = torch.randn(6, k).to(dtype)
+
+        def check(x, want, w=w):
+            out = ops.packed_linear(x, *w, None, n)
+            if ops.name == "library":
+                assert torch.equal(out, want)
+            else:  # torch chooses the order of its sums by the strides
+                torch.testing.assert_close(out, want)
+
+        want = ops.packed_linear(x, *w, None, n)
+        apart = torch.full((6, 3 * k + 1), NAN, dtype=dtype)
+        for columns in (slice(1, k + 1), slice(0, 2 * k, 2)):
+            apart[:, columns] = x
+            check(apart[:, columns], want)
+        check(x.T.contiguous().T, want)
+        check(x.view(2, 3, k).transpose(0, 1), want.view(2, 3, n).transpose(0, 1))
+        check(x[:1].expand(4, k), want[:1].expand(4, n))
+        buffer = torch.empty(k + 1, dtype=dtype)
+        buffer[1:] = x[0]
+        check(buffer[1:], want[0])
+
+
+@pytest.mark.parametrize("form", ["own", "int8", "int4"])
+def test_packed_linear_without_rows(ops, form):
+    w = linear_weights(form, 40, 64)
+    for shape in ((0, 64), (2, 0, 64), (0, 3, 64)):
+        out = ops.packed_linear(torch.empty(shape), *w, torch.randn(40), 40)
+        assert out.shape == (*shape[:-1], 40) and out.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["own", "int8", "int4"])
+def test_packed_linear_of_what_is_not_finite(ops, form, dtype):
+    w = linear_weights(form, 40, 256, dtype)
+    for rows in (1, 3, 20):
+        x = torch.randn(rows, 256).to(dtype)
+        clean = ops.packed_linear(x, *w, None, 40)
+        for bad in (NAN, torch.inf, -torch.inf):
+            changed = x.clone()
+            changed[rows // 2, 77] = bad
+            out = ops.packed_linear(changed, *w, None, 40)
+            others = torch.arange(rows) != rows // 2
+            assert torch.equal(out[others], clean[others])
+            row = out[rows // 2]
+            assert not row.isfinite().any()
+            if bad != bad or (ops.name == "library" and form != "own"):
+                assert row.isnan().all()
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_packed_linear_of_small_and_large_groups(library, form):
+    """Zeros, numbers that are no normal ones, and large ones, each beside groups of others."""
+    x = torch.randn(3, 128)
+    x[0, :32], x[0, 32:64] = 0, 1e-41 * torch.randn(32)
+    x[1, 96:] *= 1e30
+    x[2] *= 3e-39
+    check_linear(library, x, 40, linear_weights(form, 40, 128, zeros=True))
+    assert (library.packed_linear(torch.zeros(3, 128), *linear_weights(form, 40, 128), None, 40) == 0).all()
+
+
 # ---- bits ------------------------------------------------------------------------------------------------------------
 
 
@@ -689,6 +792,10 @@ def results(ops, part=slice(None)):
                     out += ops.selective_v_attention(*args, 30, tail=2, **asked, **cache.options)
         gate, up = torch.randn(2, 3, 7, 1001).to(dtype)
         out.append(ops.swiglu(gate[part], up[part]))
+        x = torch.randn(3, 23, 1024).to(dtype)
+        for form, zeros in WEIGHTS:
+            w = linear_weights(form, 500, 1024, dtype, zeros)
+            out += [ops.packed_linear(x[part, :rows], *w, None, 500) for rows in (1, 3, 23)]
     return out
 
 
@@ -740,6 +847,9 @@ def test_wrappers_return_what_the_ops_return(library):
     torch.testing.assert_close(k_cache, cache.k_cache, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(v_cache, cache.v_cache, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(diffqkv.swiglu(q, q), library.swiglu(q, q))
+    x, bias, w = torch.randn(2, 3, 64), torch.randn(40), linear_weights("int4", 40, 64, zeros=True)
+    out = diffqkv.packed_linear(x, w.weight, 40, scales=w.scales, zeros=w.zeros, bias=bias)
+    assert torch.equal(out, library.packed_linear(x, *w, bias, 40))
 
 
 def test_probe_counts_its_work(library):

@@ -282,6 +282,39 @@ def test_swiglu():
     torch.testing.assert_close(reference.swiglu(gate, up), F.silu(gate) * up)
 
 
+def test_packed_linear():
+    """Panels written out place by place."""
+    n, k, x, bias = 40, 64, torch.randn(3, 64, dtype=D), torch.randn(40, dtype=D)
+    panels, lanes = torch.arange(n) // 32, torch.arange(n) % 32
+    w = torch.randn(n, k, dtype=D)
+    packed = torch.full((2, k, 32), NAN, dtype=D)
+    packed[panels, :, lanes] = w
+    torch.testing.assert_close(reference.packed_linear(x, packed, n), x @ w.T)
+    torch.testing.assert_close(reference.packed_linear(x[0], packed, n, bias=bias), x[0] @ w.T + bias)
+    pairs = torch.full((2, k // 2, 32, 2), NAN, dtype=torch.bfloat16)
+    pairs[panels, :, lanes] = w.bfloat16().view(n, k // 2, 2)
+    torch.testing.assert_close(reference.packed_linear(x, pairs, n, dtype=D), x @ w.bfloat16().double().T)
+
+    scales, zeros = torch.randn(2, n, 2, dtype=D)
+    in_panels = []
+    for numbers in (scales, zeros):
+        in_panels.append(torch.full((2, 2, 32), NAN, dtype=D))
+        in_panels[-1][panels, :, lanes] = numbers
+    integers = torch.randint(-8, 8, (n, k))
+    dense = integers.view(n, 2, 32) * scales[..., None]
+    eights = torch.zeros(2, k // 2, 32, 2, dtype=torch.int8)
+    eights[panels, :, lanes] = integers.view(n, k // 2, 2).to(torch.int8)
+    fours = torch.zeros(2, k // 8, 32, 4, dtype=torch.uint8)
+    for i in range(8):  # input feature 2 j + h of eight: bits 4 j of half h
+        byte, shift = 2 * (i % 2) + i // 4, 4 * (i // 2 % 2)
+        fours[panels, :, lanes, byte] += ((integers[:, i::8] + 8) << shift).to(torch.uint8)
+    for weight in (eights, fours):
+        out = reference.packed_linear(x, weight, n, scales=in_panels[0])
+        torch.testing.assert_close(out, x @ dense.flatten(1).T)
+        out = reference.packed_linear(x, weight, n, scales=in_panels[0], zeros=in_panels[1], bias=bias)
+        torch.testing.assert_close(out, x @ (dense + zeros[..., None]).flatten(1).T + bias)
+
+
 def test_dtype_of_the_computation():
     q, k, v = qkv(1, (2, 1, 1), 2, 3, (8, 8), torch.bfloat16)
     assert reference.attention(q, k, v).dtype == torch.float32

@@ -29,6 +29,7 @@ PRINTED = {
     "docs/models.md": [r"(layer \d: \d+\.\d% of the softmax read, at least \d+\.\d%\n){2}"],
     "docs/ops.md": [
         r"tensor\(True\) tensor\(0\.\d+\)\ntensor\(True\) tensor\(\d+\.\d*\)",
+        r"(tensor\(True\)\n){2}",
         r"torch.Size\(\[1, 256, 32, 128\]\)\ntorch.Size\(\[1, 1, 32, 128\]\)",
     ],
     "docs/training.md": [r"K heads 8, V heads 2: \d+ parameters", r"4 16 3072"],
@@ -153,8 +154,8 @@ def test_arguments_of_the_ops():
     assert both == set(inspect.signature(diffqkv.flash_attention).parameters)
     varlen = set(inspect.signature(diffqkv.flash_attention_varlen).parameters)
     assert both | arguments("`flash_attention_varlen`") == varlen
-    for op in (diffqkv.decode_attention, diffqkv.kv_cache_update, diffqkv.selective_v_attention):
-        assert arguments(f"`{op.__name__}`") == set(inspect.signature(op).parameters), op.__name__
+    for name in ("decode_attention", "kv_cache_update", "selective_v_attention", "packed_linear"):
+        assert arguments(f"`{name}`") == set(inspect.signature(getattr(diffqkv, name)).parameters), name
     for name in re.findall(r"\bflash_attn_\w+func\b", OPS):
         assert hasattr(flash_attn_interface, name)
 
@@ -210,6 +211,14 @@ ELSEWHERE = {
     "benchmarks/gpu/calls/flash_attention_backward.py",
     "python/diffqkv/ops/flash_attention_backward.py",
     "tests/python/support/fuzz/calls/flash_attention_backward.py",
+    "csrc/plan/cuda/packed_linear.cpp",
+    "csrc/cuda/packed_linear",
+    "csrc/cuda/packed_linear/packed_linear.cu",
+    "tests/cpp/plan/cuda/test_packed_linear.cpp",
+    "tests/cpp/cuda/test_packed_linear.cpp",
+    "python/diffqkv/benchmarks/cpu/cases/packed_linear.py",
+    "benchmarks/gpu/calls/packed_linear.py",
+    "benchmarks/gpu/speed/packed_linear.py",
 }
 
 

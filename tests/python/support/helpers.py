@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffqkv import reference
+from diffqkv import quantization, reference
 from diffqkv.benchmarks.common.accuracy import far, inaccurate
 from diffqkv.benchmarks.common.inputs import (  # noqa: F401  tests import them from here
     HEADS,
@@ -29,6 +29,7 @@ LAYOUTS = ["rows", "panels"]
 LAYOUT_CODE = {"rows": 0, "panels": 1}
 TAILS = ["drop", "renorm", "mean"]
 POISON_BLOCK = UNUSED_BLOCK
+WITHOUT_CUDA_KERNEL = {"packed_linear"}  # ops that plain torch computes on every GPU
 
 
 def int32(*values: int) -> Tensor:
@@ -95,6 +96,48 @@ def cache_of(k, v, seqlens, *, layout="rows", start=None, block_size=None) -> Ca
         else:
             k_cache[:, :, unused // 32, :, unused % 32] = NAN
     return CacheCase(k, v, k_cache, v_cache, seqlens, start, block_table, layout)
+
+
+class LinearWeights(NamedTuple):
+    """Weights of a linear layer, as `packed_linear` takes them."""
+
+    weight: Tensor
+    scales: Tensor | None
+    zeros: Tensor | None
+
+
+WEIGHTS = [("own", False), ("int8", False), ("int8", True), ("int4", False), ("int4", True)]  # form, with zeros
+
+
+def linear_weights(form, n, k, dtype=torch.float32, zeros=False, group_size=32) -> LinearWeights:
+    """Random ones `[n, k]`; of the last panel, what no output feature needs is NaN, or has scales of NaN."""
+    panels, lanes = -(-n // quantization.PANEL), torch.arange(-(-n // 32) * 32).view(-1, 32)
+    if form == "own":
+        weight = quantization.pack(torch.randn(n, k).to(dtype))
+        at = (-1, slice(None), lanes[-1] >= n)
+        weight[at] = NAN
+        return LinearWeights(weight, None, None)
+    least, most = (-128, 127) if form == "int8" else (-8, 7)
+    integers = torch.randint(least, most + 1, (n, k), dtype=torch.int8)
+    weight = quantization.pack(integers) if form == "int8" else quantization.pack_int4(integers)
+    scales, offsets = torch.randn(2, panels, k // group_size, 32).unbind()
+    scales[-1, :, lanes[-1] >= n] = NAN
+    kind = dtype if dtype != torch.float32 else torch.bfloat16
+    return LinearWeights(weight, (scales / most).to(kind), offsets.to(kind) if zeros else None)
+
+
+def assert_linear(out: Tensor, x: Tensor, n: int, w: LinearWeights, bias: Tensor | None, kernel: bool) -> None:
+    """out is what `packed_linear` says; integer weights round float32, too."""
+    options = {"scales": w.scales, "zeros": w.zeros, "bias": bias}
+    exact, low = (reference.packed_linear(x, w.weight, n, dtype=to, **options) for to in (torch.float64, x.dtype))
+    if w.scales is None or not kernel or x.dtype != torch.float32:
+        assert_accurate(out, exact, low)
+        return
+    assert out.dtype == x.dtype and out.shape == exact.shape
+    dense = quantization.dequantize(w.weight, n, w.scales, w.zeros, torch.float64).unflatten(1, (w.scales.shape[1], -1))
+    largest = x.double().abs().unflatten(-1, (w.scales.shape[1], -1)).amax(-1).clamp_min(1e-30)
+    rounding = 1.6e-5 * largest @ dense.abs().sum(-1).T
+    assert ((out - exact).abs() <= rounding + 1e-5 * (1 + exact.abs())).all()
 
 
 def assert_accurate(actual: Tensor, exact: Tensor, low: Tensor, factor: float = 2.0) -> None:

@@ -45,6 +45,14 @@ def main(library: str) -> None:
     torch.testing.assert_close(ops.swiglu(gate, up), torch.nn.functional.silu(gate) * up)
     assert [x.shape for x in ops.swiglu_backward(gate, gate, up)] == [gate.shape] * 2
 
+    x, bias, weight = torch.randn(3, 64), torch.randn(64), torch.randn(64, 64)
+    panels = weight.view(2, 32, 64).transpose(1, 2).contiguous()
+    torch.testing.assert_close(ops.packed_linear(x, panels, None, None, bias, 64), x @ weight.T + bias)
+    integers = torch.randint(-128, 128, (64, 64), dtype=torch.int8)
+    panels = integers.view(2, 32, 32, 2).transpose(1, 2).contiguous()
+    out = ops.packed_linear(x, panels, torch.full((2, 2, 32), 0.01), None, None, 64)
+    torch.testing.assert_close(out, 0.01 * x @ integers.T.float(), atol=0.01, rtol=0)
+
     try:
         ops.flash_attention(q, k[:, :1].expand(b, 3, s, d), v)
     except RuntimeError as error:

@@ -30,6 +30,7 @@ NUMBERS: dict[str, list[Any]] = {
     "k_layout": ["", "row", 0, None],
     "max_seqlen_q": [-1, 0, 1.5, None, "4"],
     "max_seqlen_k": [-1, 0, 1.5, None, "4"],
+    "out_features": [0, -1, 1.5, None, "4", True, 2**62, 2**63, 32, 65],
 }
 
 
@@ -102,9 +103,23 @@ def _swiglu(d: Draw, dtype: torch.dtype) -> dict[str, Any]:
     return {"gate": d.tensor(3, 5, dtype=dtype), "up": d.tensor(3, 5, dtype=dtype)}
 
 
+def _packed_linear(d: Draw, dtype: torch.dtype) -> dict[str, Any]:
+    form = d.choice(dtype, torch.int8, torch.uint8)
+    shape = {torch.int8: (32, 32, 2), torch.uint8: (8, 32, 4), torch.bfloat16: (32, 32, 2)}.get(form, (64, 32))
+    arguments = {
+        "x": d.tensor(2, 3, 64, dtype=dtype),
+        "weight": d.tensor(2, *shape).to(form) if form == dtype else torch.ones(2, *shape, dtype=form),
+        "out_features": 50,
+        "bias": d.tensor(50, dtype=dtype),
+    }
+    if form == dtype:
+        return arguments
+    return arguments | {name: d.tensor(2, 2, 32, dtype=dtype) for name in ("scales", "zeros")}
+
+
 # ---- faults ----------------------------------------------------------------------------------------------------------
 
-OPTIONAL = {"kv_start", "kv_end", "sinks", "cache_start", "block_table", "v_stats", "cos", "sin"}
+OPTIONAL = {"kv_start", "kv_end", "sinks", "cache_start", "block_table", "v_stats", "cos", "sin", "zeros", "bias"}
 INDICES = {
     "kv_start",
     "kv_end",
@@ -120,10 +135,16 @@ WRITTEN = ("k_cache", "v_cache", "v_stats")
 
 def _wrong_tensor(d: Draw, name: str, x: Tensor, of: dict[str, Any]) -> Any:
     """x, or what is like it, such that the op must refuse it among the other arguments."""
-    rotating = name in ("cos", "sin")
     others = ["dtype", "rank", "type", "device"]
     if "k_cache" in of and name in ("q", "k", "v", "k_cache", "v_cache", "cos", "sin"):
         others.append("gradient")
+    if "weight" in of:
+        if x.is_floating_point():
+            others.append("gradient")
+        others += ["last size"] if name == "x" else ["size", "stride"]
+        if name == "x":  # one of any dimensions, and of any strides
+            others.remove("rank")
+        return _fault(d, d.random.choice(others), name, x, of)
     if name not in INDICES and name not in ("sinks", "v_stats", "gate", "up"):
         others += ["last stride", "last size"]
     if name in (
@@ -139,13 +160,18 @@ def _wrong_tensor(d: Draw, name: str, x: Tensor, of: dict[str, Any]) -> Any:
         others += ["size", "stride"]
     if name in ("cu_seqlens_q", "cu_seqlens_k", "cache_seqlens", "cache_start", "block_table", "positions"):
         others.append("values")
-    fault = d.random.choice(others)
+    return _fault(d, d.random.choice(others), name, x, of)
+
+
+def _fault(d: Draw, fault: str, name: str, x: Tensor, of: dict[str, Any]) -> Any:
     d.note(fault=fault)
     if fault == "dtype":
         right = {x.dtype}
         if name == "positions":
             right = {torch.int32, torch.int64}
-        elif name == "sinks" or rotating:
+        elif name in ("weight", "scales"):
+            right = {of["x"].dtype, torch.int8, torch.uint8} if name == "weight" else set(DTYPES)
+        elif name == "sinks" or name in ("cos", "sin"):
             right = {torch.float32, of["q" if "q" in of else "k"].dtype}
         every = [
             *DTYPES,
@@ -223,5 +249,6 @@ CALLS: dict[str, Callable[[Draw], None]] = {
         "kv_cache_update": _update,
         "selective_v_attention": _selective,
         "swiglu": _swiglu,
+        "packed_linear": _packed_linear,
     }.items()
 }

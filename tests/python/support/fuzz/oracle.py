@@ -338,3 +338,66 @@ def sigmoid(x: float) -> float:
     if x >= 0:
         return 1 / (1 + math.exp(-x))
     return math.exp(x) / (1 + math.exp(x))
+
+
+# ---- linear layers ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Weights:
+    """Weights of a linear layer `[n, k]`: factor * number + zero, in groups of input features."""
+
+    numbers: Array  # integers, or the weights themselves
+    factors: Array | None = None  # [n, groups]
+    zeros: Array | None = None
+
+    def dense(self) -> tuple[Array, Array]:
+        """The weights, and the absolute values of what they are added up from."""
+        if self.factors is None:
+            return self.numbers, np.abs(self.numbers)
+        size = self.numbers.shape[1] // self.factors.shape[1]
+        products = self.numbers * np.repeat(self.factors, size, axis=1)
+        zeros = 0.0 if self.zeros is None else np.repeat(self.zeros, size, axis=1)
+        return products + zeros, np.abs(products) + np.abs(zeros)
+
+
+def linear(x: Array, w: Weights, bias: Array | None, p: Precision, kernels: bool) -> Result:
+    """x `[rows, k]` times the weights, in a `Result` with out `[rows, n]`."""
+    rows, k = x.shape
+    dense, parts = w.dense()
+    r = Result()
+    r.zeros("out", (rows, len(dense)))
+    exact, size = x @ dense.T, np.abs(x) @ parts.T
+    if w.factors is None:
+        error = p.sums * (4 + k) * size
+    elif kernels:
+        groups = w.factors.shape[1]
+        error = p.sums * (8 + groups) * size + _integers_of_x(x, groups) @ np.abs(dense).T
+        # What is summed up of a group are products of integers, before the factor makes them smaller.
+        before = np.abs(x).reshape(rows, groups, k // groups).max(-1) * (k // groups) * np.abs(w.numbers).max(initial=0)
+        error[before.max(-1) >= FLOAT32.max] = np.inf
+    else:
+        error = (p.weights + p.sums * (8 + k)) * size
+    if bias is not None:
+        if not kernels:  # torch rounds to the dtype before it adds the bias
+            error = error + p.results * (np.abs(exact) + error)
+        exact, size = exact + bias, size + np.abs(bias)
+        error = error + p.sums * size
+    error[~(size < p.on_the_way)] = np.inf
+    least = p.least * (1 + np.abs(dense).sum(1) + np.abs(x).sum(1)[:, None])  # numbers below the normal ones may be 0
+    r.add("out", slice(None), exact, np.nan_to_num(error + least, nan=np.inf))
+    # A number that is none makes its row so, and so does an infinity among integers, which it cannot become one of.
+    lost = np.isnan(x).any(1)
+    if kernels and w.factors is not None:
+        lost |= np.isinf(x).any(1)
+    r.values["out"][lost], r.allowed["out"][lost] = np.nan, 0.0
+    r.rounded("out", p)
+    r.allowed["out"][lost] = 0.0
+    return r
+
+
+def _integers_of_x(x: Array, groups: int) -> Array:
+    """How far the 16-bit integers of a group of x, times their scale, may be from x: half an integer, and what float32
+    rounds of the scale, its inverse and their products with x."""
+    unit = np.maximum(np.abs(x).reshape(len(x), groups, x.shape[1] // groups).max(-1), 1e-30) / 32767
+    return np.repeat(unit * (0.5 + 4 * 32767 * 2**-24), x.shape[1] // groups, axis=1)

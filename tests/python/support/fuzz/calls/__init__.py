@@ -9,6 +9,7 @@ from ..draw import Draw
 from .decode_attention import decode_attention
 from .flash_attention import flash_attention, flash_attention_varlen
 from .kv_cache_update import kv_cache_update
+from .packed_linear import packed_linear
 from .selective_v_attention import selective_v_attention
 from .swiglu import swiglu
 
@@ -17,6 +18,7 @@ OPS: dict[str, Callable[[Draw], None]] = {
     "flash_attention_varlen": flash_attention_varlen,
     "decode_attention": decode_attention,
     "kv_cache_update": kv_cache_update,
+    "packed_linear": packed_linear,
     "selective_v_attention": selective_v_attention,
     "swiglu": swiglu,
 }
