@@ -76,6 +76,10 @@ def path_of(op, dtype=BF16, requires_grad=False, k_layout="rows"):
         elif op == "kv_cache_update":
             new = (random(1, 2, 1, 16), random(1, 4, 1, 8), int32(1, 1))
             diffqkv.kv_cache_update(*cached[1:3], *new, k_layout=k_layout)
+        elif op == "rms_norm":
+            diffqkv.rms_norm(random(3, 8), random(8), 1e-6)
+        elif op == "rotary_embedding":
+            diffqkv.rotary_embedding(random(1, 2, 3, 8), random(1, 2, 8), random(1, 2, 8))
         else:
             diffqkv.swiglu(random(3, 8), random(3, 8))
     return str(taken.value)

@@ -211,6 +211,23 @@ ELSEWHERE = {
     "python/diffqkv/ops/flash_attention_backward.py",
     "tests/python/support/fuzz/calls/flash_attention_backward.py",
 }
+# Ops for the CPU alone, without plans.
+ELSEWHERE |= {
+    part.replace("OP", op)
+    for op in ("rms_norm", "rotary_embedding")
+    for part in (
+        "csrc/plan/cpu/OP.cpp",
+        "csrc/plan/cuda/OP.cpp",
+        "csrc/cuda/OP",
+        "csrc/cuda/OP/OP.cu",
+        "tests/cpp/plan/cpu/test_OP.cpp",
+        "tests/cpp/plan/cuda/test_OP.cpp",
+        "tests/cpp/cuda/test_OP.cpp",
+        "python/diffqkv/benchmarks/cpu/cases/OP.py",
+        "benchmarks/gpu/calls/OP.py",
+        "benchmarks/gpu/speed/OP.py",
+    )
+}
 
 
 def test_parts_of_an_op_are_where_its_name_says():

@@ -30,6 +30,7 @@ NUMBERS: dict[str, list[Any]] = {
     "k_layout": ["", "row", 0, None],
     "max_seqlen_q": [-1, 0, 1.5, None, "4"],
     "max_seqlen_k": [-1, 0, 1.5, None, "4"],
+    "eps": [-1.0, -1e-30, NAN, "1", None, True],
 }
 
 
@@ -102,6 +103,14 @@ def _swiglu(d: Draw, dtype: torch.dtype) -> dict[str, Any]:
     return {"gate": d.tensor(3, 5, dtype=dtype), "up": d.tensor(3, 5, dtype=dtype)}
 
 
+def _rms_norm(d: Draw, dtype: torch.dtype) -> dict[str, Any]:
+    return {"x": d.tensor(3, 5, dtype=dtype), "weight": d.tensor(5, dtype=dtype), "eps": 1e-6}
+
+
+def _rotary_embedding(d: Draw, dtype: torch.dtype) -> dict[str, Any]:
+    return {"x": d.tensor(2, 3, 4, 8, dtype=dtype), "cos": d.tensor(2, 3, 8), "sin": d.tensor(2, 3, 8)}
+
+
 # ---- faults ----------------------------------------------------------------------------------------------------------
 
 OPTIONAL = {"kv_start", "kv_end", "sinks", "cache_start", "block_table", "v_stats", "cos", "sin"}
@@ -124,8 +133,14 @@ def _wrong_tensor(d: Draw, name: str, x: Tensor, of: dict[str, Any]) -> Any:
     others = ["dtype", "rank", "type", "device"]
     if "k_cache" in of and name in ("q", "k", "v", "k_cache", "v_cache", "cos", "sin"):
         others.append("gradient")
-    if name not in INDICES and name not in ("sinks", "v_stats", "gate", "up"):
+    if name not in INDICES and name not in ("sinks", "v_stats", "gate", "up", "weight") and "eps" not in of:
         others += ["last stride", "last size"]
+    if "eps" in of or "x" in of:
+        others.append("gradient")
+    if name == "weight":
+        others += ["size", "stride"]
+    if name == "x" and "eps" in of:
+        others.remove("rank")
     if name in (
         "kv_start",
         "kv_end",
@@ -146,7 +161,9 @@ def _wrong_tensor(d: Draw, name: str, x: Tensor, of: dict[str, Any]) -> Any:
         if name == "positions":
             right = {torch.int32, torch.int64}
         elif name == "sinks" or rotating:
-            right = {torch.float32, of["q" if "q" in of else "k"].dtype}
+            right = {torch.float32, of[next(n for n in ("q", "k", "x") if n in of)].dtype}
+        elif name in ("x", "weight"):
+            right = {*DTYPES} if name == "x" else {torch.float32, x.dtype}
         every = [
             *DTYPES,
             torch.float64,
@@ -223,5 +240,7 @@ CALLS: dict[str, Callable[[Draw], None]] = {
         "kv_cache_update": _update,
         "selective_v_attention": _selective,
         "swiglu": _swiglu,
+        "rms_norm": _rms_norm,
+        "rotary_embedding": _rotary_embedding,
     }.items()
 }

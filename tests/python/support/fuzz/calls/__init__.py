@@ -9,6 +9,8 @@ from ..draw import Draw
 from .decode_attention import decode_attention
 from .flash_attention import flash_attention, flash_attention_varlen
 from .kv_cache_update import kv_cache_update
+from .rms_norm import rms_norm
+from .rotary_embedding import rotary_embedding
 from .selective_v_attention import selective_v_attention
 from .swiglu import swiglu
 
@@ -19,6 +21,8 @@ OPS: dict[str, Callable[[Draw], None]] = {
     "kv_cache_update": kv_cache_update,
     "selective_v_attention": selective_v_attention,
     "swiglu": swiglu,
+    "rms_norm": rms_norm,
+    "rotary_embedding": rotary_embedding,
 }
 BAD_SHARE = 0.15
 
