@@ -31,4 +31,13 @@ void for_items(int64_t items, int64_t threads, Parallel parallel, const Item& it
       &context);
 }
 
+// Runs range(begin, end) for ranges of n rows of d elements, each row in a few passes: a range is worth a thread.
+template <class Range>
+void for_ranges(int64_t n, int64_t d, const Caller& caller, const Range& range) {
+  constexpr int64_t kElementsPerItem = 16384;
+  const int64_t rows = std::max<int64_t>(1, kElementsPerItem / std::max<int64_t>(1, d));
+  for_items((n + rows - 1) / rows, caller.threads, caller.parallel,
+            [&](int64_t i, int64_t) { range(i * rows, std::min(n, (i + 1) * rows)); });
+}
+
 }  // namespace diffqkv::cpu

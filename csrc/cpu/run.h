@@ -13,6 +13,8 @@ void run(const SelectiveVAttentionParams& params, const Caller& caller);
 // Positions and block table have been checked.
 void run(const KvCacheUpdateParams& params, const Caller& caller);
 void run(const PackedLinearParams& params, const Caller& caller);
+void run(const RmsNormParams& params, const Caller& caller);
+void run(const RotaryEmbeddingParams& params, const Caller& caller);
 void run(const SwigluParams& params, const Caller& caller);
 void run(const SwigluBackwardParams& params, const Caller& caller);
 

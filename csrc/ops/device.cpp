@@ -13,8 +13,8 @@ Device::Device([[maybe_unused]] const char* op, const Tensor& like) : like_(like
 }
 
 Device::Limits Device::limits() const {
-  if (on_gpu()) return {kMaxFlashAttentionTokens, false};
-  return {std::numeric_limits<int64_t>::max(), true};
+  if (on_gpu()) return {kMaxFlashAttentionTokens, false, false};
+  return {std::numeric_limits<int64_t>::max(), true, true};
 }
 
 std::optional<Tensor> Device::readable(const Tensor& t) const {

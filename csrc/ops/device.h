@@ -16,6 +16,7 @@ class Device {
   struct Limits {
     int64_t sequence_tokens;  // of a sequence that is no cache
     bool panels;              // whether the attention over a cache reads K in panels
+    bool rows_apart;          // whether swiglu reads rows that do not follow each other
   };
 
   // The device of `like`, which has to outlive it: torch's threads, or the current stream of a GPU, which is the

@@ -3,6 +3,7 @@
 #include "ops/cache_arguments.h"
 #include "ops/device.h"
 #include "ops/registration.h"
+#include "ops/rope_arguments.h"
 #include "ops/views.h"
 #include "params/layout.h"
 
@@ -76,32 +77,10 @@ void check_memory(const KvCacheUpdateArguments& a) {
   }
 }
 
-// One of cos and sin.
-void check_angles(TensorChecks& checks, const char* name, const Tensor& t) {
-  checks.dtype_and_device(name, t, {ScalarType::Float, checks.dtype()});
-  const int64_t batch = checks.shapes["b"], s_new = checks.shapes["s_new"], d_k = checks.shapes["d_k"];
-  const auto sizes = t.sizes();
-  DIFFQKV_CHECK(sizes.size() == 3 && (sizes[0] == 1 || sizes[0] == batch) && sizes[1] == s_new && sizes[2] % 2 == 0 &&
-                    sizes[2] <= d_k,
-                name, ": got shape ", list_of(sizes), ", want [", batch, " or 1, ", s_new, ", an even number <= ", d_k,
-                "]");
-  check_unit_last_stride(name, t);
-}
-
-int64_t batch_stride(const Tensor& angles) { return angles.size(0) == 1 ? 0 : angles.stride(0); }
-
-void check_rope(TensorChecks& checks, const KvCacheUpdateArguments& a) {
+void check_rope(const TensorChecks& checks, const KvCacheUpdateArguments& a) {
   DIFFQKV_CHECK(a.cos.has_value() == a.sin.has_value(), a.cos ? "sin" : "cos", ": got None, want a tensor, as ",
                 a.cos ? "cos" : "sin", " is given");
-  if (!a.cos) return;
-  check_angles(checks, "cos", *a.cos);
-  check_angles(checks, "sin", *a.sin);
-  DIFFQKV_CHECK(a.sin->scalar_type() == a.cos->scalar_type(), "sin: got dtype ", name_of(a.sin->scalar_type()),
-                ", want ", name_of(a.cos->scalar_type()), ", that of cos");
-  DIFFQKV_CHECK(a.sin->sizes().equals(a.cos->sizes()), "sin: got shape ", list_of(a.sin->sizes()),
-                ", want the shape of cos = ", list_of(a.cos->sizes()));
-  DIFFQKV_CHECK(batch_stride(*a.sin) == batch_stride(*a.cos) && a.sin->stride(1) == a.cos->stride(1),
-                "sin: got strides ", list_of(a.sin->strides()), ", want ", list_of(a.cos->strides()), ", those of cos");
+  if (a.cos) check_rope(checks, *a.cos, *a.sin, checks.shapes["b"], checks.shapes["s_new"], checks.shapes["d_k"]);
 }
 
 void fill_positions(KvCacheUpdateParams& p, const Tensor& positions) {
@@ -127,7 +106,7 @@ KvCacheUpdateParams params_of(const KvCacheUpdateArguments& a, const CacheArgume
     p.d_rot = a.cos->size(2);
     p.cos = a.cos->data_ptr();
     p.sin = a.sin->data_ptr();
-    p.rope_stride_batch = batch_stride(*a.cos);
+    p.rope_stride_batch = rope_stride_batch(*a.cos);
     p.rope_stride_token = a.cos->stride(1);
     p.rope_dtype = dtype_of(*a.cos);
   }

@@ -33,10 +33,20 @@ SwigluParams params_of(const Tensor& gate, const Tensor& up) {
 
 Tensor swiglu(const Tensor& gate, const Tensor& up) {
   check_inputs(gate, up);
-  const Tensor packed_gate = packed(gate), packed_up = packed(up), out = empty_of_shape(gate);
-  SwigluParams p = params_of(packed_gate, packed_up);
+  const Device device("swiglu", gate);
+  std::optional<int64_t> gate_stride, up_stride;
+  if (device.limits().rows_apart && !(gate.is_contiguous() && up.is_contiguous()))
+    gate_stride = row_stride(gate), up_stride = row_stride(up);
+  const Tensor gate_rows = gate_stride ? gate : packed(gate), up_rows = up_stride ? up : packed(up);
+  const Tensor out = empty_of_shape(gate);
+  SwigluParams p = params_of(gate_rows, up_rows);
   p.out = out.data_ptr();
-  Device("swiglu", gate).run(p);
+  if (gate_stride || up_stride) {
+    p.width = gate.size(gate.dim() - 1);
+    p.gate_stride = gate_stride.value_or(p.width);
+    p.up_stride = up_stride.value_or(p.width);
+  }
+  device.run(p);
   return out;
 }
 

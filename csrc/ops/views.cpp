@@ -27,6 +27,22 @@ KvView kv_view(const Tensor& t, int64_t heads_per_group) {
   return view;
 }
 
+std::optional<int64_t> row_stride(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  int64_t dim = t.dim() - 1;
+  if (dim < 0 || (strides[dim] != 1 && sizes[dim] > 1)) return std::nullopt;
+  std::optional<int64_t> stride;
+  int64_t next = 0;  // the stride of the next dimension, where all rows are one after the other
+  const int64_t width = sizes[dim];
+  while (--dim >= 0) {
+    if (sizes[dim] == 1) continue;
+    if (stride && strides[dim] != next) return std::nullopt;
+    if (!stride) stride = strides[dim];
+    next = strides[dim] * sizes[dim];
+  }
+  return stride.value_or(width);
+}
+
 Tensor as_dtype(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }

@@ -12,6 +12,9 @@ TokenView token_view(const Tensor& t);
 // K or V of such a shape: one page per batch entry, or one page of packed tokens.
 KvView kv_view(const Tensor& t, int64_t heads_per_group);
 
+// From one row of the last dimension to the next, whose elements lie side by side; nothing where no one number says it.
+std::optional<int64_t> row_stride(const Tensor& t);
+
 template <class T>
 T* data_of(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());

@@ -139,12 +139,33 @@ struct KvCacheUpdateParams {
   float* v_stats = nullptr;  // [batch, n_v, d_v + 1] contiguous, or null
 };
 
-// swiglu: out = silu(gate) * up over numel contiguous elements.
+// rms_norm: out = weight * (x / sqrt(mean(x^2) + eps)), the quotient rounded to the dtype of x.
+struct RmsNormParams {
+  int64_t rows = 0, d = 0, stride = 0;  // stride: from a row of x to the next
+  float eps = 0.0f;
+  DType dtype = DType::f32, weight_dtype = DType::f32;
+  const void *x = nullptr, *weight = nullptr;  // [rows, d], [d]
+  void* out = nullptr;                         // [rows, d] contiguous
+};
+
+// rotary_embedding: out = x, the first d_rot dimensions of whose rows are rotated as kv_cache_update rotates K.
+struct RotaryEmbeddingParams {
+  int64_t batch = 0, tokens = 0, heads = 0, d = 0, d_rot = 0;
+  TokenView x;
+  void* out = nullptr;                        // [batch, tokens, heads, d] contiguous
+  const void *cos = nullptr, *sin = nullptr;  // as in KvCacheUpdateParams
+  int64_t rope_stride_batch = 0, rope_stride_token = 0;
+  DType rope_dtype = DType::f32;
+};
+
+// swiglu: out = silu(gate) * up over numel elements. They lie side by side, or in rows of `width` (0: all are one row),
+// the rows of out side by side.
 struct SwigluParams {
   const void *gate = nullptr, *up = nullptr;
   void* out = nullptr;
   int64_t numel = 0;
   DType dtype = DType::f32;
+  int64_t width = 0, gate_stride = 0, up_stride = 0;  // from a row to the next; on CUDA and of gradients: one row
 };
 
 // The gradients of swiglu. `forward` holds its inputs.

@@ -508,3 +508,14 @@ def packed_linear(
         w = (groups if zeros is None else groups + zeros.to(x.dtype).transpose(1, 2)[..., None]).flatten(2)
     out = x @ w.flatten(0, 1)[:out_features].T
     return out if bias is None else out + bias.to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension of x."""
+    x = x.to(_compute_dtype(x, dtype))
+    return weight.to(x.dtype) * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
+
+
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`rotate` of x `[b, t, heads, d]`."""
+    return rotate(x.transpose(1, 2), cos, sin, dtype).transpose(1, 2)

@@ -70,6 +70,8 @@ struct PackedLinearRows {
   KERNEL(void, packed_linear_rows, (const PackedLinearParams&, const PackedLinearRows&, int64_t tile))                 \
   KERNEL(void, packed_linear_block,                                                                                    \
          (const PackedLinearParams&, const PackedLinearPlan&, const PackedLinearRows&, int64_t item, void* scratch))   \
+  KERNEL(void, rms_norm, (const RmsNormParams&, int64_t begin, int64_t end))                                           \
+  KERNEL(void, rotary_embedding, (const RotaryEmbeddingParams&, int64_t begin, int64_t end))                           \
   KERNEL(void, swiglu, (const SwigluParams&, int64_t begin, int64_t end))                                              \
   KERNEL(void, swiglu_backward, (const SwigluBackwardParams&, int64_t begin, int64_t end))                             \
   KERNEL(double, probe_fma, (int64_t rounds, float* sink))                                                             \

@@ -2,6 +2,7 @@
 // Tokens are taken in runs whose slots follow each other in one panel: a whole panel is a transpose.
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/panels.h"
+#include "cpu/kernels/rotate.h"
 #include "cpu/kernels/v_stats.h"
 #include "params/layout.h"
 
@@ -22,21 +23,9 @@ DIFFQKV_INLINE void copy_row(const T* src, int64_t d, T* out) {
 
 // out = row with its first d_rot dimensions rotated by the angles of token t.
 template <class E, class Rope>
-void rotate(const KvCacheUpdateParams& p, int64_t b, int64_t t, const typename E::T* row, typename E::T* out) {
-  const int64_t at = b * p.rope_stride_batch + t * p.rope_stride_token, half = p.d_rot / 2;
-  const typename Rope::T *cos = (const typename Rope::T*)p.cos + at, *sin = (const typename Rope::T*)p.sin + at;
-  int64_t c = 0;
-  for (; c + VL <= half; c += VL) {
-    const vf x = E::load(row + c), y = E::load(row + half + c);
-    E::store(out + c, vsub(vmul(x, Rope::load(cos + c)), vmul(y, Rope::load(sin + c))));
-    E::store(out + half + c, vfma(y, Rope::load(cos + half + c), vmul(x, Rope::load(sin + half + c))));
-  }
-  for (; c < half; ++c) {
-    const float x = E::get(row[c]), y = E::get(row[half + c]);
-    out[c] = E::put(x * Rope::get(cos[c]) - y * Rope::get(sin[c]));
-    out[half + c] = E::put(y * Rope::get(cos[half + c]) + x * Rope::get(sin[half + c]));
-  }
-  __builtin_memcpy(out + p.d_rot, row + p.d_rot, (p.d_k - p.d_rot) * sizeof(out[0]));
+void rotate_token(const KvCacheUpdateParams& p, int64_t b, int64_t t, const typename E::T* row, typename E::T* out) {
+  const int64_t at = b * p.rope_stride_batch + t * p.rope_stride_token;
+  rotate<E, Rope>(row, (const typename Rope::T*)p.cos + at, (const typename Rope::T*)p.sin + at, p.d_rot, p.d_k, out);
 }
 
 // Writes rows [n, d] of the tokens first, first + 1, ... of a panel.
@@ -82,7 +71,7 @@ void write_run(const KvCacheUpdateParams& p, int64_t b, int64_t group, int64_t t
     const bool panels = p.k_cache.layout == KLayout::panels;
     if (p.d_rot > 0 || (panels && sizeof(T) == 2)) {  // panels are made of words, which 16-bit rows need not lie on
       for (int64_t j = 0; j < n; ++j)
-        p.d_rot > 0 ? rotate<E, Rope>(p, b, t + j, src + j * stride, staged + j * p.d_k)
+        p.d_rot > 0 ? rotate_token<E, Rope>(p, b, t + j, src + j * stride, staged + j * p.d_k)
                     : copy_row(src + j * stride, p.d_k, staged + j * p.d_k);
       asm("" ::: "memory");  // written as elements, read as words
       src = staged;

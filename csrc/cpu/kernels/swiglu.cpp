@@ -1,6 +1,6 @@
 // swiglu computes silu(gate) * up and its gradients element by element, in fp32.
+#include "cpu/kernels/elementwise.h"
 #include "cpu/kernels/kernels.h"
-#include "cpu/kernels/simd.h"
 
 namespace diffqkv {
 namespace {
@@ -11,8 +11,7 @@ DIFFQKV_INLINE vf sigmoid(vf x) {
   return vdiv(vset(1.0f), vadd(vset(1.0f), vexp2(vsub(vset(0.0f), y))));
 }
 
-// Runs body(in, out) on [begin, end) of arrays of E, VL elements at a time; the rest goes through padded copies, so
-// that an element's result does not depend on where it stands.
+// Runs body(in, out) on [begin, end) of arrays of E, VL elements at a time.
 template <class E, int kIn, int kOut, class Body>
 DIFFQKV_INLINE void map(const typename E::T* const (&in)[kIn], typename E::T* const (&out)[kOut], int64_t begin,
                         int64_t end, Body body) {
@@ -24,24 +23,22 @@ DIFFQKV_INLINE void map(const typename E::T* const (&in)[kIn], typename E::T* co
     for (int a = 0; a < kOut; ++a) E::store(out[a] + i, y[a]);
   }
   if (i == end) return;
-  typename E::T copy[VL] = {};
-  for (int a = 0; a < kIn; ++a) {
-    for (int64_t j = i; j < end; ++j) copy[j - i] = in[a][j];
-    x[a] = E::load(copy);
-  }
+  for (int a = 0; a < kIn; ++a) x[a] = load_padded<E>(in[a] + i, end - i);
   body(x, y);
-  for (int a = 0; a < kOut; ++a) {
-    E::store(copy, y[a]);
-    for (int64_t j = i; j < end; ++j) out[a][j] = copy[j - i];
-  }
+  for (int a = 0; a < kOut; ++a) store_first<E>(out[a] + i, end - i, y[a]);
 }
 
 template <class E>
 void forward(const SwigluParams& p, int64_t begin, int64_t end) {
   using T = typename E::T;
-  const T* const in[] = {(const T*)p.gate, (const T*)p.up};
-  T* const out[] = {(T*)p.out};
-  map<E>(in, out, begin, end, [](const vf* x, vf* y) { y[0] = vmul(vmul(x[0], sigmoid(x[0])), x[1]); });
+  const int64_t width = p.width > 0 ? p.width : p.numel;
+  for (int64_t row = begin / width, next; begin < end; ++row, begin = next) {
+    next = min_of(end, (row + 1) * width);
+    const T* const in[] = {(const T*)p.gate + row * p.gate_stride, (const T*)p.up + row * p.up_stride};
+    T* const out[] = {(T*)p.out + row * width};
+    map<E>(in, out, begin - row * width, next - row * width,
+           [](const vf* x, vf* y) { y[0] = vmul(vmul(x[0], sigmoid(x[0])), x[1]); });
+  }
 }
 
 template <class E>

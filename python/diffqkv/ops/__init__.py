@@ -20,6 +20,8 @@ from .flash_attention import flash_attention
 from .flash_attention_varlen import flash_attention_varlen
 from .kv_cache_update import kv_cache_update
 from .packed_linear import packed_linear
+from .rms_norm import rms_norm
+from .rotary_embedding import rotary_embedding
 from .selective_v_attention import selective_v_attention
 from .swiglu import swiglu
 
@@ -29,6 +31,8 @@ __all__ = [
     "flash_attention_varlen",
     "kv_cache_update",
     "packed_linear",
+    "rms_norm",
+    "rotary_embedding",
     "selective_v_attention",
     "swiglu",
 ]

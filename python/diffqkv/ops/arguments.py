@@ -8,7 +8,7 @@ from typing import SupportsIndex
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 from .checks import wrong
 
@@ -81,10 +81,15 @@ def refuse_gradients(op: str, **tensors: Tensor | None) -> None:
             raise wrong(name, "requires_grad=True in grad mode", f"torch.no_grad(): {op} is for inference only")
 
 
+def may_have_tangents() -> bool:
+    """Whether a level of forward-mode differentiation is open."""
+    return forward_ad._current_level >= 0
+
+
 def refuse_forward_mode(op: str, *tensors: Tensor) -> None:
     """Refuses tensors with tangents, for which torch would take the compiled ops for constants."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not may_have_tangents():
         return
     for x in tensors:
-        if isinstance(x, Tensor) and unpack_dual(x).tangent is not None:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(f"{op}: forward-mode differentiation is not built")

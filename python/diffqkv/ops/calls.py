@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import may_have_tangents
 from .checks import ArgumentError, refused_kind, wrong
 
 _OURS = re.compile(r"diffqkv: (\w+: got (.+), want .+)")
@@ -52,6 +53,25 @@ def call(op: Callable, *args: Any, **kwargs: Any) -> Any:
         if translated is None:
             raise
         raise translated from None
+
+
+def _records_nothing(inputs: tuple[Any, ...]) -> bool:
+    """Whether neither autograd nor a transform of torch.func has to know of a call with these inputs."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or may_have_tangents():
+        return False
+    return not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+
+
+def call_differentiable(op: Callable, inputs: tuple[Any, ...], *args: Any) -> Any:
+    """Calls an op that trains. inputs: those of its tensors that may require a gradient.
+
+    Where none is recorded the call takes no way through the Python kernel of the op's gradient, which takes several
+    microseconds.
+    """
+    if torch.compiler.is_compiling() or not _records_nothing(inputs):
+        return call(op, *args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return call(op, *args)
 
 
 def write(op: Callable, written: tuple[Tensor | None, ...], *args: Any, **kwargs: Any) -> None:

@@ -21,7 +21,7 @@ from .attention import (
     training_options,
 )
 from .autocast import outside_autocast
-from .calls import call
+from .calls import call_differentiable
 from .checks import TRAINING_DTYPES, Sizes, any_tensor, wrong
 from .op import Op
 from .rules import autograd, vmap
@@ -229,7 +229,7 @@ def flash_attention_varlen(
     options = training_options(causal, softmax_scale, window, softcap, sinks, kv_start, kv_end, dropout_p, seed, offset)
     if run:
         refuse_forward_mode("flash_attention_varlen", q, k, v)
-        out, lse = call(_OP.kernel, *args, *options)
+        out, lse = call_differentiable(_OP.kernel, (q, k, v, sinks), *args, *options)
     else:
         out, lse = _OP.composed(*args, need_lse=return_lse, **options._asdict())
     return (out, lse) if return_lse else out

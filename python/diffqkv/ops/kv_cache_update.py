@@ -15,6 +15,7 @@ from .caches import PANELS, ROWS, CacheSizes, check_blocks, check_cache, check_v
 from .calls import write
 from .checks import DTYPES, Sizes, any_tensor, wrong
 from .op import Op
+from .rotary_embedding import check_rope
 
 
 class KvCacheUpdateOptions(NamedTuple):
@@ -31,23 +32,8 @@ def _check_rope(k: Tensor, sizes: Sizes, cos: Tensor | None, sin: Tensor | None)
     if (cos is None) != (sin is None):
         missing, given = ("cos", "sin") if cos is None else ("sin", "cos")
         raise wrong(missing, None, f"a tensor, as {given} is given")
-    if cos is None:
-        return
-    batch, s_new, d_k = sizes["b"], sizes["s_new"], sizes["d_k"]
-    for name, x in (("cos", cos), ("sin", sin)):
-        checks.kind(name, x, k, (torch.float32, k.dtype))
-        fits = x.dim() == 3 and x.shape[0] in (1, batch) and x.shape[1] == s_new
-        if not fits or x.shape[2] % 2 != 0 or x.shape[2] > d_k:
-            raise wrong(name, f"shape {list(x.shape)}", f"[{batch} or 1, {s_new}, an even number <= {d_k}]")
-        checks.unit_last_stride(name, x)
-    if sin.dtype != cos.dtype:
-        raise wrong(
-            "sin", f"dtype {checks.dtype_name(sin.dtype)}", f"{checks.dtype_name(cos.dtype)}, that of cos", TypeError
-        )
-    if sin.shape != cos.shape:
-        raise wrong("sin", f"shape {list(sin.shape)}", f"the shape of cos = {list(cos.shape)}")
-    if sin.stride() != cos.stride():
-        raise wrong("sin", f"strides {list(sin.stride())}", f"{list(cos.stride())}, those of cos")
+    if cos is not None:
+        check_rope(k, cos, sin, sizes["b"], sizes["s_new"], sizes["d_k"])
 
 
 def _check(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, dispatch
-from .calls import call
+from .calls import call_differentiable
 from .checks import DTYPES, any_tensor, wrong
 from .op import Op
 
@@ -32,7 +32,7 @@ def _check_backward(dout: Tensor, gate: Tensor, up: Tensor) -> None:
 
 def _composed(gate: Tensor, up: Tensor) -> Tensor:
     """The op, differentiable through torch's own autograd."""
-    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+    return (F.silu(gate.float()) * up.float()).to(gate.dtype).contiguous()
 
 
 def _composed_backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,5 +86,5 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     any_tensor("gate", gate)
     if dispatch.uses_kernel(_OP, gate, up):
-        return call(_OP.kernel, gate, up)
+        return call_differentiable(_OP.kernel, (gate, up), gate, up)
     return _OP.composed(gate, up)

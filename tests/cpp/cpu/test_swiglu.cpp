@@ -51,3 +51,26 @@ TEST_CASE("swiglu of huge gates: 0 from where the sigmoid is, NaN where torch ha
   }
   for (int i = n - 2; i < n; ++i) REQUIRE((std::isnan(out[i]) && std::isnan(dup[i]) && std::isnan(dgate[i])));
 }
+
+TEST_CASE("swiglu of rows that lie apart has the bits of rows side by side, on any number of threads") {
+  for (const int64_t width : {1, 16, 37, 2000}) {
+    constexpr int64_t rows = 29;
+    const int64_t gate_stride = 2 * width + 3, up_stride = width + 1;
+    std::vector<float> gate(rows * gate_stride, NAN), up(rows * up_stride, NAN), out(rows * width, NAN);
+    std::vector<float> gate_rows, up_rows, want(rows * width);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < width; ++i) {
+        gate_rows.push_back(gate[r * gate_stride + i] = 5 * std::sin(float(r * width + i)));
+        up_rows.push_back(up[r * up_stride + i] = std::cos(float(3 * r + i)));
+      }
+    run_serially(
+        SwigluParams{.gate = gate_rows.data(), .up = up_rows.data(), .out = want.data(), .numel = rows * width}, 1);
+    for (const int64_t threads : {1, 3}) {
+      SwigluParams p{.gate = gate.data(), .up = up.data(), .out = out.data(), .numel = rows * width};
+      p.width = width, p.gate_stride = gate_stride, p.up_stride = up_stride;
+      run_serially(p, threads);
+      CAPTURE(width, threads);
+      REQUIRE(out == want);
+    }
+  }
+}

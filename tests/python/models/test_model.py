@@ -18,6 +18,7 @@ from tiny_sigma import (
     tiny_model,
     tokens,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -63,6 +64,28 @@ def test_greedy_tokens_do_not_depend_on_attention_cache_or_padding(heads, compre
         for kind in CACHES:
             got = generate(model, ids, mask, **cache_arguments(kind, model))
             assert torch.equal(got[:, ids.shape[1] :], want), (attention, kind)
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_and_rotations_without_a_graph_are_ops(library, dtype, compression):
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.add(str(op).removesuffix(".default"))
+            return op(*args, **kwargs or {})
+
+    model, ids = tiny_model((12, 4, 6), k_compression=compression).to(dtype), tokens(2, 9)
+    ours, results = {"diffqkv.rms_norm", "diffqkv.rotary_embedding"}, []
+    for training, graph in ((False, False), (False, True), (True, False)):
+        seen = set()
+        with torch.set_grad_enabled(graph), Ops():
+            results.append(model.train(training)(ids).logits.detach())
+        assert seen & ours == (set() if training or graph else ours)
+    assert torch.equal(results[1], results[2])
+    with torch.no_grad():
+        exact = model.eval().double()(ids).logits  # the ops do not know float64
+    by_ops, by_torch = ((x - exact).square().mean().sqrt() for x in results[:2])
+    assert by_ops <= 1.1 * by_torch + 1e-7
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

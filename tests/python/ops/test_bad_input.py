@@ -459,6 +459,53 @@ FORMS = [
 ]
 
 
+RMS_NORM = [
+    ({"x": lambda x: x[0, 0]}, ValueError, "x"),
+    ({"x": double}, TypeError, "x"),
+    ({"x": 1.0}, TypeError, "x"),
+    ({"weight": half}, TypeError, "weight"),
+    ({"weight": lambda x: x[:3]}, ValueError, "weight"),
+    ({"weight": lambda x: x[None]}, ValueError, "weight"),
+    ({"weight": lambda x: x.repeat(2)[::2]}, ValueError, "weight"),
+    ({"weight": lambda x: x.to("meta")}, ValueError, "weight"),
+    ({"weight": None}, TypeError, "weight"),
+    ({"eps": -1e-6}, ValueError, "eps"),
+    ({"eps": float("nan")}, ValueError, "eps"),
+    ({"eps": "1"}, TypeError, "eps"),
+    ({"eps": None}, TypeError, "eps"),
+    ({"x": lambda x: x.requires_grad_()}, ValueError, "x"),
+    ({"weight": lambda x: x.requires_grad_()}, ValueError, "weight"),
+]
+
+ROTARY_EMBEDDING = [
+    ({"x": double}, TypeError, "x"),
+    ({"x": lambda x: x[0]}, ValueError, "x"),
+    ({"x": wide}, ValueError, "x"),
+    ({"x": 1.0}, TypeError, "x"),
+    ({"cos": None}, TypeError, "cos"),
+    ({"cos": half}, TypeError, "cos"),
+    ({"cos": lambda x: x[0]}, ValueError, "cos"),
+    ({"cos": lambda x: x[:, :2]}, ValueError, "cos"),
+    ({"cos": lambda x: x[..., :7], "sin": lambda x: x[..., :7]}, ValueError, "cos"),
+    ({"cos": lambda x: x.repeat(1, 1, 2), "sin": lambda x: x.repeat(1, 1, 2)}, ValueError, "cos"),
+    ({"cos": lambda x: x.repeat(3, 1, 1), "sin": lambda x: x.repeat(3, 1, 1)}, ValueError, "cos"),
+    ({"sin": lambda x: x[..., :8]}, ValueError, "sin"),
+    ({"sin": lambda x: x.repeat(1, 2, 1)[:, ::2]}, ValueError, "sin"),
+    ({"sin": wide}, ValueError, "sin"),
+    ({"sin": lambda x: x.to("meta")}, ValueError, "sin"),
+    ({"x": lambda x: x.requires_grad_()}, ValueError, "x"),
+    ({"sin": lambda x: x.requires_grad_()}, ValueError, "sin"),
+]
+
+
+def rotary_arguments():
+    return {"x": torch.randn(2, 3, 4, 16), "cos": torch.randn(1, 3, 16), "sin": torch.randn(1, 3, 16)}
+
+
+def rms_norm_arguments():
+    return {"x": torch.randn(3, 4), "weight": torch.randn(4), "eps": 1e-6}
+
+
 def numbered(cases):
     return pytest.mark.parametrize("changes, error, name", cases, ids=[f"{i}-{c[2]}" for i, c in enumerate(cases)])
 
@@ -575,6 +622,8 @@ def test_elements_lie_in_memory_by_strides(api, kind):
         "kv_cache_update": update_arguments(paged=True),
         "swiglu": {"gate": torch.randn(3, 4), "up": torch.randn(3, 4)},
         "packed_linear": packed_arguments(),
+        "rms_norm": rms_norm_arguments(),
+        "rotary_embedding": rotary_arguments(),
     }
     for op, arguments in calls.items():
         for name, x in arguments.items():
@@ -626,6 +675,16 @@ def test_packed_linear(api, library, changes, error, name):
 @pytest.mark.parametrize("form, changes, error, name", FORMS, ids=[f"{i}-{c[0]}-{c[3]}" for i, c in enumerate(FORMS)])
 def test_packed_linear_forms(api, library, form, changes, error, name):
     check_packed(api, packed_arguments(form), changes, error, name)
+
+
+@numbered(RMS_NORM)
+def test_rms_norm(api, changes, error, name):
+    check(api.rms_norm, rms_norm_arguments(), changes, error, name)
+
+
+@numbered(ROTARY_EMBEDDING)
+def test_rotary_embedding(api, changes, error, name):
+    check(api.rotary_embedding, rotary_arguments(), changes, error, name)
 
 
 def test_a_wrong_value_is_both_errors_and_pickles():

@@ -78,6 +78,10 @@ def path_of(op, dtype=BF16, requires_grad=False, k_layout="rows"):
             diffqkv.kv_cache_update(*cached[1:3], *new, k_layout=k_layout)
         elif op == "packed_linear":
             diffqkv.packed_linear(random(3, 64), random(1, 32, 32, 2) if dtype == BF16 else random(1, 64, 32), 32)
+        elif op == "rms_norm":
+            diffqkv.rms_norm(random(3, 8), random(8), 1e-6)
+        elif op == "rotary_embedding":
+            diffqkv.rotary_embedding(random(1, 2, 3, 8), random(1, 2, 8), random(1, 2, 8))
         else:
             diffqkv.swiglu(random(3, 8), random(3, 8))
     return str(taken.value)

@@ -76,6 +76,22 @@ for dtype in DTYPES:
     exact = torch.autograd.grad(reference.swiglu(g, u), (g, u), dout.double())
     for actual, e in zip(ops.swiglu_backward(dout, gate, up), exact, strict=True):
         assert_accurate(actual, e, e.to(dtype), factor=3)
+    halves = torch.stack([gate, up], 1).flatten(1).chunk(2, -1)
+    assert torch.equal(ops.swiglu(*halves), ops.swiglu(gate, up))
+
+    for weight in (torch.randn(333), torch.randn(333).to(dtype)):
+        exact = reference.rms_norm(gate, weight, 1e-5, D)
+        error = (ops.rms_norm(gate, weight, 1e-5).double() - exact).abs() / exact.abs().clamp(min=1e-6)
+        assert error.max() <= 2 * torch.finfo(dtype).eps + 1e-6, error.max()
+    for d, d_rot in ((64, 64), (40, 24), (128, 90)):
+        x = torch.randn(2, 9, 3, d).to(dtype)
+        cos, sin = torch.randn(2, 1, 9, d_rot).to(dtype).unbind()
+        out = ops.rotary_embedding(x, cos, sin)
+        assert_accurate(out, reference.rotary_embedding(x, cos, sin, D), reference.rotary_embedding(x, cos, sin, dtype))
+        k_cache, v_cache = x.new_zeros(2, 3, 9, 1, d), x.new_zeros(2, 3, 9, 1, 8)
+        ops.kv_cache_update(k_cache, v_cache, x.transpose(1, 2), v_cache[..., 0, :].clone(),
+                            torch.arange(9).expand(2, 9), cos=cos, sin=sin)
+        assert torch.equal(out, k_cache[..., 0, :].transpose(1, 2))
 
     for form, zeros in WEIGHTS:
         for rows, n, group_size in ((1, 45, 32), (4, 70, 96), (7, 32, 32), (30, 100, 256)):

@@ -771,6 +771,102 @@ def test_packed_linear_of_small_and_large_groups(library, form):
     assert (library.packed_linear(torch.zeros(3, 128), *linear_weights(form, 40, 128), None, 40) == 0).all()
 
 
+def test_swiglu_of_rows_that_lie_apart(ops):
+    """Halves of a wider tensor, each with strides of its own, have the bits of rows side by side."""
+    for dtype in DTYPES:
+        both = torch.randn(3, 5, 2 * 37).to(dtype)
+        gate, up = both.chunk(2, dim=-1)
+        for g, u in ((gate, up), (gate, up.contiguous()), (gate[:, 1:3], up[:, 1:3]), (gate[:1], up[:1]),
+                     (gate.mT, up.mT), (gate, up[:, :1].expand(gate.shape)), (gate[0, 0], up[0, 0])):  # fmt: skip
+            out = ops.swiglu(g, u)
+            assert out.is_contiguous()
+            tolerance = {"rtol": 0, "atol": 0} if ops.name == "library" else {}  # torch's loops differ by strides
+            torch.testing.assert_close(out, ops.swiglu(g.contiguous(), u.contiguous()), **tolerance)
+
+
+# ---- rms_norm --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wide_weight", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 7, 33), (2, 3, 1024), (1, 1, 4100), (0, 4), (4, 0)])
+def test_rms_norm(ops, shape, dtype, wide_weight):
+    x, weight = (3 * torch.randn(shape)).to(dtype), torch.randn(shape[-1]).to(torch.float32 if wide_weight else dtype)
+    out = ops.rms_norm(x, weight, 1e-5)
+    assert out.dtype == dtype and out.shape == shape and out.is_contiguous()
+    exact = reference.rms_norm(x, weight, 1e-5, D)
+    # Two roundings to the dtype, as Llama's, and those of float32.
+    error = (out.double() - exact).abs() / exact.abs().clamp(min=1e-6)
+    assert error.numel() == 0 or error.max() <= 2 * torch.finfo(dtype).eps + 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_rounds_as_llama(ops, dtype):
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    norm = LlamaRMSNorm(512, 1e-6).to(dtype)
+    norm.weight.data.normal_()
+    x = torch.randn(64, 512).to(dtype)
+    out, want = ops.rms_norm(x, norm.weight.detach(), 1e-6), norm(x).detach()
+    # Sums in another order move one of the roundings here and there.
+    assert (out != want).float().mean() <= (0.2 if dtype == torch.float32 else 2e-3)
+    torch.testing.assert_close(out, want, rtol=(4 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_of_infinities_and_nan(ops, dtype):
+    x, largest = torch.randn(8, 20), torch.finfo(dtype).max
+    x[0, 3], x[1, 5], x[2, 0], x[3], x[4] = torch.inf, NAN, -torch.inf, 0, largest
+    x[5, 7] = largest
+    x, weight = x.to(dtype), torch.ones(20, dtype=dtype)
+    wide = x.float()
+    want = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(dtype)
+    tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 0, "equal_nan": True}
+    torch.testing.assert_close(ops.rms_norm(x, weight, 1e-6), want, **tolerance)
+    assert ops.rms_norm(x[3:4], weight, 0.0).isnan().all()  # 0 / 0
+
+
+def test_rms_norm_strides(ops):
+    weight, base = torch.randn(16), torch.randn(4, 6, 40)
+    for x in (base[..., :16], base[:, ::2, 3:19], base[1:2, :, 3:19], base.transpose(0, 1)[..., :16],
+              base[..., ::2][..., :16], base[:, :1, :16].expand(4, 6, 16), base[0, 0, 5:21]):  # fmt: skip
+        torch.testing.assert_close(ops.rms_norm(x, weight, 1e-5), ops.rms_norm(x.contiguous(), weight, 1e-5), rtol=0,
+                                   atol=0)  # fmt: skip
+
+
+# ---- rotary_embedding ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("d", "d_rot"), [(64, 64), (64, 48), (40, 40), (7, 6), (3, 0), (256, 256)])
+def test_rotary_embedding(ops, d, d_rot, dtype, wide):
+    for b, t, heads, b_rope in ((2, 5, 3, 2), (3, 1, 4, 1), (1, 70, 5, 1), (0, 4, 2, 1), (2, 0, 2, 2)):
+        base = torch.randn(b, heads, t, d + 3).to(dtype)
+        cos, sin = (torch.randn(b_rope, t, d_rot).to(torch.float32 if wide else dtype) for _ in range(2))
+        for x in (base[..., :d].transpose(1, 2), base[..., 1 : d + 1].transpose(1, 2).contiguous()):
+            out = ops.rotary_embedding(x, cos, sin)
+            assert out.dtype == dtype and out.shape == x.shape and out.is_contiguous()
+            assert_accurate(
+                out, reference.rotary_embedding(x, cos, sin, D), reference.rotary_embedding(x, cos, sin, dtype)
+            )
+            assert torch.equal(out[..., d_rot:], x[..., d_rot:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_q_is_rotated_as_k(ops, dtype):
+    """The bits that kv_cache_update writes."""
+    for d, d_rot in ((64, 64), (40, 24), (8, 2), (128, 90)):
+        x = torch.randn(2, 9, 3, d).to(dtype)
+        cos, sin = torch.randn(2, 1, 9, d_rot).to(dtype).unbind()
+        k_cache, v_cache = torch.zeros(2, 3, 9, 1, d, dtype=dtype), torch.zeros(2, 3, 9, 1, 8, dtype=dtype)
+        positions = torch.arange(9).expand(2, 9)
+        ops.kv_cache_update(
+            k_cache, v_cache, x.transpose(1, 2), v_cache[..., 0, :].clone(), positions, cos=cos, sin=sin
+        )
+        assert torch.equal(ops.rotary_embedding(x, cos, sin), k_cache[..., 0, :].transpose(1, 2))
+
+
 # ---- bits ------------------------------------------------------------------------------------------------------------
 
 
@@ -796,6 +892,9 @@ def results(ops, part=slice(None)):
         for form, zeros in WEIGHTS:
             w = linear_weights(form, 500, 1024, dtype, zeros)
             out += [ops.packed_linear(x[part, :rows], *w, None, 500) for rows in (1, 3, 23)]
+        wide = torch.randn(3, 40, 8, 96).to(dtype)
+        out.append(ops.rms_norm(wide.flatten(2)[part], torch.ones(768, dtype=dtype), 1e-6))
+        out.append(ops.rotary_embedding(wide[part], *torch.randn(2, 1, 40, 64)))
     return out
 
 
@@ -850,6 +949,10 @@ def test_wrappers_return_what_the_ops_return(library):
     x, bias, w = torch.randn(2, 3, 64), torch.randn(40), linear_weights("int4", 40, 64, zeros=True)
     out = diffqkv.packed_linear(x, w.weight, 40, scales=w.scales, zeros=w.zeros, bias=bias)
     assert torch.equal(out, library.packed_linear(x, *w, bias, 40))
+
+    weight, angles = torch.randn(16), torch.randn(1, 8, 16)
+    assert torch.equal(diffqkv.rms_norm(q, weight, 1e-5), library.rms_norm(q, weight, 1e-5))
+    assert torch.equal(diffqkv.rotary_embedding(q, angles, angles), library.rotary_embedding(q, angles, angles))
 
 
 def test_probe_counts_its_work(library):

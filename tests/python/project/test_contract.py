@@ -66,6 +66,9 @@ def op_calls(dtype=torch.float32, layout="rows", paged=False, batch=2):
         (ops.packed_linear.default, (x, *linear_weights("own", 96, 64, dtype), None, 96), {}),
         (ops.packed_linear.default, (x.mT.contiguous().mT, *linear_weights("int8", 96, 64, dtype), bias, 96), {}),
         (ops.packed_linear.default, (x, *linear_weights("int4", 96, 64, dtype, True), bias, 96), {}),
+        (ops.swiglu.default, torch.randn(batch, 3, 80).to(dtype).chunk(2, -1), {}),
+        (ops.rms_norm.default, (gate, torch.randn(40).to(dtype), 1e-6), {}),
+        (ops.rotary_embedding.default, (k.transpose(1, 2)[:, :3], *rope.values()), {}),
     ]
 
 
@@ -162,7 +165,10 @@ def layer_step(q, k, v, k_cache, v_cache, positions, seqlens, cos, sin):
     decoded, lse = diffqkv.decode_attention(q, k_cache, v_cache, seqlens, return_lse=True)
     selected, stats = diffqkv.selective_v_attention(q, k_cache, v_cache, seqlens, 4, tail="mean", return_stats=True)
     prefilled = diffqkv.flash_attention(q, k, v, causal=True)
-    return diffqkv.swiglu(decoded + 1, selected), lse, stats.kept_mass, prefilled
+    activated = diffqkv.swiglu(decoded + 1, selected)
+    normed = diffqkv.rms_norm(activated, torch.ones_like(activated[0, 0, 0]), 1e-6)
+    turned = diffqkv.rotary_embedding(k.transpose(1, 2), cos, sin)
+    return activated, lse, stats.kept_mass, prefilled, normed, turned
 
 
 def layer_inputs(batch, tokens):
@@ -346,6 +352,42 @@ def test_swiglu_gradient():
     assert torch.autograd.gradcheck(diffqkv.swiglu, leaves, eps=1e-2, atol=1e-2, rtol=1e-2, nondet_tol=0)
     double = tuple(x.detach().double().requires_grad_() for x in leaves)
     assert torch.autograd.gradcheck(reference.swiglu, double)
+
+
+def test_a_call_that_records_nothing_is_still_seen(library):
+    """Without a graph a call goes past the keys of autograd, but not past modes, transforms and forward mode."""
+    gate, up = torch.randn(2, 3, 5)
+    want = library.swiglu(gate, up)
+    for x in (gate.clone().requires_grad_(), gate):
+        with torch.set_grad_enabled(x is gate):
+            out = diffqkv.swiglu(x, up)
+            assert torch.equal(out, want) and not out.requires_grad
+    assert diffqkv.swiglu(gate, up.clone().requires_grad_()).grad_fn is not None
+    with FlopCounterMode(display=False) as counter:
+        diffqkv.flash_attention(*qkv(1, (2, 1, 1), 3, 3, (8, 8)))
+    assert counter.get_total_flops() > 0
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert diffqkv.swiglu(mode.from_tensor(gate), mode.from_tensor(up)).shape == gate.shape
+    with torch.inference_mode():
+        assert diffqkv.swiglu(gate, up).is_inference()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        q, k, v = qkv(1, (2, 1, 1), 3, 3, (8, 8))
+        assert diffqkv.flash_attention(q, k, v).dtype == torch.bfloat16
+    with pytest.raises(NotImplementedError, match="torch.func.grad"):
+        torch.func.grad(lambda x: diffqkv.swiglu(x, up).sum())(gate)
+    traced = torch.fx.experimental.proxy_tensor.make_fx(diffqkv.swiglu)(gate, up)
+    assert any("diffqkv.swiglu" in str(node.target) for node in traced.graph.nodes)
+
+
+def test_inference_ops_refuse_forward_mode(api):
+    import torch.autograd.forward_ad as forward_ad
+
+    x, weight, angles = torch.randn(1, 2, 3, 8), torch.ones(8), torch.ones(1, 2, 8)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        for call in (lambda: api.rms_norm(dual, weight, 1e-6), lambda: api.rotary_embedding(dual, angles, angles)):
+            with pytest.raises(NotImplementedError, match="forward-mode"):
+                call()
 
 
 def test_swiglu_trains_under_compile():

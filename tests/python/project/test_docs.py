@@ -220,6 +220,23 @@ ELSEWHERE = {
     "benchmarks/gpu/calls/packed_linear.py",
     "benchmarks/gpu/speed/packed_linear.py",
 }
+# Ops for the CPU alone, without plans.
+ELSEWHERE |= {
+    part.replace("OP", op)
+    for op in ("rms_norm", "rotary_embedding")
+    for part in (
+        "csrc/plan/cpu/OP.cpp",
+        "csrc/plan/cuda/OP.cpp",
+        "csrc/cuda/OP",
+        "csrc/cuda/OP/OP.cu",
+        "tests/cpp/plan/cpu/test_OP.cpp",
+        "tests/cpp/plan/cuda/test_OP.cpp",
+        "tests/cpp/cuda/test_OP.cpp",
+        "python/diffqkv/benchmarks/cpu/cases/OP.py",
+        "benchmarks/gpu/calls/OP.py",
+        "benchmarks/gpu/speed/OP.py",
+    )
+}
 
 
 def test_parts_of_an_op_are_where_its_name_says():

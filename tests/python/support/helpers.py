@@ -29,7 +29,7 @@ LAYOUTS = ["rows", "panels"]
 LAYOUT_CODE = {"rows": 0, "panels": 1}
 TAILS = ["drop", "renorm", "mean"]
 POISON_BLOCK = UNUSED_BLOCK
-WITHOUT_CUDA_KERNEL = {"packed_linear"}  # ops that plain torch computes on every GPU
+WITHOUT_CUDA_KERNEL = {"packed_linear", "rms_norm", "rotary_embedding"}  # ops that plain torch computes on every GPU
 
 
 def int32(*values: int) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -82,6 +83,26 @@ def _swiglu(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tens
     return ACT2FN[activation](gate) * up
 
 
+_PLAIN = (torch.Tensor, nn.Parameter)
+
+
+def _is_for_inference_op(*tensors: torch.Tensor) -> bool:
+    """Whether an op without gradients may take tensors: plain ones on the CPU, of which nothing is recorded.
+
+    Elsewhere, and for forward mode and transforms of torch.func, torch's own functions stay. A module in training mode
+    does not ask: activation checkpointing may compute once without and once with a graph, and wants the same bits.
+    """
+    if diffqkv is None or not diffqkv.ops.library.loaded or tensors[0].dtype not in OP_DTYPES:
+        return False
+    records_graph = torch.is_grad_enabled()
+    for x in tensors:
+        if type(x) not in _PLAIN or not x.is_cpu or (records_graph and x.requires_grad):
+            return False
+    if torch.compiler.is_compiling():
+        return True
+    return forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None
+
+
 @use_kernel_forward_from_hub("RMSNorm")
 class SigmaRMSNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float) -> None:
@@ -90,11 +111,13 @@ class SigmaRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        dtype = hidden_states.dtype
+        dtype, weight = hidden_states.dtype, self.weight
+        if not self.training and weight.dtype == dtype and _is_for_inference_op(hidden_states, weight):
+            return diffqkv.rms_norm(hidden_states, weight, self.variance_epsilon)
         hidden_states = hidden_states.to(torch.float32)
         variance = hidden_states.pow(2).mean(-1, keepdim=True)
         hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-        return self.weight * hidden_states.to(dtype)
+        return weight * hidden_states.to(dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -299,7 +322,7 @@ class SigmaAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         attention = _chosen_attention(self.config) if attention is None else attention
         query_states, key_states, value_states = self._project(hidden_states)
-        query_states = apply_rope(query_states, *position_embeddings).transpose(1, 2)
+        query_states = self._rotate(query_states, *position_embeddings).transpose(1, 2)
         with _profiler_range("kv_cache"):
             key_states, value_states, options = attention.store(
                 self, key_states, value_states, position_embeddings, cache, cache_is_empty, cached_position_embeddings
@@ -341,9 +364,17 @@ class SigmaAttention(nn.Module):
             query = self.q_absorb_proj(query)
         return query, key.view(*tokens, -1, self.k_head_dim), value.view(*tokens, -1, self.head_dim)
 
+    def _rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 2) -> torch.Tensor:
+        """`apply_rope`; without a graph by the op, which rounds once, as the cache rounds K."""
+        if self.training or cos.dtype not in (x.dtype, torch.float32) or not _is_for_inference_op(x, cos, sin):
+            return apply_rope(x, cos, sin, unsqueeze_dim)
+        if unsqueeze_dim == 2:
+            return diffqkv.rotary_embedding(x, cos, sin)
+        return diffqkv.rotary_embedding(x.transpose(1, 2), cos, sin).transpose(1, 2)
+
     def key_to_cache(self, key: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """New K `[b, t, n_k, d_k]` as it is cached: rotated, unless `key_from_cache` expands it at every step."""
-        return key if self.expands_k else apply_rope(key, *rope)
+        return key if self.expands_k else self._rotate(key, *rope)
 
     def key_from_cache(
         self, key: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, unsqueeze_dim: int = 2
@@ -351,7 +382,7 @@ class SigmaAttention(nn.Module):
         """K as it meets Q, made of what is cached; unsqueeze_dim is its dimension of heads."""
         if not self.expands_k:
             return key
-        return apply_rope(self.k_expand_proj(key), *rope, unsqueeze_dim=unsqueeze_dim)
+        return self._rotate(self.k_expand_proj(key), *rope, unsqueeze_dim=unsqueeze_dim)
 
     def update_cache(self, cache: Cache, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds new K and V `[b, t, heads, d]` as to a cache of transformers; returns all, `[b, G, s, heads / G, d]`."""

@@ -31,6 +31,7 @@ NUMBERS: dict[str, list[Any]] = {
     "max_seqlen_q": [-1, 0, 1.5, None, "4"],
     "max_seqlen_k": [-1, 0, 1.5, None, "4"],
     "out_features": [0, -1, 1.5, None, "4", True, 2**62, 2**63, 32, 65],
+    "eps": [-1.0, -1e-30, NAN, "1", None, True],
 }
 
 
@@ -117,6 +118,14 @@ def _packed_linear(d: Draw, dtype: torch.dtype) -> dict[str, Any]:
     return arguments | {name: d.tensor(2, 2, 32, dtype=dtype) for name in ("scales", "zeros")}
 
 
+def _rms_norm(d: Draw, dtype: torch.dtype) -> dict[str, Any]:
+    return {"x": d.tensor(3, 5, dtype=dtype), "weight": d.tensor(5, dtype=dtype), "eps": 1e-6}
+
+
+def _rotary_embedding(d: Draw, dtype: torch.dtype) -> dict[str, Any]:
+    return {"x": d.tensor(2, 3, 4, 8, dtype=dtype), "cos": d.tensor(2, 3, 8), "sin": d.tensor(2, 3, 8)}
+
+
 # ---- faults ----------------------------------------------------------------------------------------------------------
 
 OPTIONAL = {"kv_start", "kv_end", "sinks", "cache_start", "block_table", "v_stats", "cos", "sin", "zeros", "bias"}
@@ -138,15 +147,21 @@ def _wrong_tensor(d: Draw, name: str, x: Tensor, of: dict[str, Any]) -> Any:
     others = ["dtype", "rank", "type", "device"]
     if "k_cache" in of and name in ("q", "k", "v", "k_cache", "v_cache", "cos", "sin"):
         others.append("gradient")
-    if "weight" in of:
+    if "weight" in of and "eps" not in of:
         if x.is_floating_point():
             others.append("gradient")
         others += ["last size"] if name == "x" else ["size", "stride"]
         if name == "x":  # one of any dimensions, and of any strides
             others.remove("rank")
         return _fault(d, d.random.choice(others), name, x, of)
-    if name not in INDICES and name not in ("sinks", "v_stats", "gate", "up"):
+    if name not in INDICES and name not in ("sinks", "v_stats", "gate", "up", "weight") and "eps" not in of:
         others += ["last stride", "last size"]
+    if "eps" in of or "x" in of:
+        others.append("gradient")
+    if name == "weight":
+        others += ["size", "stride"]
+    if name == "x" and "eps" in of:
+        others.remove("rank")
     if name in (
         "kv_start",
         "kv_end",
@@ -169,10 +184,12 @@ def _fault(d: Draw, fault: str, name: str, x: Tensor, of: dict[str, Any]) -> Any
         right = {x.dtype}
         if name == "positions":
             right = {torch.int32, torch.int64}
-        elif name in ("weight", "scales"):
+        elif name in ("weight", "scales") and "eps" not in of:
             right = {of["x"].dtype, torch.int8, torch.uint8} if name == "weight" else set(DTYPES)
-        elif name == "sinks" or name in ("cos", "sin"):
-            right = {torch.float32, of["q" if "q" in of else "k"].dtype}
+        elif name in ("sinks", "cos", "sin"):
+            right = {torch.float32, of[next(n for n in ("q", "k", "x") if n in of)].dtype}
+        elif name in ("x", "weight"):
+            right = {*DTYPES} if name == "x" else {torch.float32, x.dtype}
         every = [
             *DTYPES,
             torch.float64,
@@ -250,5 +267,7 @@ CALLS: dict[str, Callable[[Draw], None]] = {
         "selective_v_attention": _selective,
         "swiglu": _swiglu,
         "packed_linear": _packed_linear,
+        "rms_norm": _rms_norm,
+        "rotary_embedding": _rotary_embedding,
     }.items()
 }

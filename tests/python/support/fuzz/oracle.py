@@ -320,6 +320,15 @@ def best_first(products: Array, keys: Sequence[int], scale: float) -> list[int]:
 # ---- cache, feed-forward ---------------------------------------------------------------------------------------------
 
 
+def normalised(x: Array, weight: Array, eps: float) -> Array:
+    """weight * x over the root of the mean square of each row; squares and their sums overflow as those of float32."""
+    with np.errstate(all="ignore"):
+        squares = np.square(x.astype(np.float32)).astype(np.float64)
+        sums = squares.sum(axis=-1, keepdims=True)
+        mean = np.where(sums > FLOAT32.max, math.inf, sums) / x.shape[-1]
+        return weight * (x / np.sqrt(mean + np.float32(eps)))
+
+
 def rotated(k: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
     """One token's k `[heads, d_k]` turned as complex numbers, and what its products amount to."""
     half = len(cos) // 2

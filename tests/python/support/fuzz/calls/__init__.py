@@ -10,6 +10,8 @@ from .decode_attention import decode_attention
 from .flash_attention import flash_attention, flash_attention_varlen
 from .kv_cache_update import kv_cache_update
 from .packed_linear import packed_linear
+from .rms_norm import rms_norm
+from .rotary_embedding import rotary_embedding
 from .selective_v_attention import selective_v_attention
 from .swiglu import swiglu
 
@@ -21,6 +23,8 @@ OPS: dict[str, Callable[[Draw], None]] = {
     "packed_linear": packed_linear,
     "selective_v_attention": selective_v_attention,
     "swiglu": swiglu,
+    "rms_norm": rms_norm,
+    "rotary_embedding": rotary_embedding,
 }
 BAD_SHARE = 0.15
 
