@@ -176,6 +176,23 @@ class CacheLayer(CacheLayerMixin):
         self._reserve(k.shape[2])
         self._write(k, v, cos, sin)
 
+    def begin_step(self, batch: int, tokens: int) -> torch.Tensor:
+        """Makes room for new tokens that the caller writes into k_cache, v_cache and kept_v_stats, at the positions
+        `[batch, tokens]` that are returned. `end_step` counts them. `check_fits` has been asked before."""
+        self._reserve(tokens)
+        if not self._v_stats_are_current():
+            self._v_stats = None
+        return self._positions(batch, self.length, tokens, self.device)
+
+    def end_step(self, tokens: int) -> None:
+        self.length += tokens
+        self._note_v_version()
+
+    @property
+    def kept_v_stats(self) -> torch.Tensor | None:
+        """The statistics that `v_stats` would return without reading V, or None; whoever writes V writes them too."""
+        return self._v_stats
+
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Hugging Face's entry: k `[b, G, s_new, (n_k / G) * d_k]` and v `[b, G, s_new, (n_v / G) * d_v]`.
 

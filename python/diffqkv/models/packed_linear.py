@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import quantization
 from ..ops import library, packed_linear
+from ..ops.autocast import autocast_dtype
 
 BITS = {"packed": None, "int8": 8, "int4": 4}
 
@@ -63,6 +64,8 @@ def _check_linear(name: str, linear: nn.Module, weights: str, group_size: int) -
     if BITS[weights] is not None:
         if linear.in_features % group_size:
             raise ValueError(f"{name}: got {linear.in_features} input features, want a multiple of {group_size}")
+        if not weight.isfinite().all():
+            raise ValueError(f"{name}: got weights that are not finite, want finite ones to make integers of")
     elif weight.dtype == torch.bfloat16 and linear.in_features % 2:
         raise ValueError(f"{name}: got {linear.in_features} input features, want an even number for bfloat16")
 
@@ -77,7 +80,7 @@ class _Packed(nn.Module):
         super().__init__()
         self._rows, self._columns = rows, columns
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.scales = None if scales is None else nn.Parameter(scales, requires_grad=False)
+        self.register_parameter("scales", None if scales is None else nn.Parameter(scales, requires_grad=False))
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
@@ -107,7 +110,7 @@ class PackedLinear(_Packed):
         columns = quantization.in_features(weight)
         super().__init__(weight, scales, out_features, columns)
         self.in_features, self.out_features = columns, out_features
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     @classmethod
     @torch.no_grad()
@@ -119,11 +122,24 @@ class PackedLinear(_Packed):
         packed = quantization.pack(integers) if bits == 8 else quantization.pack_int4(integers)
         return cls(packed, quantization.pack_groups(scales), bias, len(weight))
 
+    def dense(self) -> nn.Linear:
+        """A `torch.nn.Linear` of the weights that these stand for; of integers, in float32."""
+        if self.scales is None:
+            weight = quantization.unpack(self.weight, self.out_features)
+        else:
+            weight = quantization.dequantize(self.weight, self.out_features, self.scales, None, torch.float32)
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.to(weight.dtype), requires_grad=False)
+        return linear.eval()
+
     def forward(self, x: Tensor) -> Tensor:
-        weight, scales, bias, dtype = self.weight, self.scales, self.bias, x.dtype
-        # Under autocast x may be narrower than the weights.
+        weight, scales, bias = self.weight, self.scales, self.bias
+        # Autocast decides what comes out, as of every linear layer, but the weights keep their dtype.
+        dtype = autocast_dtype(x.device.type) or x.dtype
         wanted = weight.dtype if scales is None else dtype
-        if dtype != wanted:
+        if x.dtype != wanted:
             x = x.to(wanted)
         if bias is not None and bias.dtype != wanted:
             bias = bias.to(wanted)

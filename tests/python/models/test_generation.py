@@ -5,6 +5,7 @@ import inspect
 import re
 import threading
 from functools import cache, partial
+from itertools import product
 
 import pytest
 import tiny_sigma
@@ -24,6 +25,7 @@ from transformers.cache_utils import StaticLayer
 import diffqkv
 from diffqkv.data import byte_tokenizer
 from diffqkv.models import attention as diffqkv_attention_module
+from diffqkv.models.packed_linear import PackedLinear
 
 NEW = 7
 generate = partial(tiny_sigma.generate, max_new_tokens=NEW)
@@ -95,6 +97,7 @@ OTHER_MODES = {
     "beam sample": {"num_beams": 2, "do_sample": True},
     "constrained": {"num_beams": 2, "prefix_allowed_tokens_fn": allowed_tokens},
 }
+FORMS = ["packed", "int8", "int4"]
 ONE_ROW_MODES = ["prompt lookup", "assisted", "early exit"]
 CACHES = ["default", "given", "fixed", "dynamic", "lazy", "static", "offloaded", "none"]
 
@@ -143,20 +146,32 @@ def run(model, mode, kind, padding):
 
 
 @cache
-def reference(mode, padding):
+def in_form(form):
+    """The model after `fuse_for_inference`, or as it is."""
+    return tiny_model() if form is None else tiny_model().fuse_for_inference(form)
+
+
+@cache
+def reference(mode, padding, form=None):
     """What transformers alone gives: eager attention with a DynamicCache, in the plainest mode of the same tokens."""
-    model = tiny_model()
+    model = copy.deepcopy(in_form(form))
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, PackedLinear):
+            model.set_submodule(name, layer.dense())
     model.set_attn_implementation("eager")
     return run(model, "greedy" if mode in GREEDY_MODES else mode, "dynamic", padding)
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize(
+    "attention, form", [*((attention, None) for attention in ATTENTIONS), *(("diffqkv", form) for form in FORMS)]
+)
 @pytest.mark.parametrize("mode", [*GREEDY_MODES, *OTHER_MODES])
 @torch.no_grad()
-def test_tokens_are_the_same_in_every_combination(model, mode, attention):
+def test_tokens_are_the_same_in_every_combination(library, mode, attention, form):
+    model = in_form(form)
     model.set_attn_implementation(attention)
     for padding in ("none", "left"):
-        want = reference(mode, padding)
+        want = reference(mode, padding, form)
         for kind in CACHES:
             refusal = {"none": NO_CACHE, "static": NO_STATIC}.get(kind, {}).get(mode)
             try:
@@ -171,13 +186,12 @@ def test_tokens_are_the_same_in_every_combination(model, mode, attention):
 
 def test_the_reference_has_no_near_ties():
     """Else the grid could flip a token by rounding: the best logit leads by far more than float32 can err."""
-    model = tiny_model()
-    for padding in ("none", "left"):
+    for form, padding in product((None, *FORMS), ("none", "left")):
         ids, mask = prompts(padding, 2)
-        out = generate(model, ids, mask, return_dict_in_generate=True, output_logits=True)
+        out = generate(in_form(form), ids, mask, return_dict_in_generate=True, output_logits=True)
         best = torch.stack(out.logits).topk(2).values
-        assert (best[..., 0] - best[..., 1]).min() > 0.01
-        assert len(reference("greedy", padding).unique()) > NEW
+        assert (best[..., 0] - best[..., 1]).min() > 0.01, form
+        assert len(reference("greedy", padding, form).unique()) > NEW
     assert not torch.equal(reference("beam", "left"), reference("greedy", "left"))
     assert not torch.equal(reference("sample", "left"), reference("greedy", "left"))
 

@@ -141,6 +141,12 @@ class SigmaFusingMixin:
             self._refuse_fused("train")
         return super().train(mode)
 
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        """As in `PreTrainedModel`; refused after `fuse_for_inference(weights)`."""
+        if self.packed_weights is not None:
+            self._refuse_fused("resize_token_embeddings")
+        return super().resize_token_embeddings(*args, **kwargs)
+
     def _attentions(self) -> list[nn.Module]:
         return [module for module in self.modules() if hasattr(module, "fused_proj")]
 

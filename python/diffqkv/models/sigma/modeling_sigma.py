@@ -64,8 +64,9 @@ from .generation_sigma import (
 
 try:
     import diffqkv
+    from diffqkv.models import decode_step as fast
 except ImportError:
-    diffqkv = None
+    diffqkv = fast = None
 
 logger = logging.get_logger(__name__)
 
@@ -638,6 +639,11 @@ class SigmaModel(SigmaPreTrainedModel):
         if self.config.k_compression == "expand" and cache is not None:
             positions = positions_of_slots(position_ids, attention_mask, counted_cache, past, cache_is_empty)
             cached_rope = self.rotary_emb(inputs_embeds, position_ids=positions)
+        options = {name: getattr(self.config, name) for name in ("output_attentions", "output_hidden_states")}
+        options |= {"selective_v": any(selected_v), **kwargs}
+        if fast is not None and fast.can_step(self.layers, inputs_embeds, attention, causal_mask, cache, options):
+            hidden_states = fast.decode_step(self.layers, inputs_embeds, rope, causal_mask, cache)
+            return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
         hidden_states = inputs_embeds
         for layer, selection in zip(self.layers[: len(selected_v)], selected_v, strict=True):
             hidden_states = layer(
