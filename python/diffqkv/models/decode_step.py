@@ -60,7 +60,7 @@ def can_step(
         and mask.diffqkv_spans.packing is None
         and len(cache.layers) == len(layers)
         and all(_is_written(layer, hidden_states.dtype) for layer in cache.layers)
-        and not _has_hooks(nn.modules.module, "_global")
+        and not _calls_hooks(nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks)
         and all(_is_plain(layer) for layer in layers)
     )
 
@@ -70,9 +70,8 @@ def _is_written(layer: CacheLayer, dtype: torch.dtype) -> bool:
     return is_here and layer.length > 0 and layer.dtype == dtype
 
 
-def _has_hooks(of: object, prefix: str = "") -> bool:
+def _calls_hooks(before: dict, after: dict) -> bool:
     """Whether a forward pass calls hooks; those that collect hidden states and probabilities wait until asked to."""
-    before, after = getattr(of, f"{prefix}_forward_pre_hooks"), getattr(of, f"{prefix}_forward_hooks")
     return bool(before) or any(getattr(hook, "__module__", None) != _COLLECTORS for hook in after.values())
 
 
@@ -81,12 +80,17 @@ def _is_plain(layer: nn.Module) -> bool:
     attention, mlp = layer._modules.get("self_attn"), layer._modules.get("mlp")
     if attention is None or mlp is None or attention.hidden_act != "silu" or attention.absorbs_k or attention.expands_k:
         return False
-    linears = [attention.o_proj, *mlp._modules.values()]
+    linears = (attention._modules["o_proj"], attention.fused_proj, *mlp._modules.values())
     if attention.augments_q:
-        linears.append(attention.q_down_proj)
-    if type(attention.fused_proj) is not PackedLinear or any(type(x) is not PackedLinear for x in linears):
-        return False
-    return not any(_has_hooks(module) for module in layer.modules())
+        linears += (attention._modules["q_down_proj"],)
+    for module in linears:
+        if type(module) is not PackedLinear:
+            return False
+    for module in (layer, *layer._modules.values(), *linears):
+        before, after = module._forward_pre_hooks, module._forward_hooks
+        if (before or after) and _calls_hooks(before, after):
+            return False
+    return True
 
 
 def decode_step(
