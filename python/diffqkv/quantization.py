@@ -107,7 +107,7 @@ def quantize(weight: Tensor, bits: int, group_size: int = 32) -> tuple[Tensor, T
 
 
 def quantize_to_panels(weight: Tensor, bits: int, group_size: int = 32) -> tuple[Tensor, Tensor]:
-    """The integers of `quantize` and their scales in panels, made of a few panels at a time to need no memory besides."""
+    """The integers and scales of `quantize` in panels, made of a few panels at a time to need little memory besides."""
     (n, k), panels_of = weight.shape, pack if bits == 8 else pack_int4
     panels, steps = -(-n // PANEL), (k // 2, PANEL, 2) if bits == 8 else (k // 8, PANEL, 4)
     packed = memory.empty((panels, *steps), torch.int8 if bits == 8 else torch.uint8, weight.device)

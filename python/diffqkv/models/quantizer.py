@@ -86,7 +86,9 @@ class WeightsQuantizer(HfQuantizer):
         self._to_pack = model._check_form(*self.form)
         if self.pre_quantized:
             model._take_form(*self.form, self.quantization_config.tied_embedding)
-            self._places = dict(model.state_dict())
+        self._places = {
+            name: place for name, place in model.state_dict().items() if not self.param_needs_quantization(model, name)
+        }
         model._mismatched_weights = set()
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs) -> bool:
@@ -103,8 +105,8 @@ class WeightsQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:
         _check_one_device(list(getattr(model, "hf_device_map", {}).values()))
+        self._check_places(model)
         if self.pre_quantized:
-            self._check_places(model)
             model.requires_grad_(False)
         else:
             model._take_form(*self.form)
@@ -114,8 +116,9 @@ class WeightsQuantizer(HfQuantizer):
 
     def _check_places(self, model: PreTrainedModel) -> None:
         """What transformers before 5.24 leaves out: shapes, and dtypes in a model of other names than the file's."""
-        for name, value in model.state_dict(keep_vars=True).items():
-            place = self._places[name]
+        values = model.state_dict(keep_vars=True)
+        for name, place in self._places.items():
+            value = values[name]
             if value.shape != place.shape:
                 model._mismatched_weights.add((name, value.shape, place.shape))
             if value.dtype != place.dtype:

@@ -123,6 +123,10 @@ class SigmaFusingMixin:
             packed_linear.check_model(self, weights, group_size, _NOT_PACKED)
         for attention in self._to_fuse():
             _check_fusable(attention)
+        method = getattr(self, "quantization_method", None)
+        if method not in (None, "diffqkv"):  # Some keep their integers in plain layers, and change how these compute.
+            name = getattr(method, "value", method)
+            raise ValueError(f"fuse_for_inference: got a model that {name} has quantised, want plain weights")
         return self._take_form(weights, group_size)
 
     def _take_form(self, weights: str | None, group_size: int, tied_embedding: bool = False) -> "SigmaFusingMixin":
@@ -155,9 +159,10 @@ class SigmaFusingMixin:
         elif tied_embedding:
             table = packed_linear.PackedLinear.of(embedding.weight, None, weights, group_size)
             self.set_input_embeddings(packed_linear.embedding_of(table, embedding))
-        self._packed_weights = weights
-        if weights in _SAVED:
-            quantizer.mark(self, weights, group_size, is_tied or tied_embedding)
+        for model in (self, self.base_model):
+            model._packed_weights = weights
+            if weights in _SAVED:
+                quantizer.mark(model, weights, group_size, is_tied or tied_embedding)
 
     def _check_form(self, weights: str, group_size: int) -> set[str]:
         """The linear layers that `_take_form` takes, while none is loaded; raises ValueError if it cannot."""
@@ -228,8 +233,8 @@ def refuse_unreadable(config: PreTrainedConfig) -> None:
     saved = getattr(config, "quantization_config", None)
     if quantizer is None and isinstance(saved, dict) and saved.get("quant_method") == "diffqkv":
         raise ValueError(
-            "quantization_config: got quant_method 'diffqkv', want the package diffqkv, which alone reads such weights, as "
-            "new as the checkpoint"
+            "quantization_config: got quant_method 'diffqkv', want the package diffqkv, as new as the "
+            "checkpoint: it alone reads such weights"
         )
 
 
