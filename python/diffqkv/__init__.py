@@ -33,6 +33,7 @@ __all__ += ops.__all__
 if _transformers.error is None:
     try:
         from .cache import Cache
+        from .models.quantizer import WeightsConfig
         from .models.sigma import (
             SigmaConfig,
             SigmaForCausalLM,
@@ -56,11 +57,12 @@ if _transformers.error is None:
         "SigmaForSequenceClassification",
         "SigmaForTokenClassification",
         "SigmaModel",
+        "WeightsConfig",
     ]
 else:
 
     def __getattr__(name: str) -> object:
-        if name == "Cache" or name.startswith("Sigma"):
+        if name in ("Cache", "WeightsConfig") or name.startswith("Sigma"):
             why_not = f"needs transformers {OLDEST_TRANSFORMERS} or newer: {_transformers.why_not()}"
             raise ImportError(f"diffqkv.{name} {why_not}") from _transformers.error
         raise AttributeError(f"module 'diffqkv' has no attribute {name!r}")

@@ -11,6 +11,7 @@ from ._version import NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS
 NEEDED = (
     "activations",
     "cache_utils",
+    "core_model_loading",
     "dynamic_module_utils",
     "generation",
     "generation.continuous_batching",
@@ -23,9 +24,12 @@ NEEDED = (
     "modeling_utils",
     "models.auto",
     "processing_utils",
+    "quantizers",
+    "quantizers.auto",
     "utils",
     "utils.generic",
     "utils.output_capturing",
+    "utils.quantization_config",
 )
 
 

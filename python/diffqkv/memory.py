@@ -13,13 +13,13 @@ from torch import Tensor
 _HUGE_PAGE = 2 << 20
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor on the CPU that, if large, lies in huge pages where the system has them: reading it then
-    misses the TLB less."""
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """An uninitialised tensor that, if large and on the CPU, lies in huge pages where the system has them: reading it
+    then misses the TLB less."""
     numel = prod(shape)
     size = numel * dtype.itemsize
-    if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device="cpu")
+    if torch.device(device).type != "cpu" or size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
     pages = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without them
         pages.madvise(mmap.MADV_HUGEPAGE)
@@ -29,7 +29,5 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def contiguous(x: Tensor) -> Tensor:
-    """A contiguous copy of x, on the CPU in memory of `empty`."""
-    if x.device.type != "cpu":
-        return x.clone(memory_format=torch.contiguous_format)
-    return empty(x.shape, x.dtype).copy_(x)
+    """A contiguous copy of x, in memory of `empty`."""
+    return empty(x.shape, x.dtype, x.device).copy_(x)

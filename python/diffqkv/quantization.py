@@ -27,7 +27,7 @@ from .ops.checks import any_tensor, dtype_name, kind, wrong
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PANEL = 32  # output features
 GROUP_SIZES = range(32, 257, 32)
-_BLOCK = 1 << 22  # weights that are quantised at a time
+_BLOCK = 1 << 20  # weights that are quantised at a time, in memory of some 30 bytes each
 # Scales that are tried, as parts of the one by which the largest weight of a group fits.
 _SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)
 
@@ -124,6 +124,20 @@ def quantize(weight: Tensor, bits: int, group_size: int = 32) -> tuple[Tensor, T
             _check_finite(part.float())
     integers, scales = (torch.cat(x) for x in zip(*(_quantize_rows(x, bits, group_size) for x in parts), strict=True))
     return integers, scales
+
+
+def quantize_to_panels(weight: Tensor, bits: int, group_size: int = 32) -> tuple[Tensor, Tensor]:
+    """The integers and scales of `quantize` in panels, made of a few panels at a time to need little memory besides."""
+    (n, k), panels_of = weight.shape, pack if bits == 8 else pack_int4
+    panels, steps = -(-n // PANEL), (k // 2, PANEL, 2) if bits == 8 else (k // 8, PANEL, 4)
+    packed = memory.empty((panels, *steps), torch.int8 if bits == 8 else torch.uint8, weight.device)
+    scales = torch.empty(panels, k // group_size, PANEL, dtype=torch.bfloat16, device=weight.device)
+    some = max(1, _BLOCK // (k * PANEL))
+    for rows, *to in zip(weight.split(some * PANEL), packed.split(some), scales.split(some), strict=True):
+        integers, their_scales = quantize(rows, bits, group_size)
+        to[0].copy_(panels_of(integers))
+        to[1].copy_(pack_groups(their_scales))
+    return packed, scales
 
 
 def check_group_size(group_size: int, in_features: int) -> None:

@@ -46,7 +46,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_sigma import SigmaConfig
-from .fusing_sigma import SigmaFusingMixin, project_fused
+from .fusing_sigma import SigmaFusingMixin, project_fused, refuse_unreadable
 from .generation_sigma import (
     CACHE,
     OP_DTYPES,
@@ -473,6 +473,7 @@ class SigmaPreTrainedModel(SigmaFusingMixin, PreTrainedModel):  # trf-ignore: TR
         if not isinstance(config, SigmaConfig):
             AutoModel.register(type(config), SigmaModel, exist_ok=True)  # The task heads make their base by it.
         config.check_fields()
+        refuse_unreadable(config)
         _tell_peft()
         super().__init__(config, *args, **kwargs)
 
@@ -489,6 +490,8 @@ class SigmaPreTrainedModel(SigmaFusingMixin, PreTrainedModel):  # trf-ignore: TR
         model, info = super().from_pretrained(
             *args, output_loading_info=True, ignore_mismatched_sizes=ignores, **kwargs
         )
+        # Transformers has no look at the shapes of what a quantizer reads.
+        info["mismatched_keys"] = info["mismatched_keys"] | getattr(model, "_mismatched_weights", set())
         if output_loading_info:
             return model, info
         for kind, problem, allowed in (
@@ -496,6 +499,8 @@ class SigmaPreTrainedModel(SigmaFusingMixin, PreTrainedModel):  # trf-ignore: TR
             ("unexpected_keys", "with", ("score.", "qa_outputs.", "lm_head.")),
         ):
             keys = sorted(key for key in info[kind] if not key.startswith(allowed))
+            if kind == "unexpected_keys" and getattr(model, "quantization_method", "diffqkv") != "diffqkv":
+                continue  # Methods of others store what they then do not read.
             if keys:
                 more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
                 raise ValueError(
@@ -512,8 +517,11 @@ class SigmaPreTrainedModel(SigmaFusingMixin, PreTrainedModel):  # trf-ignore: TR
         return model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """As in `PreTrainedModel`, with these model files beside the weights; refused after `fuse_for_inference`."""
-        self._refuse_fused("save_pretrained")
+        """As in `PreTrainedModel`, with these model files beside the weights.
+
+        After `fuse_for_inference`, weights of integers alone are saved, as they are.
+        """
+        self._refuse_saving()
         saved_as = next(cls for cls in type(self).__mro__ if not cls.__module__.startswith("torch."))
         if saved_as.__module__ == __name__ and saved_as._auto_class is not None:
             # A checkpoint of any head serves all Auto classes to readers without the package.
@@ -541,6 +549,7 @@ class SigmaPreTrainedModel(SigmaFusingMixin, PreTrainedModel):  # trf-ignore: TR
                 f"tp_size: got {size}, want a divisor of {groups}, the greatest common divisor of num_key_heads "
                 f"({self.config.num_key_heads}) and num_value_heads ({self.config.num_value_heads})"
             )
+        self._refuse_tensor_parallel(size)
         for model in (self, self.base_model):
             model.__dict__["_tensor_parallel_size"] = size
 
