@@ -42,8 +42,8 @@ def pack_linears(module: nn.Module, weights: str, group_size: int, keep: tuple[s
 def pack_linear(module: nn.Module, name: str, weights: str, group_size: int) -> None:
     """Gives one linear layer in module the form `weights`, unless it has it or is better left as it is."""
     linear = module.get_submodule(name)
-    # Elsewhere torch's own products read plain weights at the speed of memory.
-    if type(linear) is nn.Linear and (linear.weight.device.type == "cpu" or BITS[weights] is not None):
+    # There torch's own products read plain weights at the speed of memory.
+    if type(linear) is nn.Linear and (linear.weight.device.type != "cuda" or BITS[weights] is not None):
         packed = PackedLinear.of(linear.weight, linear.bias, weights, group_size)
         module.set_submodule(name, packed.eval())
 

@@ -17,7 +17,7 @@ from diffqkv.benchmarks.common.accuracy import difference, distance
 from diffqkv.benchmarks.common.inputs import as_caches
 from diffqkv.benchmarks.common.line import DISTURBED, MEASURED, Contenders, cells, measure
 from diffqkv.benchmarks.common.timing import Clock, Elsewhere, Timing, interleaved
-from diffqkv.benchmarks.cpu import layer
+from diffqkv.benchmarks.cpu import layer, llama_cpp, models
 from diffqkv.benchmarks.cpu.cases import CASES, model_decode, model_training
 from diffqkv.benchmarks.cpu.report import markdown
 from diffqkv.benchmarks.cpu.targets import TARGETS
@@ -30,9 +30,11 @@ TINY = ["--tokens", "256", "--seconds", "0.01"]
 def small_sizes(monkeypatch):
     monkeypatch.setattr(timing, "POOL_BYTES", 1 << 20)
     monkeypatch.setattr(layer.CLOCK, "pool_bytes", 1 << 20)
-    monkeypatch.setattr(model_decode, "sigma_config", tiny_config)
+    monkeypatch.setattr(models, "sigma_config", tiny_config)
+    monkeypatch.setattr(llama_cpp, "has_peer", lambda dtype: False)
     monkeypatch.setattr(model_training, "LARGE", model_training.SMALL)
-    model_decode._models.cache_clear()
+    model_decode._pool.cache_clear()
+    model_decode.models_of.cache_clear()
     model_training._steps.cache_clear()
 
 
@@ -55,8 +57,8 @@ def test_every_case(tmp_path, capsys, threads):
     facts, lines = run["machine"], run["lines"]
     assert facts["threads"] == 1 and facts["torch"] == torch.__version__ and facts["diffqkv"] == diffqkv.__version__
     assert {"date", "cpu", "cpu_family", "cpu_isa", "cores", "commit", "python"} <= facts.keys()
-    shapes = [(x["case"], x["tokens"], x["batch"], x["prompt"], x["fused"], x["dtype"]) for x in lines]
-    assert len(set(shapes)) == len(shapes) == 2 * (1 + 2 + 2 + 1 + 1 + 1 + 1 + 2 + 2)
+    shapes = [(x["case"], x["tokens"], x["batch"], x["prompt"], x["weights"], x["dtype"]) for x in lines]
+    assert len(set(shapes)) == len(shapes) == 2 * (1 + 2 + 2 + 1 + 1 + 1 + 1 + 6 + 3 + 2)
     assert {shape[0] for shape in shapes} == set(CASES)
     for line in lines:
         assert line["correct"] and line["tokens"] == 256
@@ -72,10 +74,15 @@ def test_every_case(tmp_path, capsys, threads):
         else:
             assert line["limit"]["per_second"] > 0 and line["rate"]["unit"] == line["limit"]["unit"]
         if line["case"] == "model_decode":
-            parts = {"attention", "projections", "cache", "other"}
-            assert ("not fused" in line["ratios"]) == line["fused"]
-            assert line["figures"].keys() == {"tokens/s", *parts}
-            assert all(min(figures.values()) > 0 for figures in line["figures"].values())
+            stock = {"Llama, GQA-16"} if line["weights"] == "packed" else set()
+            assert line["ratios"].keys() == {"of limit", "Sigma / own GQA-16", "no augmented Q", *stock}
+            assert line["figures"]["tokens/s"].keys() == {"ours", "own GQA-16"}
+            rate = line["batch"] * 1e3 / line["ms"]["ours"]
+            assert line["figures"]["tokens/s"]["ours"] == pytest.approx(rate)
+        if line["case"] == "model_prefill":
+            stock = {"Llama, GQA-16"} if line["weights"] == "packed" else set()
+            assert line["ratios"].keys() == {"of limit", "unpacked", *stock}
+            assert line["figures"]["tokens/s"].keys() == {"ours", "unpacked"}
         if line["case"] == "model_training":
             assert line["figures"]["tokens/s"].keys() == {"ours", "through SDPA"}
     decode = next(line for line in lines if line["case"] == "decode_attention")
@@ -88,7 +95,7 @@ def test_every_case(tmp_path, capsys, threads):
     for part in text.split("\n**")[1:]:
         assert part.partition("**")[0] in CASES
         head, _, *rows = (split(row) for row in part.splitlines() if row.startswith("|"))
-        assert head[:3] == ["size", "dtype", "ours"] and len(rows) in (2, 4)
+        assert head[:3] == ["size", "dtype", "ours"] and len(rows) in (2, 4, 6, 12)
         assert all(len(row) == len(head) and all(row) for row in rows)
 
 
@@ -116,7 +123,8 @@ def misplaced(op):
         ("flash_attention_backward", diffqkv, "flash_attention", spoiled),
         ("swiglu", diffqkv, "swiglu", spoiled),
         ("call_overhead", diffqkv, "decode_attention", spoiled),
-        ("model_decode", diffqkv.models.attention, "decode_attention", spoiled),
+        ("model_decode", diffqkv.models.packed_linear, "packed_linear", spoiled),
+        ("model_prefill", diffqkv.models.packed_linear, "packed_linear", spoiled),
         ("model_training", diffqkv.models.attention, "flash_attention", spoiled),
     ],
 )

@@ -12,7 +12,8 @@ OWN_DENSE, OWN_MHA = "own dense", "own MHA"
 OWN_TWIN = "own GQA-16"  # the same kernel on the twin: as many K heads as V heads
 OVER_TWIN = "Sigma / own GQA-16"  # the time of ours over that of the twin
 SDPA_MODEL = "through SDPA"
-LLAMA = "Llama, GQA-16"
+LLAMA, LLAMA_CPP = "Llama, GQA-16", "llama.cpp"
+NO_AUGMENTED_Q, UNPACKED = "no augmented Q", "unpacked"
 
 _HOLDS = {"≥": operator.ge, "≤": operator.le, ">": operator.gt}
 

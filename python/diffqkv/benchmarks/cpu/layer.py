@@ -21,11 +21,13 @@ class Size(NamedTuple):
     tokens: int
     batch: int = 1
     prompt: bool = False  # all tokens are new, not the last one alone
-    fused: bool = False  # the model is fused for inference
+    weights: str = ""  # the form that `fuse_for_inference` gives a model; "": as it was loaded
 
     def __str__(self) -> str:
         tokens = f"prompt of {self.tokens}" if self.prompt else str(self.tokens)
-        return tokens + (f", batch {self.batch}" if self.batch > 1 else "") + (", fused" if self.fused else "")
+        return (
+            tokens + (f", batch {self.batch}" if self.batch > 1 else "") + (f", {self.weights}" if self.weights else "")
+        )
 
 
 def heads(count: int, tokens: int, dtype: torch.dtype, batch: int = 1) -> Tensor:

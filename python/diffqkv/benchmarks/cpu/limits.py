@@ -6,6 +6,7 @@ from itertools import cycle
 
 import torch
 
+from ... import memory
 from ..common.line import Limit
 from ..common.timing import pool
 from .layer import CLOCK
@@ -28,8 +29,8 @@ def arithmetic(flops: float, dtype: torch.dtype) -> Limit:
 
 
 def _buffers(nbytes: int) -> cycle:
-    # Ones: pages of zeros need not be memory of their own.
-    return cycle(pool(CLOCK, nbytes, lambda: torch.ones(nbytes, dtype=torch.uint8)))
+    # Ones: pages of zeros need not be memory of their own. Huge pages, as those of caches and packed weights.
+    return cycle(pool(CLOCK, nbytes, lambda: memory.empty((nbytes,), torch.uint8).fill_(1)))
 
 
 def read(nbytes: int) -> Limit:

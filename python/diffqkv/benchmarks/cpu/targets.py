@@ -6,7 +6,20 @@ their own, the weaker one counts.
 
 from __future__ import annotations
 
-from ..common.targets import OF_LIMIT, OVER_TWIN, OWN_DENSE, OWN_MHA, SDPA_REPEATED, SDPA_TWIN, Target
+from collections.abc import Callable
+
+from ..common.targets import (
+    LLAMA,
+    LLAMA_CPP,
+    OF_LIMIT,
+    OVER_TWIN,
+    OWN_DENSE,
+    OWN_MHA,
+    SDPA_REPEATED,
+    SDPA_TWIN,
+    UNPACKED,
+    Target,
+)  # fmt: skip
 
 # Some machines' memory has two speeds. Where it is fast, arithmetic no longer hides behind it.
 FAST_READ = 50e9  # B/s
@@ -28,6 +41,19 @@ def _slow(record: dict) -> bool:
     return not _fast(record)
 
 
+def _one(form: str) -> Callable[[dict], bool]:
+    """Lines of one sequence through a model whose weights have this form."""
+    return lambda record: record["weights"] == form and record["batch"] == 1
+
+
+_packed, _int8, _int4 = _one("packed"), _one("int8"), _one("int4")
+
+
+def _integers(record: dict) -> bool:
+    return _int8(record) or _int4(record)
+
+
+_NONE, _1K, _4K, _16K = range(512), range(512, 4096), range(4096, 16384), range(16384, 1 << 40)
 _SHORT, _MIDDLE, _LONG = range(512, 1024), range(512, 2048), range(2048, 1 << 40)
 
 TARGETS = (
@@ -48,5 +74,20 @@ TARGETS = (
     Target("flash_attention_backward", SDPA_REPEATED, "≥", 1.3, 6, range(1024, 2048)),
     Target("flash_attention_backward", SDPA_REPEATED, "≥", 1.15, 6, _LONG),
     Target("flash_attention_backward", OWN_MHA, "≥", 1, 1, range(1024, 1 << 40)),
+    Target("model_decode", OF_LIMIT, "≥", 0.92, 0.92, _NONE, _packed),
+    Target("model_decode", OF_LIMIT, "≥", 0.88, 0.88, range(512, 1 << 40), _packed),
+    Target("model_decode", OF_LIMIT, "≥", 0.75, 0.75, where=_integers),
+    Target("model_decode", LLAMA_CPP, "≥", None, 1.0, _NONE, _packed),
+    Target("model_decode", LLAMA_CPP, "≥", None, 1.05, _1K, _packed),
+    Target("model_decode", LLAMA_CPP, "≥", None, 1.25, _4K, _packed),
+    Target("model_decode", LLAMA_CPP, "≥", None, 2, _16K, _packed),
+    Target("model_decode", LLAMA_CPP, "≥", None, 0.9, _NONE, _integers),
+    Target("model_decode", LLAMA_CPP, "≥", None, 1.5, _4K, _integers),
+    Target("model_decode", LLAMA_CPP, "≥", None, 2.5, _16K, _integers),
+    Target("model_decode", LLAMA, "≥", None, 2, _NONE, _packed),
+    Target("model_decode", LLAMA, "≥", None, 3, _4K, _packed),
+    Target("model_decode", OVER_TWIN, "≤", 0.8, 0.8, _16K, _int4),
+    Target("model_prefill", LLAMA_CPP, "≥", None, 1.3, where=_packed),
+    Target("model_prefill", UNPACKED, "≥", None, 1.6, where=_packed),
     Target("call_overhead", SDPA_TWIN, "≥", 0.5, 0.5),
 )
