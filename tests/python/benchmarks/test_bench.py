@@ -58,7 +58,7 @@ def test_every_case(tmp_path, capsys, threads):
     assert facts["threads"] == 1 and facts["torch"] == torch.__version__ and facts["diffqkv"] == diffqkv.__version__
     assert {"date", "cpu", "cpu_family", "cpu_isa", "cores", "commit", "python"} <= facts.keys()
     shapes = [(x["case"], x["tokens"], x["batch"], x["prompt"], x["weights"], x["dtype"]) for x in lines]
-    assert len(set(shapes)) == len(shapes) == 2 * (1 + 2 + 2 + 1 + 1 + 1 + 1 + 6 + 3 + 2)
+    assert len(set(shapes)) == len(shapes) == 2 * (1 + 2 + 2 + 1 + 1 + 1 + 3 + 1 + 6 + 3 + 2)
     assert {shape[0] for shape in shapes} == set(CASES)
     for line in lines:
         assert line["correct"] and line["tokens"] == 256
@@ -123,6 +123,7 @@ def misplaced(op):
         ("flash_attention_backward", diffqkv, "flash_attention", spoiled),
         ("swiglu", diffqkv, "swiglu", spoiled),
         ("call_overhead", diffqkv, "decode_attention", spoiled),
+        ("packed_linear", diffqkv, "packed_linear", spoiled),
         ("model_decode", diffqkv.models.packed_linear, "packed_linear", spoiled),
         ("model_prefill", diffqkv.models.packed_linear, "packed_linear", spoiled),
         ("model_training", diffqkv.models.attention, "flash_attention", spoiled),

@@ -216,7 +216,6 @@ ELSEWHERE = {
     "csrc/cuda/packed_linear/packed_linear.cu",
     "tests/cpp/plan/cuda/test_packed_linear.cpp",
     "tests/cpp/cuda/test_packed_linear.cpp",
-    "python/diffqkv/benchmarks/cpu/cases/packed_linear.py",
     "benchmarks/gpu/calls/packed_linear.py",
     "benchmarks/gpu/speed/packed_linear.py",
 }

@@ -40,6 +40,7 @@ class Contenders(NamedTuple):
     notes: Iterable[str] = ()
     # More columns, from the record: each has the figures of ours and of a peer.
     figures: Callable[[dict], dict[str, dict[str, float]]] | None = None
+    rounds: int = 7  # at least
 
 
 def measure(
@@ -53,7 +54,7 @@ def measure(
         results, None if ours is wrong. A ratio says how many times as long as ours a peer takes, in the median of the
         rounds.
     """
-    error, ours, peers, limit, work, tolerance, notes, figures = who
+    error, ours, peers, limit, work, tolerance, notes, figures, rounds = who
     tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
     record = {"case": case, "size": str(size), **size._asdict(), "dtype": dtype_name(dtype)}
     record |= {"error": error, "tolerance": tolerance, "correct": error <= tolerance} | dict.fromkeys(MEASURED)
@@ -63,7 +64,7 @@ def measure(
     # The limit stands right beside ours in a round: see Timing.over.
     contenders = ({_LIMIT: [limit.run]} if limit and limit.run else {}) | {OURS: ours} | peers
     elsewhere = Elsewhere()
-    times, without = interleaved(timer, contenders, seconds, optional=peers)
+    times, without = interleaved(timer, contenders, seconds, rounds, optional=peers)
     record["cpu_elsewhere"] = elsewhere.share() if timer.disturbed_by_others else 0.0
     record["ms"] = {name: time.median * 1e3 for name, time in times.items()}
     record["spread_ms"] = {name: time.spread * 1e3 for name, time in times.items()}

@@ -74,6 +74,7 @@ TARGETS = (
     Target("flash_attention_backward", SDPA_REPEATED, "≥", 1.3, 6, range(1024, 2048)),
     Target("flash_attention_backward", SDPA_REPEATED, "≥", 1.15, 6, _LONG),
     Target("flash_attention_backward", OWN_MHA, "≥", 1, 1, range(1024, 1 << 40)),
+    Target("packed_linear", OF_LIMIT, "≥", 0.85, 0.85, range(17)),
     Target("model_decode", OF_LIMIT, "≥", 0.92, 0.92, _NONE, _packed),
     Target("model_decode", OF_LIMIT, "≥", 0.88, 0.88, range(512, 1 << 40), _packed),
     Target("model_decode", OF_LIMIT, "≥", 0.75, 0.75, where=_integers),

@@ -15,7 +15,7 @@ from ..targets import TARGETS
 
 CASES = (
     "flash_attention", "decode_attention", "kv_cache_update", "selective_v_attention", "flash_attention_backward",
-    "swiglu", "call_overhead", "model_decode", "model_prefill", "model_training",
+    "swiglu", "packed_linear", "call_overhead", "model_decode", "model_prefill", "model_training",
 )  # fmt: skip
 
 
