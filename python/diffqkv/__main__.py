@@ -1,12 +1,12 @@
-"""`python -m diffqkv`: prints the configuration; `bench` measures, `convert` makes checkpoints of others, `run` runs
-other packages' commands with the models known."""
+"""`python -m diffqkv`: prints the configuration; `bench` measures, `convert` makes checkpoints of others, `quantize`
+makes their weights integers, `run` runs other packages' commands with the models known."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from . import show_config
-from .commands import bench, convert, run
+from .commands import bench, convert, quantize, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,6 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     bench.add_parser(commands)
     convert.add_parser(commands)
+    quantize.add_parser(commands)
     run.add_parser(commands)
     args = parser.parse_args(arguments)
     if "run" in args:

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -124,6 +125,12 @@ def _check_tensors(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raises ValueError unless a result may have it."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype}, want {', '.join(map(str, DTYPES))}")
 
 
 def plan_files(tensors: Mapping[str, Tensor], max_shard_size: int | str) -> StateDictSplit:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import deepcopy
-from fnmatch import fnmatch
 from math import lcm
 from pathlib import Path
 
@@ -16,9 +12,8 @@ import torch
 from torch import Tensor
 
 try:
-    from transformers import AutoTokenizer, LlamaConfig, PreTrainedConfig
+    from transformers import LlamaConfig, PreTrainedConfig
     from transformers.dynamic_module_utils import custom_object_save
-    from transformers.utils import CONFIG_NAME
 
     from ..cache import cache_shapes
     from ..models.sigma import SigmaConfig
@@ -26,20 +21,20 @@ try:
         EMBEDDING,
         HEAD,
         Checkpoint,
+        check_dtype,
         empty_model,
         open_model,
         plan_files,
         streamed_model,
-        sync,
         write_files,
     )
+    from .files import check_output, copy_companions, new_folder, sample_windows, write_report
     from .fit import AttentionFit
     from .head_maps import pool_heads
 except ImportError as error:
     raise ImportError(f"diffqkv.convert: {error}; pip install 'diffqkv[hf]'", name=error.name) from error
 
 KEY_MAPS = ("mean", "fit")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REPORT = "conversion.json"
 
 # What the configs have under one name, with one meaning.
@@ -58,23 +53,6 @@ _SHARED = (
     "bos_token_id",
     "eos_token_id",
     "tie_word_embeddings",
-)
-# Files that come along.
-_COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "tekken.json",
-    "chat_template*",
-    "additional_chat_templates",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
 )
 
 
@@ -137,9 +115,9 @@ def to_sigma(
         what = " and ".join(name for name, fit in fits.items() if fit)
         raise ValueError(f"text: got none, want files of sample text, to which {what} is fitted")
     job = _Job(checkpoint, old, new, output, dtype, max_shard_size, overwrite)
-    windows = job.read(text, text_tokens, context, least=2 if any(fits.values()) else 1)
+    windows = sample_windows(text, checkpoint, old, context, text_tokens, least=2 if any(fits.values()) else 1)
     report = {"key_map": key_map, "q_aug_dim": q_aug_dim, "fit": None}
-    with job.folder() as folder:
+    with new_folder(job.output) as folder:
         if not any(fits.values()):
             return job.finish(folder, windows, report)
         fit = AttentionFit(checkpoint, old, new, windows[1::2], folder / "fit", fits["key_map"])
@@ -182,8 +160,8 @@ def to_llama(
         attention_bias=old.attention_bias,
     )
     job = _Job(checkpoint, old, new, output, dtype, max_shard_size, overwrite)
-    windows = job.read(text, text_tokens, context, least=1)
-    with job.folder() as folder:
+    windows = sample_windows(text, checkpoint, old, context, text_tokens, least=1)
+    with new_folder(job.output) as folder:
         return job.finish(folder, windows, {})
 
 
@@ -198,8 +176,8 @@ def _refuse_windows(config: PreTrainedConfig) -> None:
 
 
 def _shared_fields(checkpoint: Checkpoint, old: PreTrainedConfig, dtype: torch.dtype | None) -> dict[str, object]:
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype: got {dtype}, want {', '.join(map(str, DTYPES))}")
+    if dtype is not None:
+        check_dtype(dtype)
     return {
         **{name: getattr(old, name) for name in _SHARED},
         "head_dim": cache_shapes(old)[0].d_v,
@@ -211,7 +189,7 @@ def _shared_fields(checkpoint: Checkpoint, old: PreTrainedConfig, dtype: torch.d
 
 
 class _Job:
-    """Takes the model in a checkpoint to that of a new config. Nothing is written before `folder`."""
+    """Takes the model in a checkpoint to that of a new config. Nothing is written before `finish`."""
 
     def __init__(
         self,
@@ -232,48 +210,7 @@ class _Job:
                 like = checkpoint.tensors.get(name, checkpoint.tensors[EMBEDDING])
                 self.tensors[name] = torch.empty(x.shape, dtype=dtype or like.dtype, device="meta")
         self.files = plan_files(self.tensors, max_shard_size)
-        self._check_output(overwrite)
-
-    def _check_output(self, overwrite: bool) -> None:
-        if self.checkpoint.folder.resolve().is_relative_to(self.output):
-            raise ValueError(f"output: got {self.output}, where the source is, want another folder")
-        if self.output.is_file() or os.path.ismount(self.output):
-            raise ValueError(f"output: got {self.output}, a file or a mount point, want a folder that can be renamed")
-        if self.output.exists() and any(self.output.iterdir()):
-            if not overwrite:
-                raise ValueError(f"output: got {self.output}, which is not empty, want an empty folder or overwrite")
-            if not (self.output / CONFIG_NAME).exists():
-                raise ValueError(f"output: got {self.output}, which is no model's, want a model's to overwrite")
-
-    def read(self, text: str | Path | Sequence[str | Path], tokens: int, context: int, least: int) -> Tensor | None:
-        """Windows of text `[windows, context]`, at least so many; None without text."""
-        if not text:
-            return None
-        from .measure import read_windows  # needs diffqkv.data
-
-        longest = self.old.max_position_embeddings
-        if not 2 <= context <= longest:
-            raise ValueError(f"context: got {context}, want 2 to max_position_embeddings ({longest})")
-        if tokens < least * context:
-            raise ValueError(f"text_tokens: got {tokens}, want at least {least * context}: {least} windows of context")
-        files = [text] if isinstance(text, (str, Path)) else text
-        return read_windows(files, self.checkpoint.folder, self.old.vocab_size, context, tokens, least)
-
-    @contextmanager
-    def folder(self) -> Iterator[Path]:
-        """A folder beside the output, which takes its place in the end; after an error, or an interruption, it goes."""
-        part = self.output.with_name(f".{self.output.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        try:
-            yield part
-            replaced = self.output.with_name(f".{self.output.name}.{os.getpid()}.replaced")
-            if self.output.exists():
-                self.output.rename(replaced)
-            part.rename(self.output)
-            shutil.rmtree(replaced, ignore_errors=True)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+        check_output(self.output, checkpoint.folder, overwrite)
 
     def finish(
         self,
@@ -290,7 +227,7 @@ class _Job:
         if self.model._auto_class is not None:
             custom_object_save(self.model, folder, config=self.new)
         self.new.save_pretrained(folder)
-        _copy_companions(self.checkpoint.folder, folder)
+        copy_companions(self.checkpoint.folder, folder)
         report = {**self._costs(), **report, "text": None}
         if windows is not None:
             from .measure import compare
@@ -298,10 +235,7 @@ class _Job:
             result = Checkpoint(folder, self.files.filename_to_tensors)
             models = streamed_model(self.checkpoint, self.old), streamed_model(result, self.new)
             report["text"] = compare(*models, windows)
-        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-        for path in folder.iterdir():
-            if path.is_file():
-                sync(path)
+        write_report(folder / REPORT, report)
         return report
 
     def _make(self, name: str, fitted: Checkpoint | None) -> Tensor:
@@ -332,18 +266,3 @@ class _Job:
                 "cache_bytes_per_token": numbers * tensors[EMBEDDING].dtype.itemsize,
             }
         return sides
-
-
-def _copy_companions(source: Path, folder: Path) -> None:
-    for path in source.iterdir():
-        if any(fnmatch(path.name, pattern) for pattern in _COMPANIONS):
-            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    except Exception:  # a source may have none, or one that needs packages of its own
-        return
-    # The class follows from the kind of model too, which is another now.
-    path, name = folder / "tokenizer_config.json", type(tokenizer).__name__
-    settings = json.loads(path.read_text()) if path.exists() else {}
-    if "auto_map" not in settings and settings.get("tokenizer_class") != name:
-        path.write_text(json.dumps({**settings, "tokenizer_class": name}, indent=2) + "\n")

@@ -66,4 +66,5 @@ def compare(before: PreTrainedModel, after: PreTrainedModel, windows: Tensor) ->
         "max_logit_difference": largest,
         "mean_kl": divergence / windows.numel(),
         "perplexity": {name: exp(n / targets) for name, n in zip(("before", "after"), nats, strict=True)},
+        "perplexity_quotient": exp((nats[1] - nats[0]) / targets),
     }
