@@ -147,8 +147,8 @@ def run(model, mode, kind, padding):
 
 @cache
 def in_form(form):
-    """The model after `fuse_for_inference`, or as it is."""
-    return tiny_model() if form is None else tiny_model().fuse_for_inference(form)
+    """A model as it is, or one after `fuse_for_inference`, whose tokens lead clearly in each form."""
+    return tiny_model() if form is None else tiny_model(seed=9).fuse_for_inference(form)
 
 
 @cache

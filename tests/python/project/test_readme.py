@@ -52,7 +52,7 @@ def ratio(case: str, tokens: int, dtype: str, column: str) -> float:
         for line in LINES
         if (line["case"], line["tokens"], line["dtype"], line["batch"]) == (case, tokens, dtype, 1)
         and not line["prompt"]
-        and not line["fused"]
+        and not line.get("fused")
     )
     return line["ratios"][column]
 
