@@ -25,8 +25,7 @@ DIFFQKV_INLINE void for_row_runs(int64_t rows, const Body& body, int64_t first =
   if constexpr (MR > 1) for_row_runs<MR - 1>(rows, body, first);
 }
 
-// ---- floating-point weights
-// ------------------------------------------------------------------------------------------
+// ---- floating-point weights ---------------------------------------------------------------------------------------
 
 // Words [w, w + n) of a panel as they are multiplied: its own memory, or a copy.
 const word* float_panel(WeightForm form, const void* panel, int64_t w, int64_t n, word* copy) {
@@ -57,8 +56,9 @@ DIFFQKV_INLINE void multiply_block(const word* x, const word* panel, int words, 
     const vf b1 = vload((const float*)panel + w * kPanelFeatures + VL);
     DIFFQKV_UNROLL
     for (int i = 0; i < MR; ++i) {
-      left[i] = mac<kDot>(x[kLinearBlock * i + w], b0, left[i]);
-      right[i] = mac<kDot>(x[kLinearBlock * i + w], b1, right[i]);
+      const word both = word_at(x + kLinearBlock * i + w);
+      left[i] = mac<kDot>(both, b0, left[i]);
+      right[i] = mac<kDot>(both, b1, right[i]);
     }
   }
 }
@@ -102,8 +102,7 @@ void multiply_floats(const PackedLinearParams& p, int64_t rows, const word* x, i
   }
 }
 
-// ---- integer weights
-// -------------------------------------------------------------------------------------------------
+// ---- integer weights ----------------------------------------------------------------------------------------------
 
 // How integers lie in a panel. `load` makes pairs of 16-bit integers, weights plus kOffset, of a step's features
 // [column, column + VL); every second pair is 2^kOddShift times that. Tiles of more than kRows rows, and several tiles,
@@ -264,8 +263,7 @@ DIFFQKV_INLINE void place(const word* from, int64_t n, word* to, int64_t tile_ro
   for (int64_t w = 0; n > 0 && w < kLinearBlock; ++w) to[w] = w < n ? word_at(from + w) : 0;
 }
 
-// ---- items
-// -----------------------------------------------------------------------------------------------------------
+// ---- items --------------------------------------------------------------------------------------------------------
 
 // Row r of the results [n0, n0 + n), with the bias.
 template <class E>
