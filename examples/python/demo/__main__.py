@@ -21,13 +21,14 @@ from diffqkv.data import PackedDataset, byte_tokenizer, write_tokens
 from .corpus import Corpus, CorpusError, build_corpus, python_documentation, read_files
 from .plot import plot_losses
 from .reporting import report
-from .speed import decode_table, training_table
+from .speed import decode_table, forms_table, training_table
 from .training import CheckpointError, Recipe, Trainer, bits_per_byte, fast_dtype, unigram_entropy
 
 # Two to five minutes of training on two cores.
 STEPS = 1200
 CONTEXT = 256
 HELD_OUT_WINDOWS = 256
+COMPARED_WINDOWS = 64  # by each inference form
 SAMPLES = 3
 PROMPT_BYTES = 48
 NEW_BYTES = 200
@@ -145,6 +146,8 @@ def main() -> int:
         model.save_pretrained(args.out / "model")
         TOKENIZER.save_pretrained(args.out / "model")
         show_samples(args.out / "model", corpus, console)
+        held_out = PackedDataset(args.out / "held_out.npy", CONTEXT, end_of_text=TOKENIZER.eos_token_id)
+        console.print(forms_table(args.out / "model", evaluation_batches(held_out, COMPARED_WINDOWS)))
         console.print(training_table(getattr(torch, recipe.dtype), recipe.batch_size))
         console.print(decode_table())
     except (CorpusError, CheckpointError, OSError) as error:

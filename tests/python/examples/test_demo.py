@@ -1,5 +1,6 @@
 """The demo's parts, and the demo itself in a few steps: it learns, resumes exactly, and tells what is wrong."""
 
+import copy
 import math
 import os
 import signal
@@ -15,6 +16,7 @@ import torch
 from paths import ROOT
 
 import diffqkv
+from diffqkv.convert.measure import compare
 from diffqkv.data import PackedDataset, write_tokens
 
 sys.path.append(str(ROOT / "examples" / "python"))
@@ -134,6 +136,27 @@ def test_entropy_and_bits_count_bytes_alone():
     assert bits_per_byte(NineBits(), [batch]) == pytest.approx(54 / 5)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The demo's model on the demo's text, through the op and through SDPA; and windows of text held out."""
+    folder, corpus = tmp_path_factory.mktemp("trained"), build_corpus(python_documentation())
+    packing = {"context": 256, "end_of_text": TOKENIZER.eos_token_id}
+    write_tokens(folder / "tokens.npy", corpus.train[:200], TOKENIZER)
+    write_tokens(folder / "held_out.npy", corpus.held_out, TOKENIZER)
+    held_out = evaluation_batches(PackedDataset(folder / "held_out.npy", **packing), 64)
+    recipe = Recipe(steps=200, batch_size=4, evaluate_every=200, save_every=200)
+    windows = PackedDataset(folder / "tokens.npy", **packing, seed=0, samples=800)
+    runs = {}
+    for attention in ("diffqkv", "sdpa"):
+        torch.manual_seed(recipe.seed)
+        model = diffqkv.SigmaForCausalLM(diffqkv.SigmaConfig(**demo_main.MODEL))
+        model.set_attn_implementation(attention)
+        checkpoint = folder / f"{attention}.pt"
+        runs[attention] = Trainer(model, windows, recipe, evaluate=lambda: 0.0, checkpoint=checkpoint, identity={})
+        list(runs[attention].run())
+    return SimpleNamespace(runs=runs, held_out=torch.cat([batch["input_ids"] for batch in held_out]))
+
+
 class TestTraining:
     def test_learns(self, tmp_path):
         run = trainer(tmp_path, Recipe(steps=60, batch_size=4, context=32, warmup_steps=5, evaluate_every=20))
@@ -142,29 +165,26 @@ class TestTraining:
         assert (first, last) == (0, 60) and after < before - 2
 
     @pytest.mark.timeout(900)
-    def test_losses_do_not_depend_on_attention(self, tmp_path):
-        """The demo's model on the demo's text, through the op and through SDPA. What float32 rounds differently grows
-        from step to step, as a change of the weights' last bits does."""
-        corpus = build_corpus(python_documentation())
-        write_tokens(tmp_path / "tokens.npy", corpus.train[:200], TOKENIZER)
-        recipe = Recipe(steps=200, batch_size=4, evaluate_every=200, save_every=200)
-        windows = PackedDataset(
-            tmp_path / "tokens.npy", recipe.context, end_of_text=TOKENIZER.eos_token_id, seed=0, samples=800
-        )
-        losses = {}
-        for attention in ("diffqkv", "sdpa"):
-            torch.manual_seed(recipe.seed)
-            model = diffqkv.SigmaForCausalLM(diffqkv.SigmaConfig(**demo_main.MODEL))
-            model.set_attn_implementation(attention)
-            checkpoint = tmp_path / f"{attention}.pt"
-            run = Trainer(model, windows, recipe, evaluate=lambda: 0.0, checkpoint=checkpoint, identity={})
-            list(run.run())
-            losses[attention] = np.array(run.history.train)
-        ours, theirs = losses.values()
+    def test_losses_do_not_depend_on_attention(self, trained):
+        """What float32 rounds differently grows from step to step, as a change of the weights' last bits does."""
+        ours, theirs = (np.array(run.history.train) for run in trained.runs.values())
         assert theirs[-20:].mean() < theirs[0] - 3
         np.testing.assert_allclose(ours[:50], theirs[:50], rtol=0, atol=1e-3)
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.1)
         assert abs(ours[-50:].mean() - theirs[-50:].mean()) < 0.02
+
+    @pytest.mark.timeout(900)
+    @pytest.mark.parametrize("weights, most", [("packed", 1e-5), ("int8", 0.005), ("int4", 0.03)])
+    def test_integers_keep_the_perplexity_of_held_out_text(self, trained, library, weights, most):
+        """By groups of 32 weights."""
+        model = trained.runs["diffqkv"].model.eval()
+        small = copy.deepcopy(model).fuse_for_inference(weights)
+        measured = compare(model, small, trained.held_out)
+        before, quotient = measured["perplexity"]["before"], measured["perplexity_quotient"]
+        print(f"{weights}: {quotient:.5f} of the perplexity {before:.3f}, mean KL {measured['mean_kl']:.2g} nats")
+        assert before < 12 and abs(quotient - 1) < most
+        if weights == "int4":
+            assert measured["mean_kl"] > 1e-4, "the weights have been rounded"
 
     def test_resumed_equals_uninterrupted(self, tmp_path):
         whole, begun = (trainer(tmp_path / name) for name in ("whole", "parts"))
@@ -242,6 +262,11 @@ def test_demo_from_end_to_end(tmp_path):
         "held-out bits per byte",
         "byte-unigram entropy",
         "tokens/s",
+        "Generating 64 tokens with this model",
+        "as trained",
+        "packed",
+        "int8",
+        "int4",
         "A training step of this model",
         "GQA-16",
         "sample",
@@ -262,6 +287,7 @@ def test_restart_forgets_the_checkpoint_alone(tmp_path, monkeypatch):
     for file in (checkpoint, notes):
         file.write_text("of another time")
     monkeypatch.setattr(demo_main, "decode_table", lambda: "")
+    monkeypatch.setattr(demo_main, "forms_table", lambda folder, held_out: "")
     monkeypatch.setattr(demo_main, "training_table", lambda dtype, batch_size: "")
     # It would silence the tests that follow.
     monkeypatch.setattr(demo_main.transformers_logging, "set_verbosity_error", lambda: None)
