@@ -45,13 +45,13 @@ def can_step(
         options: what the layers would be told besides.
     """
     return (
-        hidden_states.device.type == "cpu"
+        not torch.compiler.is_compiling()  # first: a graph must not depend on what follows
+        and hidden_states.device.type == "cpu"
         and library.loaded
         and hidden_states.shape[1] <= MAX_DECODE_QUERIES
         and type(attention) is DiffqkvAttention
         and attention.function is diffqkv_attention
         and isinstance(cache, Cache)
-        and not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and hidden_states.requires_grad)
         and autocast_dtype("cpu") is None
         and all(x is None or x is False for x in options.values())

@@ -209,4 +209,5 @@ def test_the_exporter_of_transformers_takes_a_cache_as_input():
     inputs = {"input_ids": ids[:, 8:], "attention_mask": torch.ones_like(ids), "cache": cache}
     program = DynamoExporter().export(model, copy.deepcopy(inputs), DynamoConfig())
     program = getattr(program, "program", program)  # before transformers 5.24 it is returned itself
-    assert torch.equal(program.module()(**copy.deepcopy(inputs)).logits, model(**copy.deepcopy(inputs)).logits)
+    got, want = (x(**copy.deepcopy(inputs)).logits for x in (program.module(), model))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)  # the program has no ops for inference
