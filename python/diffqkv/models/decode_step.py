@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..cache import Cache
 from ..cache.layers import CacheLayer
@@ -22,7 +23,6 @@ from .attention import MAX_DECODE_QUERIES, DiffqkvAttention, diffqkv_attention
 from .packed_linear import PackedLinear
 
 _COLLECTORS = "transformers.utils.output_capturing"
-_NEEDED = ("packed_linear", "rms_norm", "rotary_embedding", "swiglu", "kv_cache_update", "decode_attention")
 
 
 def can_step(
@@ -35,8 +35,8 @@ def can_step(
 ) -> bool:
     """Whether `decode_step` computes what the layers would.
 
-    That is for a few tokens behind a `diffqkv.Cache` that has some, in plain inference: no graph, autocast, compiler,
-    hook on a module, selection of V, sliding window, packed row, dense mask, or wish for probabilities.
+    That is for a few tokens behind a `diffqkv.Cache` that has some, in plain inference: no graph, forward mode,
+    autocast, compiler, hook on a module, selection of V, packed row, dense mask, or wish for probabilities.
 
     Args:
         hidden_states: `[b, t, hidden_size]`, the layers' input.
@@ -46,6 +46,7 @@ def can_step(
     """
     return (
         not torch.compiler.is_compiling()  # first: a graph must not depend on what follows
+        and type(hidden_states) is Tensor
         and hidden_states.device.type == "cpu"
         and library.loaded
         and hidden_states.shape[1] <= MAX_DECODE_QUERIES
@@ -53,6 +54,7 @@ def can_step(
         and attention.function is diffqkv_attention
         and isinstance(cache, Cache)
         and not (torch.is_grad_enabled() and hidden_states.requires_grad)
+        and forward_ad._current_level < 0
         and autocast_dtype("cpu") is None
         and all(x is None or x is False for x in options.values())
         and mask is not None
@@ -61,7 +63,7 @@ def can_step(
         and len(cache.layers) == len(layers)
         and all(_is_written(layer, hidden_states.dtype) for layer in cache.layers)
         and not _calls_hooks(nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks)
-        and all(_is_plain(layer) for layer in layers)
+        and all(_is_plain(layer, hidden_states.dtype) for layer in layers)
     )
 
 
@@ -75,7 +77,7 @@ def _calls_hooks(before: dict, after: dict) -> bool:
     return bool(before) or any(getattr(hook, "__module__", None) != _COLLECTORS for hook in after.values())
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def _is_plain(layer: nn.Module, dtype: torch.dtype) -> bool:
     """Whether the layer computes as `decode_step` does."""
     attention, mlp = layer._modules.get("self_attn"), layer._modules.get("mlp")
     if attention is None or mlp is None or attention.hidden_act != "silu" or attention.absorbs_k or attention.expands_k:
@@ -85,6 +87,9 @@ def _is_plain(layer: nn.Module) -> bool:
         linears += (attention._modules["q_down_proj"],)
     for module in linears:
         if type(module) is not PackedLinear:
+            return False
+    for norm in (layer._modules["input_layernorm"], layer._modules["post_attention_layernorm"]):
+        if norm._parameters["weight"].dtype != dtype:  # torch's product with it would be wider
             return False
     for module in (layer, *layer._modules.values(), *linears):
         before, after = module._forward_pre_hooks, module._forward_hooks
@@ -100,9 +105,8 @@ def decode_step(
 
     rope: cos and sin `[b or 1, t, d]` of the new tokens.
     """
-    ops = {name: OPS[name].kernel for name in _NEEDED}
-    norm, swiglu, rotate = ops["rms_norm"], ops["swiglu"], ops["rotary_embedding"]
-    update, attend = ops["kv_cache_update"], ops["decode_attention"]
+    norm, swiglu, rotate = OPS["rms_norm"].kernel, OPS["swiglu"].kernel, OPS["rotary_embedding"].kernel
+    update, attend = OPS["kv_cache_update"].kernel, OPS["decode_attention"].kernel
     spans = mask.diffqkv_spans
     batch, tokens = hidden_states.shape[:2]
     cos, sin = rope

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_sigma import COMPRESSIONS, HEADS, Recorder, generate, logits, padded, tiny_model, tokens
 from torch import nn
+from torch.autograd import forward_ad
 from transformers import AutoModelForSequenceClassification, DynamicCache
 
 import diffqkv
@@ -169,6 +170,12 @@ def test_what_a_step_cannot_do_goes_through_the_layers(steps):
         handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
         assert step()[0] == 0
         handle.remove()
+        with forward_ad.dual_level():
+            assert step()[0] == 0
+        mixed = tiny_model().to(torch.bfloat16).fuse_for_inference("packed")
+        assert step(mixed)[0] == 1
+        mixed.model.layers[1].input_layernorm.float()
+        assert step(mixed)[0] == 0  # that norm's result is float32
         holes = torch.tensor([[1, 1, 0, 1, 1, 1, 1]])
         assert step(attention_mask=holes)[0] == 0
         for changes in ({"k_compression": "expand"}, {"k_compression": "absorbed"}, {"hidden_act": "gelu"}):
