@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from ..cache import Cache
 from ..cache.layers import CacheLayer
 from ..ops import library
+from ..ops.arguments import may_have_tangents
 from ..ops.autocast import autocast_dtype
 from ..ops.dispatch import OPS
 from ..reference import LAYOUTS
@@ -54,7 +54,7 @@ def can_step(
         and attention.function is diffqkv_attention
         and isinstance(cache, Cache)
         and not (torch.is_grad_enabled() and hidden_states.requires_grad)
-        and forward_ad._current_level < 0
+        and not may_have_tangents()
         and autocast_dtype("cpu") is None
         and all(x is None or x is False for x in options.values())
         and mask is not None

@@ -76,9 +76,12 @@ def as_window(window: tuple[int, int]) -> tuple[int, int]:
 
 
 def refuse_gradients(op: str, **tensors: Tensor | None) -> None:
-    for name, x in tensors.items():
-        if isinstance(x, Tensor) and x.requires_grad:
-            raise wrong(name, "requires_grad=True in grad mode", f"torch.no_grad(): {op} is for inference only")
+    """Refuses what an op for inference would be differentiated by, in either mode."""
+    if torch.is_grad_enabled():
+        for name, x in tensors.items():
+            if isinstance(x, Tensor) and x.requires_grad:
+                raise wrong(name, "requires_grad=True in grad mode", f"torch.no_grad(): {op} is for inference only")
+    refuse_forward_mode(op, *tensors.values())
 
 
 def may_have_tangents() -> bool:

@@ -138,12 +138,12 @@ def decode_attention(
     Raises:
         ValueError, TypeError: an argument is wrong, or requires a gradient in grad mode. The contents of
             cache_seqlens, cache_start and block_table are checked on the CPU.
+        NotImplementedError: forward-mode differentiation.
     """
     layout = as_choice("k_layout", k_layout, LAYOUTS)
     any_tensor("q", q)
     run = dispatch.uses_kernel(_OP, q, k_layout=layout)
-    if torch.is_grad_enabled():
-        refuse_gradients("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache, sinks=sinks)
+    refuse_gradients("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache, sinks=sinks)
     left, right = as_window(window)
     options = {
         "cache_start": cache_start,

@@ -139,12 +139,12 @@ def kv_cache_update(
         ValueError, TypeError: an argument is wrong, or requires a gradient in grad mode. On the CPU this includes a
             position outside the cache and an unmapped block; on CUDA such a token is not written, unless
             DIFFQKV_DEBUG=1 asks for the check, which synchronises.
+        NotImplementedError: forward-mode differentiation.
     """
     layout = as_choice("k_layout", k_layout, LAYOUTS)
     any_tensor("k_cache", k_cache)
     run = dispatch.uses_kernel(_OP, k_cache, k_layout=layout)
-    if torch.is_grad_enabled():
-        refuse_gradients("kv_cache_update", k_cache=k_cache, v_cache=v_cache, k=k, v=v, cos=cos, sin=sin)
+    refuse_gradients("kv_cache_update", k_cache=k_cache, v_cache=v_cache, k=k, v=v, cos=cos, sin=sin)
     options = {"cos": cos, "sin": sin, "block_table": block_table, "v_stats": v_stats, "k_layout": layout}
     if run:
         write(_OP.kernel, (k_cache, v_cache, v_stats), k_cache, v_cache, k, v, positions, **options)

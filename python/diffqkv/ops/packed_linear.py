@@ -118,11 +118,11 @@ def packed_linear(
 
     Raises:
         ValueError, TypeError: an argument is wrong, or requires a gradient in grad mode.
+        NotImplementedError: forward-mode differentiation.
     """
     any_tensor("x", x)
     run = dispatch.uses_kernel(_OP, x)
-    if torch.is_grad_enabled():
-        refuse_gradients("packed_linear", x=x, weight=weight, scales=scales, zeros=zeros, bias=bias)
+    refuse_gradients("packed_linear", x=x, weight=weight, scales=scales, zeros=zeros, bias=bias)
     out_features = as_integer("out_features", out_features, 1)
     if run:
         return call(_OP.kernel, x, weight, scales, zeros, bias, out_features)

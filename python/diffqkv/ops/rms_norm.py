@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks, dispatch
-from .arguments import as_number, refuse_forward_mode, refuse_gradients
+from .arguments import as_number, refuse_gradients
 from .calls import call
 from .checks import DTYPES, Sizes, any_tensor, wrong
 from .op import Op
@@ -56,9 +56,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     any_tensor("x", x)
     run = dispatch.uses_kernel(_OP, x)
-    if torch.is_grad_enabled():
-        refuse_gradients("rms_norm", x=x, weight=weight)
-    refuse_forward_mode("rms_norm", x, weight)
+    refuse_gradients("rms_norm", x=x, weight=weight)
     eps = as_number("eps", eps)
     if run:
         return call(_OP.kernel, x, weight, eps)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from . import checks, dispatch
-from .arguments import refuse_forward_mode, refuse_gradients
+from .arguments import refuse_gradients
 from .calls import call
 from .checks import Sizes, any_tensor, wrong
 from .op import Op
@@ -65,9 +65,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     any_tensor("x", x)
     run = dispatch.uses_kernel(_OP, x)
-    if torch.is_grad_enabled():
-        refuse_gradients("rotary_embedding", x=x, cos=cos, sin=sin)
-    refuse_forward_mode("rotary_embedding", x, cos, sin)
+    refuse_gradients("rotary_embedding", x=x, cos=cos, sin=sin)
     if run:
         return call(_OP.kernel, x, cos, sin)
     return _OP.composed(x, cos, sin)

@@ -267,6 +267,7 @@ def selective_v_attention(
 
     Raises:
         ValueError, TypeError: an argument is wrong, or requires a gradient in grad mode.
+        NotImplementedError: forward-mode differentiation.
     """
     if max_error is not None:
         max_error = as_number("max_error", max_error)
@@ -277,8 +278,7 @@ def selective_v_attention(
     keep_last = as_integer("keep_last", keep_last, 0)
     any_tensor("q", q)
     run = dispatch.uses_kernel(_OP, q, k_layout=layout)
-    if torch.is_grad_enabled():
-        refuse_gradients("selective_v_attention", q=q, k_cache=k_cache, v_cache=v_cache, v_stats=v_stats)
+    refuse_gradients("selective_v_attention", q=q, k_cache=k_cache, v_cache=v_cache, v_stats=v_stats)
     options = {
         "tail": tail_mode,
         "keep_first": keep_first,

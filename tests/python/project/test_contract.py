@@ -383,10 +383,20 @@ def test_inference_ops_refuse_forward_mode(api):
     import torch.autograd.forward_ad as forward_ad
 
     x, weight, angles = torch.randn(1, 2, 3, 8), torch.ones(8), torch.ones(1, 2, 8)
-    with forward_ad.dual_level():
+    k, v = torch.randn(2, 1, 1, 4, 1, 8)
+    lengths, positions = torch.tensor([3], dtype=torch.int32), torch.arange(3)[None]
+    with forward_ad.dual_level(), torch.no_grad():
         dual = forward_ad.make_dual(x, torch.ones_like(x))
-        for call in (lambda: api.rms_norm(dual, weight, 1e-6), lambda: api.rotary_embedding(dual, angles, angles)):
-            with pytest.raises(NotImplementedError, match="forward-mode"):
+        calls = {
+            "rms_norm": lambda: api.rms_norm(dual, weight, 1e-6),
+            "rotary_embedding": lambda: api.rotary_embedding(dual, angles, angles),
+            "packed_linear": lambda: api.packed_linear(dual, torch.randn(1, 8, 32), 32),
+            "decode_attention": lambda: api.decode_attention(dual, k, v, lengths),
+            "selective_v_attention": lambda: api.selective_v_attention(dual, k, v, lengths, 2),
+            "kv_cache_update": lambda: api.kv_cache_update(k, v, dual[:, :1], dual[:, :1], positions),
+        }
+        for op, call in calls.items():
+            with pytest.raises(NotImplementedError, match=f"{op}: forward-mode differentiation is not built"):
                 call()
 
 
