@@ -24,7 +24,7 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[1]
 MATRIX = ROOT / "build" / "matrix"
 # What needs nothing but torch: the binary contract, the ops, what torch is told of them.
-TORCH_TESTS = ["project/test_load_matrix.py", "ops/test_ops.py", "project/test_contract.py"]
+TORCH_TESTS = ["project/test_load_matrix.py", "ops/test_ops.py", "ops/test_layer_ops.py", "project/test_contract.py"]
 TORCH_PACKAGES = ["numpy", "psutil", "pytest", "pytest-timeout", "setuptools"]
 TRANSFORMERS_MB, TORCH_MB = 1_000, 12_000
 

@@ -29,6 +29,7 @@ from transformers import (
     StaticCache,
 )
 from transformers.generation.continuous_batching import PagedAttentionCache
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import diffqkv
 from diffqkv.models import attention as diffqkv_models_attention
@@ -613,3 +614,14 @@ def test_fullgraph_compilation(compression):
             position = torch.tensor([[i]])
             step = compiled(ids[:, i : i + 1], cache=cache, position_ids=position).logits
             torch.testing.assert_close(step, want[:, i : i + 1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rms_norm_rounds_as_llama(ops, dtype):
+    norm = LlamaRMSNorm(512, 1e-6).to(dtype)
+    norm.weight.data.normal_()
+    x = torch.randn(64, 512).to(dtype)
+    out, want = ops.rms_norm(x, norm.weight.detach(), 1e-6), norm(x).detach()
+    # Sums in another order move one of the roundings here and there.
+    assert (out != want).float().mean() <= (0.2 if dtype == torch.float32 else 2e-3)
+    torch.testing.assert_close(out, want, rtol=(4 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps, atol=0)
