@@ -388,8 +388,8 @@ def linear(x: Array, w: Weights, bias: Array | None, p: Precision, kernels: bool
     else:
         error = (p.weights + p.sums * (8 + k)) * size
     if bias is not None:
-        if not kernels:  # torch rounds to the dtype before it adds the bias
-            error = error + p.results * (np.abs(exact) + error)
+        if not kernels:  # torch rounds to the dtype before it adds the bias, or begins its sum with it
+            error = error + p.results * (np.abs(exact) + error) + p.sums * k * np.abs(bias)
         exact, size = exact + bias, size + np.abs(bias)
         error = error + p.sums * size
     error[~(size < p.on_the_way)] = np.inf
