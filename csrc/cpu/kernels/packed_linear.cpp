@@ -25,6 +25,14 @@ DIFFQKV_INLINE void for_row_runs(int64_t rows, const Body& body, int64_t first =
   if constexpr (MR > 1) for_row_runs<MR - 1>(rows, body, first);
 }
 
+// Asks for weights kAhead bytes behind these: several rows keep a thread busy, and the memory would wait for it. Behind
+// the last weights there may be no memory; asking does no harm.
+constexpr int64_t kAhead = 8192;
+DIFFQKV_INLINE void prefetch(const void* weights, int64_t bytes) {
+  DIFFQKV_UNROLL
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)weights + kAhead + i);
+}
+
 // ---- floating-point weights ---------------------------------------------------------------------------------------
 
 // Words [w, w + n) of a panel as they are multiplied: its own memory, or a copy.
@@ -54,6 +62,7 @@ DIFFQKV_INLINE void multiply_block(const word* x, const word* panel, int words, 
   for (int w = 0; w < words; ++w) {
     const vf b0 = vload((const float*)panel + w * kPanelFeatures);
     const vf b1 = vload((const float*)panel + w * kPanelFeatures + VL);
+    prefetch(panel + w * kPanelFeatures, 2 * VL * sizeof(word));
     DIFFQKV_UNROLL
     for (int i = 0; i < MR; ++i) {
       const word both = word_at(x + kLinearBlock * i + w);
@@ -217,6 +226,7 @@ void multiply_integers(const PackedLinearParams& p, const PackedLinearRows& x, i
   for (int64_t i = 0; i < rows * kPanelFeatures; ++i) sums[i] = 0.0f;
   for (int64_t g = 0; g < groups; ++g, weight += bytes) {
     const int64_t scale_at = (n * groups + g) * kPanelFeatures;
+    prefetch(weight, bytes);
     const bool widens = rows > Form::kRows;
     if (widens) widen<Form>(weight, pairs, copy);
     for (int64_t r = 0; r < rows; r += kLinearTileRows) {
