@@ -83,16 +83,16 @@ def run(args: argparse.Namespace) -> int:
             sizes = dict.fromkeys(size._replace(tokens=tokens) for size in sizes for tokens in args.tokens)
         planned += [(name, size, dtype) for dtype in args.dtypes for size in sizes]
 
-    records = []
+    records, facts = [], machine()
     with tqdm(planned, unit="line", disable=None) as progress:
         for name, size, dtype in progress:
             progress.set_postfix_str(f"{name} {size} {dtype}")
             records.append(run_case(name, size, _DTYPES[dtype], args.seconds))
-    facts = machine()
-    table = markdown(facts, records)
+            # After each line: whatever ends the run early leaves what it measured.
+            table = markdown(facts, records)
+            if args.json:
+                write(args.json, json.dumps({"machine": facts, "lines": records}, indent=1) + "\n")
+            if args.markdown:
+                write(args.markdown, table)
     print(table, end="")
-    if args.json:
-        write(args.json, json.dumps({"machine": facts, "lines": records}, indent=1) + "\n")
-    if args.markdown:
-        write(args.markdown, table)
     return EXIT_RIGHT if all(record["correct"] for record in records) else EXIT_WRONG

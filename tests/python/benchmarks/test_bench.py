@@ -142,6 +142,35 @@ def test_a_wrong_result_gets_no_numbers(case, owner, op, spoil, monkeypatch, cap
         assert all(line[name] is None for name in MEASURED)
 
 
+def test_a_run_that_ends_early_leaves_its_lines(monkeypatch, tmp_path):
+    numbers, rest = tmp_path / "bench.json", iter([wrong_line(), KeyboardInterrupt()])
+
+    def run_case(*line):
+        found = next(rest)
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    monkeypatch.setattr("diffqkv.commands.bench.run_case", run_case)
+    with pytest.raises(KeyboardInterrupt):
+        main(["bench", "--cases", "swiglu", *TINY, "--json", str(numbers)])
+    assert json.loads(numbers.read_text())["lines"] == [wrong_line()]
+    assert [file.name for file in tmp_path.iterdir()] == ["bench.json"]
+
+
+def wrong_line() -> dict:
+    line = {"case": "swiglu", "size": "256", "dtype": "float32", "error": 1.0, "tolerance": 0.1, "correct": False}
+    return line | dict.fromkeys(MEASURED)
+
+
+def test_llama_cpp_that_does_not_import_is_no_peer(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    llama_cpp._is_importable.cache_clear()
+    assert not llama_cpp.has_peer(torch.bfloat16)
+    llama_cpp._is_importable.cache_clear()
+
+
 def test_an_error_cannot_hide():
     want = torch.tensor([1.0, 100.0])
     assert difference(want + 1, want) == 1

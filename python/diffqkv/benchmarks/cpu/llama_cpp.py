@@ -7,7 +7,6 @@ import os
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,19 @@ _PROMPT = 1024  # tokens that are computed to fill a cache; longer ones repeat t
 _BATCH = 512
 
 
+@lru_cache(maxsize=1)
+def _is_importable() -> bool:
+    try:
+        import gguf  # noqa: F401
+        import llama_cpp  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 def has_peer(dtype: torch.dtype) -> bool:
     """Whether llama.cpp can be measured beside models of this dtype: its cache has 16 bits."""
-    return dtype == torch.bfloat16 and find_spec("llama_cpp") is not None and find_spec("gguf") is not None
+    return dtype == torch.bfloat16 and _is_importable()
 
 
 def step(form: str, tokens: int) -> Callable[[], object]:

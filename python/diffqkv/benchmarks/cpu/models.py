@@ -18,6 +18,7 @@ PLAIN = ""  # the form of a model as it is loaded
 INTEGERS = ("int8", "int4")
 _CHECKED_LAYERS, _CHECKED_VOCABULARY, _CHECKED_TOKENS = 2, 4096, 40
 _RANDOM = 1 << 24  # numbers that are drawn; they repeat
+_CACHED = 1024  # tokens
 
 
 def tolerance(form: str, dtype: torch.dtype) -> float:
@@ -133,14 +134,20 @@ def filled_cache(model: nn.Module, tokens: int, dtype: torch.dtype, batch: int =
     if isinstance(config, diffqkv.SigmaConfig):
         cache = diffqkv.Cache(config, max_length=tokens + 1)
         for i, shape in enumerate(cache.shapes):
-            k = torch.randn(batch, shape.n_k, tokens, shape.d_k).to(dtype)
-            cache.append(k, torch.randn(batch, shape.n_v, tokens, shape.d_v).to(dtype), i)
+            heads = (shape.n_k, shape.d_k), (shape.n_v, shape.d_v)
+            cache.append(*(random_heads(batch, n, tokens, d, dtype) for n, d in heads), i)
         return cache
     cache = DynamicCache(config=config)
     for i in range(config.num_hidden_layers):
-        k, v = torch.randn(2, batch, config.num_key_value_heads, tokens, config.head_dim).to(dtype)
-        cache.update(k, v, i)
+        n, d = config.num_key_value_heads, config.head_dim
+        cache.update(*(random_heads(batch, n, tokens, d, dtype) for _ in range(2)), i)
     return cache
+
+
+def random_heads(batch: int, heads: int, tokens: int, dim: int, dtype: torch.dtype) -> Tensor:
+    """Random `[batch, heads, tokens, dim]`; they repeat, for drawing them takes longer than all that is measured."""
+    some = torch.randn(batch, heads, min(tokens, _CACHED), dim).to(dtype)
+    return some.repeat(1, 1, -(-tokens // _CACHED), 1)[:, :, :tokens]
 
 
 def step(model: nn.Module, cache, batch: int = 1) -> Tensor:
