@@ -41,20 +41,26 @@ MEASURED = {
     "`flash_attention` with gradients, 2048 tokens": ("flash_attention_backward", 2048, "SDPA, K repeated"),
     "`decode_attention`, 8192 tokens": ("decode_attention", 8192, "SDPA, GQA-16", "Sigma / own GQA-16"),
     "`selective_v_attention`, 100 of 32768 V rows": ("selective_v_attention", 32768, "own dense"),
-    "decode step of all of Sigma-1.5B, 4096 tokens": ("model_decode", 4096, "Llama, GQA-16"),
+    "decode step of all of Sigma-1.5B, packed, 4096 tokens": ("model_decode", 4096, "Llama, GQA-16"),
 }
-LINES = json.loads((ROOT / "benchmarks" / "results" / "bench_zen4.json").read_text())["lines"]
+RESULTS = ROOT / "benchmarks" / "results"
+LINES = json.loads((RESULTS / "bench_zen4.json").read_text())["lines"]
+MODELS = json.loads((RESULTS / "models_zen4.json").read_text())["lines"]
+
+
+def line_of(case: str, tokens: int, dtype: str, weights: str = "packed") -> dict:
+    (line,) = (
+        line
+        for line in (MODELS if case.startswith("model_") else LINES)
+        if (line["case"], line["tokens"], line["dtype"], line["batch"]) == (case, tokens, dtype, 1)
+        and line.get("weights", weights) == weights
+        and not line["prompt"]
+    )
+    return line
 
 
 def ratio(case: str, tokens: int, dtype: str, column: str) -> float:
-    (line,) = (
-        line
-        for line in LINES
-        if (line["case"], line["tokens"], line["dtype"], line["batch"]) == (case, tokens, dtype, 1)
-        and not line["prompt"]
-        and not line.get("fused")
-    )
-    return line["ratios"][column]
+    return line_of(case, tokens, dtype)["ratios"][column]
 
 
 def test_speeds_are_those_of_the_committed_run():
@@ -66,7 +72,13 @@ def test_speeds_are_those_of_the_committed_run():
         column = columns[seen.setdefault(name, 0)]
         seen[name] += 1
         assert printed == [f"{ratio(case, tokens, dtype, column):.2f}" for dtype in ("float32", "bfloat16")], name
-    assert f"only {ratio('model_decode', 1024, 'float32', 'Llama, GQA-16'):.2f} times" in " ".join(README.split())
+    words = " ".join(README.split())
+    for form, name in (("packed", "16 bits"), ("int8", "8 bits"), ("int4", "4 bits")):
+        long, short = (line_of("model_decode", tokens, "bfloat16", form) for tokens in (16384, 16))
+        speeds = [line["figures"]["tokens/s"]["ours"] for line in (short, long)]
+        factors = [line["ratios"]["llama.cpp"] for line in (short, long)]
+        row = f"| {speeds[0]:.1f}, {factors[0]:.2f} times | {speeds[1]:.1f}, {factors[1]:.2f} times |"
+        assert f"| {name} {row}" in words
     reads = {
         dtype: [100 * x["ratios"]["of limit"] for x in LINES if (x["case"], x["dtype"]) == ("decode_attention", dtype)]
         for dtype in ("float32", "bfloat16")
