@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import _transformers, flash_attn_interface, ops, quantization, reference
+from . import _transformers, flash_attn_interface, ops, profiling, quantization, reference
 from ._version import OLDEST_TRANSFORMERS, __version__
 from .installation import config, explain, show_config
 from .ops import *  # noqa: F403 (`__all__` names them)
@@ -24,6 +24,7 @@ __all__ = [
     "config",
     "explain",
     "flash_attn_interface",
+    "profiling",
     "quantization",
     "reference",
     "show_config",

@@ -23,6 +23,7 @@ from ..cache.layers import CacheLayer
 from ..ops import decode_attention, flash_attention, flash_attention_varlen, selective_v_attention
 from ..ops.autocast import autocast_dtype, cast
 from ..ops.dispatch import OPS, uses_kernel
+from ..profiling import span
 from ..reference import SelectiveVStats, group, ungroup
 from .mask import Packing, Spans, packing_of, read_spans
 from .stock_attention import KvCache, dense_mask, dense_rows, stock_attention
@@ -285,15 +286,16 @@ def diffqkv_attention(
         is_compiling=torch.compiler.is_compiling(),
     )
     _warn(taken, has_dense_mask, selects_v)
-    if taken is Route.STOCK:
-        return _stock(module, call, wants_weights)
-    if taken is Route.VARLEN:
-        return _varlen(call), None
-    if taken is Route.FLASH:
-        return _flash(call, is_prompt), None
-    if taken is Route.DECODE:
-        return _decode(call), None
-    return _select_v(module, call, selective_v, v_stats), None
+    with span("attention", getattr(module, "layer_idx", 0), query):
+        if taken is Route.STOCK:
+            return _stock(module, call, wants_weights)
+        if taken is Route.VARLEN:
+            return _varlen(call), None
+        if taken is Route.FLASH:
+            return _flash(call, is_prompt), None
+        if taken is Route.DECODE:
+            return _decode(call), None
+        return _select_v(module, call, selective_v, v_stats), None
 
 
 def _as_under_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:

@@ -18,11 +18,14 @@ from ..ops import library
 from ..ops.arguments import may_have_tangents
 from ..ops.autocast import autocast_dtype
 from ..ops.dispatch import OPS
+from ..profiling import span
 from ..reference import LAYOUTS
 from .attention import MAX_DECODE_QUERIES, DiffqkvAttention, diffqkv_attention
+from .mask import Spans
 from .packed_linear import PackedLinear
 
-_COLLECTORS = "transformers.utils.output_capturing"
+# Modules whose hooks a step may leave out: they collect nothing that was not asked for, or nothing of layers.
+_IDLE = ("transformers.utils.output_capturing", "diffqkv.profiling")
 
 
 def can_step(
@@ -72,9 +75,9 @@ def _is_written(layer: CacheLayer, dtype: torch.dtype) -> bool:
     return is_here and layer.length > 0 and layer.dtype == dtype
 
 
-def _calls_hooks(before: dict, after: dict) -> bool:
-    """Whether a forward pass calls hooks; those that collect hidden states and probabilities wait until asked to."""
-    return bool(before) or any(getattr(hook, "__module__", None) != _COLLECTORS for hook in after.values())
+def _calls_hooks(*hooks: dict) -> bool:
+    """Whether a forward pass calls hooks that a step would leave out."""
+    return any(getattr(hook, "__module__", None) not in _IDLE for each in hooks for hook in each.values())
 
 
 def _is_plain(layer: nn.Module, dtype: torch.dtype) -> bool:
@@ -105,54 +108,63 @@ def decode_step(
 
     rope: cos and sin `[b or 1, t, d]` of the new tokens.
     """
-    norm, swiglu, rotate = OPS["rms_norm"].kernel, OPS["swiglu"].kernel, OPS["rotary_embedding"].kernel
-    update, attend = OPS["kv_cache_update"].kernel, OPS["decode_attention"].kernel
-    spans = mask.diffqkv_spans
-    batch, tokens = hidden_states.shape[:2]
-    cos, sin = rope
-
     # As in `ops.calls.write`: no op here is asked for gradients.
     with torch._C._AutoDispatchBelowADInplaceOrView():
-        for layer, cached in zip(layers, cache.layers, strict=True):
-            attention, mlp = layer._modules["self_attn"], layer._modules["mlp"]
-            normed = norm(hidden_states, *_norm_of(layer._modules["input_layernorm"]))
-            *for_query, k, v = _linear(normed, attention.fused_proj).split(attention.fused_sizes, -1)
-            query = for_query[0]
-            if attention.augments_q:
-                query = _linear(swiglu(*for_query), attention.q_down_proj)
-            query = rotate(query.view(batch, tokens, -1, attention.head_dim), cos, sin)
-            positions = cached.begin_step(batch, tokens)
-            update(
-                cached.k_cache,
-                cached.v_cache,
-                k.view(batch, tokens, -1, attention.k_head_dim).transpose(1, 2),
-                v.view(batch, tokens, -1, attention.head_dim).transpose(1, 2),
-                positions,
-                cos=cos,
-                sin=sin,
-                v_stats=cached.kept_v_stats,
-                k_layout=LAYOUTS.index(cached.k_layout),
-            )
-            attended, _ = attend(
-                query.transpose(1, 2),
-                cached.k_cache,
-                cached.v_cache,
-                spans.total,
-                cache_start=spans.start,
-                softmax_scale=attention.scaling,
-                k_layout=LAYOUTS.index(cached.k_layout),
-                window_left=spans.window,
-            )
-            attended = _linear(attended.transpose(1, 2).reshape(batch, tokens, -1), attention.o_proj)
-            hidden_states = attended.add_(hidden_states)
-            normed = norm(hidden_states, *_norm_of(layer._modules["post_attention_layernorm"]))
-            gate, up, down = (mlp._modules[name] for name in ("gate_proj", "up_proj", "down_proj"))
-            hidden_states = _linear(swiglu(_linear(normed, gate), _linear(normed, up)), down).add_(hidden_states)
+        for i, (layer, cached) in enumerate(zip(layers, cache.layers, strict=True)):
+            with span("decoder_layer", i, hidden_states):
+                hidden_states = _layer_step(i, layer, cached, hidden_states, rope, mask.diffqkv_spans)
     written = (x for cached in cache.layers for x in (cached.k_cache, cached.v_cache, cached.kept_v_stats))
     torch.autograd.graph.increment_version([x for x in written if x is not None])
     for cached in cache.layers:
-        cached.end_step(tokens)
+        cached.end_step(hidden_states.shape[1])
     return hidden_states
+
+
+def _layer_step(
+    i: int, layer: nn.Module, cached: CacheLayer, hidden_states: Tensor, rope: tuple[Tensor, Tensor], spans: Spans
+) -> Tensor:
+    norm, swiglu, rotate = OPS["rms_norm"].kernel, OPS["swiglu"].kernel, OPS["rotary_embedding"].kernel
+    update, attend = OPS["kv_cache_update"].kernel, OPS["decode_attention"].kernel
+    attention, mlp = layer._modules["self_attn"], layer._modules["mlp"]
+    batch, tokens = hidden_states.shape[:2]
+    cos, sin = rope
+
+    normed = norm(hidden_states, *_norm_of(layer._modules["input_layernorm"]))
+    *for_query, k, v = _linear(normed, attention.fused_proj).split(attention.fused_sizes, -1)
+    query = for_query[0]
+    if attention.augments_q:
+        with span("augmented_q", i, query):
+            query = _linear(swiglu(*for_query), attention.q_down_proj)
+    query = rotate(query.view(batch, tokens, -1, attention.head_dim), cos, sin)
+    with span("kv_cache", i, k):
+        positions = cached.begin_step(batch, tokens)
+        update(
+            cached.k_cache,
+            cached.v_cache,
+            k.view(batch, tokens, -1, attention.k_head_dim).transpose(1, 2),
+            v.view(batch, tokens, -1, attention.head_dim).transpose(1, 2),
+            positions,
+            cos=cos,
+            sin=sin,
+            v_stats=cached.kept_v_stats,
+            k_layout=LAYOUTS.index(cached.k_layout),
+        )
+    with span("attention", i, query):
+        attended, _ = attend(
+            query.transpose(1, 2),
+            cached.k_cache,
+            cached.v_cache,
+            spans.total,
+            cache_start=spans.start,
+            softmax_scale=attention.scaling,
+            k_layout=LAYOUTS.index(cached.k_layout),
+            window_left=spans.window,
+        )
+    attended = _linear(attended.transpose(1, 2).reshape(batch, tokens, -1), attention.o_proj)
+    hidden_states = attended.add_(hidden_states)
+    normed = norm(hidden_states, *_norm_of(layer._modules["post_attention_layernorm"]))
+    gate, up, down = (mlp._modules[name] for name in ("gate_proj", "up_proj", "down_proj"))
+    return _linear(swiglu(_linear(normed, gate), _linear(normed, up)), down).add_(hidden_states)
 
 
 def _norm_of(norm: nn.Module) -> tuple[Tensor, float]:

@@ -10,7 +10,7 @@ import functools
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from math import gcd, lcm
 from typing import Any, ClassVar
@@ -65,17 +65,18 @@ from .generation_sigma import (
 try:
     import diffqkv
     from diffqkv.models import decode_step as fast
+    from diffqkv.profiling import span
 except ImportError:
     diffqkv = fast = None
 
+    def span(name: str, layer_idx: int, x: torch.Tensor) -> AbstractContextManager:
+        """A named range in a profile; nothing while no profiler runs."""
+        if torch.compiler.is_compiling() or not torch.autograd.profiler._is_profiler_enabled:
+            return nullcontext()
+        return torch.profiler.record_function(name)
+
+
 logger = logging.get_logger(__name__)
-
-
-def _profiler_range(name: str):
-    """A named range in a profile; free while no profiler runs."""
-    if torch.compiler.is_compiling() or not torch.autograd.profiler._is_profiler_enabled:
-        return nullcontext()
-    return torch.profiler.record_function(name)
 
 
 def _swiglu(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
@@ -324,11 +325,11 @@ class SigmaAttention(nn.Module):
         attention = _chosen_attention(self.config) if attention is None else attention
         query_states, key_states, value_states = self._project(hidden_states)
         query_states = self._rotate(query_states, *position_embeddings).transpose(1, 2)
-        with _profiler_range("kv_cache"):
+        with span("kv_cache", self.layer_idx, hidden_states):
             key_states, value_states, options = attention.store(
                 self, key_states, value_states, position_embeddings, cache, cache_is_empty, cached_position_embeddings
             )
-        with _profiler_range("attention"):
+        with span("attention", self.layer_idx, hidden_states):
             attn_output, attn_weights = attention.attend(
                 self,
                 query_states,
@@ -357,7 +358,7 @@ class SigmaAttention(nn.Module):
             key, value = self.k_proj(hidden_states), self.v_proj(hidden_states)
         query = for_query[0]
         if self.augments_q:
-            with _profiler_range("augmented_q"):
+            with span("augmented_q", self.layer_idx, hidden_states):
                 gate, up = for_query if is_fused else (self.q_gate_proj(query), self.q_up_proj(query))
                 query = self.q_down_proj(_swiglu(gate, up, self.hidden_act))
         query = query.view(*tokens, -1, self.head_dim)
@@ -411,17 +412,18 @@ class SigmaDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attended, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            position_embeddings,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        with span("decoder_layer", self.self_attn.layer_idx, hidden_states):
+            attended, _ = self.self_attn(
+                self.input_layernorm(hidden_states),
+                position_embeddings,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cache=cache,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            hidden_states = hidden_states + attended
+            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 @functools.cache
