@@ -1,12 +1,13 @@
 """`python -m diffqkv`: prints the configuration; `bench` measures, `convert` makes checkpoints of others, `quantize`
-makes their weights integers, `run` runs other packages' commands with the models known."""
+makes their weights integers, `run` runs other packages' commands with the models known, `study` repeats the paper's
+efficiency study."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from . import show_config
-from .commands import bench, convert, quantize, run
+from .commands import bench, convert, quantize, run, study
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert.add_parser(commands)
     quantize.add_parser(commands)
     run.add_parser(commands)
+    study.add_parser(commands)
     args = parser.parse_args(arguments)
     if "run" in args:
         return args.run(args)

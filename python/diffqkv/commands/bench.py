@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,20 +19,10 @@ from ..benchmarks.cpu.cases import CASES, case
 from ..benchmarks.cpu.cases import run as run_case
 from ..benchmarks.cpu.report import machine, markdown
 from ..ops import library
+from ._arguments import positive
 
 EXIT_RIGHT, EXIT_WRONG, EXIT_MISSING = 0, 1, 2
 _DTYPES = {dtype_name(dtype): dtype for dtype in TOLERANCE}
-
-
-def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise ValueError
-        return value
-
-    parse.__name__ = f"positive {kind.__name__}"  # argparse: "invalid positive int value: '0'"
-    return parse
 
 
 def _output(text: str) -> Path:
@@ -54,9 +43,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--dtypes", nargs="+", choices=_DTYPES, default=list(_DTYPES), metavar="DTYPE", help=", ".join(_DTYPES)
     )
-    parser.add_argument("--tokens", nargs="+", type=_positive(int), metavar="N", help="instead of each case's own")
-    parser.add_argument("--seconds", type=_positive(float), default=2.0, help="per line, about (default: 2)")
-    parser.add_argument("--threads", type=_positive(int), help="default: torch's")
+    parser.add_argument("--tokens", nargs="+", type=positive(int), metavar="N", help="instead of each case's own")
+    parser.add_argument("--seconds", type=positive(float), default=2.0, help="per line, about (default: 2)")
+    parser.add_argument("--threads", type=positive(int), help="default: torch's")
     parser.add_argument("--json", type=_output, metavar="FILE", help="write the results as numbers")
     parser.add_argument("--markdown", type=_output, metavar="FILE", help="write the table that is printed")
     parser.set_defaults(run=run)
