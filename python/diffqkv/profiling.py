@@ -18,7 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import (
+    _global_forward_hooks_with_kwargs,
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -273,3 +277,5 @@ def record() -> Iterator[Recording]:
         _recording = outer
         for hook in hooks:
             hook.remove()
+            # Torch leaves this mark of a hook behind, and torch.compile then warns of it.
+            _global_forward_hooks_with_kwargs.pop(hook.id, None)

@@ -133,7 +133,7 @@ def test_nothing_is_left_behind():
     model, ids = tiny_model(), tokens(1, 5)
     with pytest.raises(ValueError, match="mine"), profiling.record() as recording:
         raise ValueError("mine")
-    assert not torch_module._global_forward_hooks and not torch_module._global_forward_pre_hooks
+    assert not torch_module._has_any_global_hook()
     assert profiling._recording is None
     model(ids)
     assert recording.steps == []
