@@ -104,7 +104,7 @@ def test_options_of_the_commands_exist(monkeypatch):
         raise SystemExit(0)
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
-    ours = [line for line in commands() if re.match(r"python -m diffqkv (bench|convert)\b", line)]
+    ours = [line for line in commands() if re.match(r"python -m diffqkv (bench|convert|quantize|study)\b", line)]
     for line in ours:
         with pytest.raises(SystemExit) as end:
             main(line.split()[3:])
