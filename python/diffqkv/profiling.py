@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,12 +65,13 @@ class Step:
         return sum(layer.get(name, 0.0) for layer in self.layers)
 
 
-@dataclass
 class Recording:
     """The steps that `record` has seen."""
 
-    _steps: list[Step] = field(default_factory=list)
-    _pending: list[_OpenStep] = field(default_factory=list)  # on a GPU
+    def __init__(self) -> None:
+        self._steps: list[Step] = []
+        self._pending: list[_OpenStep] = []  # on a GPU
+        self._lock = threading.Lock()  # models may run in several threads
 
     @property
     def steps(self) -> list[Step]:
@@ -127,14 +128,16 @@ class Recording:
         return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
     def _add(self, step: _OpenStep) -> None:
-        self._pending.append(step)
+        with self._lock:
+            self._pending.append(step)
         on_clock = isinstance(step.begin, int)
         if on_clock or sum(len(each.ranges) for each in self._pending) > _MOST_PENDING:
             self._resolve()
 
     def _resolve(self) -> None:
-        pending, self._pending = self._pending, []
-        self._steps += [step.resolved() for step in pending]
+        with self._lock:
+            self._steps += [step.resolved() for step in self._pending]
+            self._pending.clear()
 
 
 class _OpenStep:
@@ -183,31 +186,33 @@ def _seconds(begin: _Moment, end: _Moment) -> float:
 class _Range:
     """A range that a profiler or a recording sees. One within another of its name is a part of it."""
 
-    __slots__ = ("begin", "device", "function", "layer_idx", "name")
+    __slots__ = ("begin", "device", "function", "is_outermost", "layer_idx", "name", "step")
 
     def __init__(self, name: str, layer_idx: int, device: torch.device) -> None:
         self.name, self.layer_idx, self.device = name, layer_idx, device
 
     def __enter__(self) -> None:
-        self.function = self.begin = None
         names = _open_names()
-        if self.name in names:
+        self.is_outermost = self.name not in names
+        if not self.is_outermost:
             return
         names.add(self.name)
+        self.function = None
         if torch.autograd.profiler._is_profiler_enabled:
             self.function = torch.profiler.record_function(self.name)
             self.function.__enter__()
-        self.begin = _now(self.device)
+        self.step = getattr(_of_thread, "step", None)
+        if self.step is not None:
+            self.begin = _now(self.device)
 
     def __exit__(self, *error: object) -> None:
-        if self.begin is None:
+        if not self.is_outermost:
             return
-        _open_names().discard(self.name)
-        step = getattr(_of_thread, "step", None)
-        if step is not None:
-            step.ranges.append((self.name, self.layer_idx, self.begin, _now(self.device)))
+        if self.step is not None:
+            self.step.ranges.append((self.name, self.layer_idx, self.begin, _now(self.device)))
         if self.function is not None:
             self.function.__exit__(*error)
+        _open_names().discard(self.name)
 
 
 def _open_names() -> set[str]:
@@ -246,11 +251,14 @@ def record() -> Iterator[Recording]:
     outer, recording = _recording, Recording()
 
     def begin(module: torch.nn.Module, inputs: tuple) -> None:
-        if torch.compiler.is_compiling() or isinstance(module, OptimizedModule):
+        is_compiled = isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+        if is_compiled or torch.compiler.is_compiling():
             raise NotImplementedError("record: compiled code has no ranges; record the model before torch.compile")
         if _recording is not recording or not isinstance(module, PreTrainedModel):
             return
-        if getattr(_of_thread, "step", None) is None:
+        step = getattr(_of_thread, "step", None)
+        # One of this module, or of an earlier recording, was interrupted: torch calls no hook then.
+        if step is None or step.module is module or step.recording is not recording:
             _of_thread.step = _OpenStep(recording, module)
 
     def end(module: torch.nn.Module, inputs: tuple, *rest: Any) -> None:

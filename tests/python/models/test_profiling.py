@@ -191,10 +191,58 @@ def test_training_records_the_forward_pass():
     assert len(recording.steps) == 1
 
 
-def test_compiled_models_are_refused():
-    model = torch.compile(tiny_model(), backend="eager")
-    with torch.no_grad(), profiling.record(), pytest.raises(Exception, match="compiled code has no ranges"):
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+def with_a_compiled_layer(model):
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    return model
+
+
+COMPILED = [lambda model: torch.compile(model, backend="eager"), compiled_in_place, with_a_compiled_layer]
+
+
+@pytest.mark.filterwarnings("ignore:.*global hooks on modules", "ignore:Dynamo does not know")
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_compiled_models_are_refused(compiled):
+    model = compiled(tiny_model())
+    message = "record: compiled code has no ranges"
+    with torch.no_grad(), profiling.record() as recording, pytest.raises(NotImplementedError, match=message):
         model(tokens(1, 5))
+    assert recording.steps == []
+
+
+@torch.no_grad()
+def test_an_interrupted_step_is_none_and_the_next_is_whole():
+    """A KeyboardInterrupt, for which torch calls no hook, in this recording or in an earlier one."""
+    model, ids = tiny_model(), tokens(1, 5)
+
+    def interrupted():
+        handle = model.model.layers[1].mlp.register_forward_hook(lambda *x: exec("raise KeyboardInterrupt"))
+        with pytest.raises(KeyboardInterrupt):
+            model(ids)
+        handle.remove()
+
+    with profiling.record() as recording:
+        interrupted()
+        model(ids)
+    (step,) = recording.steps
+    assert sum(sum(layer.values()) for layer in step.layers) < step.seconds
+    with profiling.record():
+        interrupted()
+    with profiling.record() as recording:
+        model.model(ids)  # another module than the one that was interrupted
+    assert [step.model for step in recording.steps] == ["SigmaModel"]
+
+
+@torch.no_grad()
+def test_a_profile_alone_records_no_event_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(profiling, "_now", lambda device: pytest.fail("nobody asked for the time"))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        tiny_model()(tokens(1, 5))
+    assert "augmented_q" in {event.key for event in profile.key_averages()}
 
 
 @torch.no_grad()
@@ -229,15 +277,18 @@ class FakeEvent:
         return float(end.at - self.at)
 
 
-@torch.no_grad()
-def test_on_a_gpu_events_are_recorded_and_waited_for_when_steps_are_read(monkeypatch):
-    """Without one: moments of a pretended device."""
-    model = tiny_model()
+@pytest.fixture
+def gpu(monkeypatch):
+    """Moments of a pretended GPU, in place of those of the CPU where the models are."""
+    real = profiling._now
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    real = profiling._now
     monkeypatch.setattr(profiling, "_now", lambda device: real(torch.device("cuda")))
+
+
+@torch.no_grad()
+def test_on_a_gpu_events_are_recorded_and_waited_for_when_steps_are_read(gpu):
+    model = tiny_model()
     with profiling.record() as recording:
         model(tokens(1, 5))
         model(tokens(1, 1))
@@ -250,17 +301,11 @@ def test_on_a_gpu_events_are_recorded_and_waited_for_when_steps_are_read(monkeyp
 
 
 @torch.no_grad()
-def test_many_events_of_a_gpu_are_waited_for_meanwhile(monkeypatch):
+def test_many_events_of_a_gpu_are_waited_for_meanwhile(gpu, monkeypatch):
     monkeypatch.setattr(profiling, "_MOST_PENDING", 10)
-    test_on_a_gpu = pytest.MonkeyPatch()
-    with test_on_a_gpu.context() as patch:
-        patch.setattr(torch.cuda, "Event", FakeEvent)
-        patch.setattr(torch.cuda, "current_stream", lambda device: None)
-        real = profiling._now
-        patch.setattr(profiling, "_now", lambda device: real(torch.device("cuda")))
-        model = tiny_model()
-        with profiling.record() as recording:
-            for _ in range(5):
-                model(tokens(1, 1))
-                assert sum(len(step.ranges) for step in recording._pending) <= 10
+    model = tiny_model()
+    with profiling.record() as recording:
+        for _ in range(5):
+            model(tokens(1, 1))
+            assert sum(len(step.ranges) for step in recording._pending) <= 10
     assert len(recording.steps) == 5
