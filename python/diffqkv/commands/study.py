@@ -97,7 +97,7 @@ def _study(args: argparse.Namespace) -> int:
     from ..study.results import results
     from ..study.run import Recipe, check_memory, take_samples
     from ..study.samples import Samples
-    from ..study.systems import DEFAULT, chosen, configuration
+    from ..study.systems import chosen, configuration
 
     out = args.out or Path("study")
     if args.weights is not None:
@@ -113,7 +113,7 @@ def _study(args: argparse.Namespace) -> int:
     recipe = Recipe(
         config,
         _layers(args.layers, config.num_hidden_layers),
-        chosen(args.systems or DEFAULT, config),
+        chosen(args.systems, config),
         [Size(getattr(torch, dtype), batch) for dtype in args.dtypes for batch in args.batch],
         prefixes,
         outputs,

@@ -6,9 +6,12 @@ from typing import NamedTuple
 
 import torch
 
-from .. import SigmaConfig, memory
+from .. import SigmaConfig
+from ..benchmarks.common.inputs import dtype_name
 from ..benchmarks.common.timing import Clock, interleaved
-from ..installation import _core, wrong
+from ..benchmarks.cpu import limits
+from ..installation import _core
+from ..ops.checks import wrong
 from .costs import Costs, augmented_q_weights, cache_elements, costs
 from .systems import PLAIN, System
 
@@ -20,13 +23,11 @@ class Advice(NamedTuple):
     """Where a shape beats its GQA twin.
 
     Attributes:
-        attention_from: the context from which attention and the cache take less; None: never.
-        total_from: the same with augmented Q; None: never.
+        total_from: the context from which cache, attention and augmented Q take less; None: never.
         ours, theirs: what a layer's step costs.
         sentences: the answer, three of them.
     """
 
-    attention_from: float | None
     total_from: float | None
     ours: Costs
     theirs: Costs
@@ -40,10 +41,10 @@ def reading_rate(device: str) -> tuple[float, str]:
         ValueError: there is no such device.
     """
     if device == "cpu":
-        data = memory.empty((_PROBE_BYTES,), torch.uint8).fill_(1)
-        times, _ = interleaved(Clock(), {"read": [lambda: torch.ops.diffqkv.probe(data, 2, 1)]}, seconds=1.0)
-        rate = _PROBE_BYTES / times["read"].median
-        return rate, f"reading {_PROBE_BYTES >> 20} MiB here, {torch.get_num_threads()} threads"
+        read = limits.read(_PROBE_BYTES)
+        times, _ = interleaved(Clock(), {read.name: [read.run]}, seconds=1.0)
+        how = f"reading {_PROBE_BYTES >> 20} MiB here, {torch.get_num_threads()} threads"
+        return read.work / times[read.name].median, how
     if device == "cuda" and torch.cuda.is_available():
         data = torch.ones(_PROBE_BYTES, dtype=torch.uint8, device=device)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -66,10 +67,9 @@ def advise(
     standard = twin.config(config, config.num_hidden_layers)
     ours, theirs = (costs(c, form, dtype.itemsize, batch, bytes_per_second) for c in (config, standard))
     saved = theirs.per_token - ours.per_token
-    attention_from = 0.0 if saved > 0 else None
     total_from = ours.augmented_q / saved if saved > 0 else None
     sentences = _sentences(config, standard, dtype, batch, ours, theirs, form)
-    return Advice(attention_from, total_from, ours, theirs, sentences)
+    return Advice(total_from, ours, theirs, sentences)
 
 
 def _sentences(
@@ -99,7 +99,7 @@ def _sentences(
     crossing = ours.augmented_q / saved
     second = (
         f"With augmented Q a step costs less from {crossing:,.0f} tokens on (batch {batch}, {form} weights, "
-        f"{str(dtype).removeprefix('torch.')} cache)"
+        f"{dtype_name(dtype)} cache)"
     )
     if form == PLAIN:
         folded, loaded = (augmented_q_weights(config, is_folded) for is_folded in (True, False))

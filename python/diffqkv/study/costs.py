@@ -72,12 +72,10 @@ class Costs(NamedTuple):
     Attributes:
         per_token: seconds for each cached token, of all sequences.
         augmented_q: seconds for the weights of augmented Q.
-        rest: seconds for the other weights.
     """
 
     per_token: float
     augmented_q: float
-    rest: float
 
     def total(self, tokens: float) -> float:
         """Attention, cache and augmented Q of a step, the paper's total."""
@@ -85,12 +83,11 @@ class Costs(NamedTuple):
 
 
 def costs(config: SigmaConfig, form: str, itemsize: int, batch: int, bytes_per_second: float) -> Costs:
-    """The costs of a layer, if all that it reads is read at one rate. The cache has numbers of `itemsize` bytes."""
+    """The costs of a layer, if both are read at one rate. The cache has numbers of `itemsize` bytes."""
     added = augmented_q_weights(config, is_folded=form != "plain")
     return Costs(
         per_token=batch * cache_elements(config) * itemsize / bytes_per_second,
         augmented_q=weight_bytes(added, form, itemsize) / bytes_per_second,
-        rest=weight_bytes(other_weights(config), form, itemsize) / bytes_per_second,
     )
 
 

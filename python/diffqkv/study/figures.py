@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .costs import Line
+from .results import NUMBERS, pairs, rows, tokens
 
 TITLES = {
     "augmented_q": "augmented Q",
@@ -20,14 +21,8 @@ TITLES = {
     "attention": "attention computation",
     "total": "total of KV cache, attention and augmented Q",
 }
-NUMBERS = {"augmented_q": 3, "kv_cache": 4, "attention": 5, "total": 6}  # the paper's figures
-_COLORS = dict(zip(("sigma", "std"), ("tab:orange", "tab:blue"), strict=True))
+_COLORS = ("tab:orange", "tab:blue")  # of a system, and of what it is compared with
 _STYLE = {"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "figure.dpi": 110, "font.size": 9}
-
-
-def tokens(number: int) -> str:
-    """2048 as "2k"."""
-    return f"{number // 1024}k" if number >= 1024 and number % 1024 == 0 else str(number)
 
 
 def draw(results: dict[str, Any], size: dict[str, Any], folder: Path) -> list[Path]:
@@ -45,20 +40,6 @@ def draw(results: dict[str, Any], size: dict[str, Any], folder: Path) -> list[Pa
     return drawn
 
 
-def pairs(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """The systems that were measured and have a baseline, with it."""
-    return [
-        (name, about["baseline"]) for name, about in results["described"].items()
-        if about["baseline"] in results["described"]
-    ]  # fmt: skip
-
-
-def rows(results: dict[str, Any], table: str, size: dict[str, Any], **what: object) -> list[dict[str, Any]]:
-    """The rows of a table of a dtype, a batch, and whatever else they are asked to have."""
-    wanted = size | what
-    return [row for row in results[table] if all(row[name] == value for name, value in wanted.items())]
-
-
 def _save(figure: Figure, stem: Path) -> list[Path]:
     files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
     for file in files:
@@ -70,7 +51,7 @@ def _save(figure: Figure, stem: Path) -> list[Path]:
 
 
 def _color(pair: tuple[str, str], system: str) -> str:
-    return _COLORS["sigma" if system == pair[0] else "std"]
+    return _COLORS[pair.index(system)]
 
 
 def _bars(axes: Axes, pair: tuple[str, str], names: list[str], values: dict[str, list[float]], labels: dict) -> None:
@@ -195,7 +176,7 @@ def advice(
     """The plot of an adviser: the cost of a step by its context, and the context at which both are equal."""
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
-        for seconds, label, color in zip((ours, theirs), labels, _COLORS.values(), strict=True):
+        for seconds, label, color in zip((ours, theirs), labels, _COLORS, strict=True):
             axes.plot(contexts, [1e3 * x for x in seconds], "-", color=color, label=label)
         if equal:
             axes.axvline(equal, color="gray", linestyle="--", linewidth=1, label=f"equal at {equal:,.0f} tokens")

@@ -13,9 +13,10 @@ from transformers import DynamicCache
 
 import diffqkv
 
-from .. import memory, profiling
+from .. import profiling
+from ..benchmarks.common.inputs import dtype_name
 from ..benchmarks.common.timing import Elsewhere
-from ..benchmarks.cpu import models
+from ..benchmarks.cpu import limits, models
 from ..models.sigma.generation_sigma import CACHE
 from .systems import PLAIN, System
 
@@ -24,7 +25,6 @@ KET_TOKENS, KET_ROUNDS = 10, 3
 _LADDER_FROM = 256
 _VOCABULARY = 256  # of a part of the layers, where the head is no part of what is asked
 _PROBE_BYTES = 64 << 20
-_READ = 2
 # Where the time of attention goes in a profile: the ops of this package, and the one of torch.
 KET_OPS = (
     "diffqkv::decode_attention",
@@ -41,7 +41,10 @@ class Size(NamedTuple):
 
     @property
     def keys(self) -> dict[str, Any]:
-        return {"dtype": str(self.dtype).removeprefix("torch."), "batch": self.batch}
+        return {"dtype": dtype_name(self.dtype), "batch": self.batch}
+
+    def __str__(self) -> str:
+        return f"{dtype_name(self.dtype)}, batch {self.batch}"
 
 
 def ladder(prefixes: Iterable[int], outputs: Iterable[int]) -> list[int]:
@@ -186,15 +189,15 @@ class Machine:
     """What a sample is told of the machine: how fast memory is read then, and how much of the CPUs went elsewhere."""
 
     def __init__(self, device: torch.device) -> None:
-        self._data = memory.empty((_PROBE_BYTES,), torch.uint8).fill_(1) if device.type == "cpu" else None
+        self._read = limits.read(_PROBE_BYTES) if device.type == "cpu" else None
         self._elsewhere = Elsewhere()
 
     def facts(self) -> dict[str, Any]:
         """Since the last call. A GPU has neither."""
         elsewhere, self._elsewhere = self._elsewhere.share(), Elsewhere()
         facts: dict[str, Any] = {"time": round(time.time(), 3), "cpu_elsewhere": round(elsewhere, 3)}
-        if self._data is not None:
+        if self._read is not None:
             begin = time.perf_counter()
-            nbytes = torch.ops.diffqkv.probe(self._data, _READ, 1)
-            facts["read_bytes_per_s"] = round(nbytes / (time.perf_counter() - begin))
+            self._read.run()
+            facts["read_bytes_per_s"] = round(self._read.work / (time.perf_counter() - begin))
         return facts

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..benchmarks.common.line import DISTURBED
 from ..benchmarks.common.report import table
-from .figures import NUMBERS, pairs, rows, tokens
-from .results import RANGES
+from .results import NUMBERS, RANGES, pairs, rows, tokens
 
 # Table 8: KET improvement of attention by prefix, on an H100.
 PAPER_KET = {2048: 0.0139, 4096: 0.1802, 16384: 0.2335, 32768: 0.2531}
@@ -17,7 +17,6 @@ PAPER_CEET = {
     "attention": {(65536, 65536): 0.154},
     "total": {(0, 2048): -0.4011, (65536, 65536): 0.3336},
 }
-_STRIKING = 0.05  # of the CPUs, to others
 
 
 def text(results: dict[str, Any], drawn: list[Path], why_no_figures: str | None) -> str:
@@ -60,7 +59,7 @@ def text(results: dict[str, Any], drawn: list[Path], why_no_figures: str | None)
 def _noise(results: dict[str, Any]) -> str:
     read = results["read_bytes_per_s"]
     found = "" if read is None else f"Memory was read at {read['median'] / 1e9:.1f} ± {read['spread'] / 1e9:.1f} GB/s."
-    if results["cpu_elsewhere"] > _STRIKING:
+    if results["cpu_elsewhere"] > DISTURBED:
         found += f" Other processes took up to {results['cpu_elsewhere']:.0%} of the CPUs: expect noise."
     return found
 

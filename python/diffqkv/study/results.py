@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import product
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 from scipy import stats
 
+from ..benchmarks.common.timing import Timing
 from .costs import (
     augmented_q_weights,
     cache_elements,
@@ -24,6 +25,7 @@ from .run import Recipe
 from .systems import PLAIN, System
 
 RANGES = ("kv_cache", "attention", "augmented_q", "total", "step")
+NUMBERS = {"augmented_q": 3, "kv_cache": 4, "attention": 5, "total": 6}  # the paper's figures
 
 
 def hidden_share(system: System, recipe: Recipe) -> float:
@@ -97,6 +99,23 @@ def results(recipe: Recipe, samples: Iterable[dict[str, Any]], left_out: list[st
     return found | tables
 
 
+def pairs(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """The systems that were measured and have a baseline, with it."""
+    described = results["described"]
+    return [(name, about["baseline"]) for name, about in described.items() if about["baseline"] in described]
+
+
+def rows(results: dict[str, Any], table: str, size: dict[str, Any], **what: object) -> list[dict[str, Any]]:
+    """The rows of a table of a dtype, a batch, and whatever else they are asked to have."""
+    wanted = size | what
+    return [row for row in results[table] if all(row[name] == value for name, value in wanted.items())]
+
+
+def tokens(number: int) -> str:
+    """2048 as "2k"."""
+    return f"{number // 1024}k" if number >= 1024 and number % 1024 == 0 else str(number)
+
+
 Curves = dict[str, dict[int, dict[str, list[float]]]]  # seconds by system, context and range
 
 
@@ -113,8 +132,8 @@ def _curves(samples: list[dict], systems: dict[str, System], hidden: dict[str, f
 
 
 def _spread(values: list[float]) -> dict[str, float]:
-    low, middle, high = quantiles(values, n=4) if len(values) > 1 else values * 3
-    return {"median": median(values), "spread": (high - low) / 2}
+    timing = Timing(values)
+    return {"median": timing.median, "spread": timing.spread if len(values) > 1 else 0.0}
 
 
 def _step_rows(curves: Curves) -> list[dict]:
@@ -260,24 +279,23 @@ def _crossover_rows(curves: Curves, systems: dict[str, System], recipe: Recipe, 
 
 def _tests(samples: list[dict], systems: dict[str, System]) -> list[dict]:
     """Whether augmented Q, which both have, costs the same: a t-test of relative differences, as for Figure 3."""
+    seconds: dict[str, dict[int, list[float]]] = {name: {} for name in systems}  # by context, a number for each round
+    for sample in samples:
+        if sample["kind"] == "step":
+            rounds = seconds[sample["system"]].setdefault(sample["context"], [])
+            rounds.append(sample["seconds"]["augmented_q"])
     rows = []
     for name, system in systems.items():
-        by_sample: dict[str, dict[tuple, float]] = {name: {}, system.baseline: {}}
-        for who, taken in by_sample.items():
-            rounds: dict[int, int] = {}
-            for sample in samples:
-                if sample["kind"] == "step" and sample["system"] == who:
-                    number = rounds[sample["context"]] = rounds.get(sample["context"], -1) + 1
-                    taken[sample["context"], number] = sample["seconds"]["augmented_q"]
-        ours, theirs = by_sample[name], by_sample[system.baseline]
-        pairs = [(ours[key], theirs[key]) for key in ours if key in theirs and theirs[key] > 0]
-        if system.baseline is None or len(pairs) < 3 or _has_other_augmented_q(system):
+        theirs = seconds.get(system.baseline, {})
+        differences = [
+            1 - a / b
+            for context, mine in seconds[name].items()
+            for a, b in zip(mine, theirs.get(context, ()), strict=False)
+            if b > 0
+        ]
+        if len(differences) < 3:
             continue
-        test = stats.ttest_1samp([1 - a / b for a, b in pairs], 0.0)
-        row = {"system": name, "baseline": system.baseline, "n": len(pairs)}
+        test = stats.ttest_1samp(differences, 0.0)
+        row = {"system": name, "baseline": system.baseline, "n": len(differences)}
         rows.append(row | {"t": float(test.statistic), "p": float(test.pvalue)})
     return rows
-
-
-def _has_other_augmented_q(system: System) -> bool:
-    return "q_aug_dim" in system.changes

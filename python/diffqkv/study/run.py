@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
 from typing import Any, NamedTuple
@@ -111,28 +111,32 @@ def take_samples(
         What was left out, in sentences.
     """
     begin, left_out = time.monotonic(), []
+
+    def tell(text: str) -> None:
+        show(text, min(1.0, (time.monotonic() - begin) / seconds))
+
     for number, size in enumerate(recipe.sizes):
-        now = time.monotonic()
-        mine = (begin + seconds - now) / (len(recipe.sizes) - number)
-
-        def until(share: float, now: float = now, mine: float = mine) -> float:
-            return now + share * mine
-
-        def tell(text: str, size: Size = size) -> None:
-            show(f"{size.keys['dtype']}, batch {size.batch}: {text}", min(1.0, (time.monotonic() - begin) / seconds))
-
-        tell("weights and caches")
-        subjects = measure.subjects(
-            recipe.systems, recipe.config, recipe.layers, size, recipe.longest, 1 + KET_TOKENS, recipe.device
-        )
-        ladder = measure.ladder(recipe.prefixes, recipe.outputs)
-        with _without_collection():
-            left_out += _steps(subjects, ladder, samples, until(_STEPS_UNTIL), tell)
-            left_out += _generation(subjects, recipe, samples, until(_GENERATES_UNTIL), tell)
-            left_out += _ops(subjects, recipe, samples, until(1.0), tell)
-        del subjects
+        left = begin + seconds - time.monotonic()
+        missing = _of_size(recipe, size, samples, left / (len(recipe.sizes) - number), tell)
+        left_out += [f"{size}: {sentence}" for sentence in missing]
         gc.collect()
     return left_out
+
+
+def _of_size(
+    recipe: Recipe, size: Size, samples: Samples, seconds: float, tell: Callable[[str], None]
+) -> Iterator[str]:
+    """Measures all systems at one size; yields what is left out."""
+    begin = time.monotonic()
+    tell(f"{size}: weights and caches")
+    subjects = measure.subjects(
+        recipe.systems, recipe.config, recipe.layers, size, recipe.longest, 1 + KET_TOKENS, recipe.device
+    )
+    ladder = measure.ladder(recipe.prefixes, recipe.outputs)
+    with _without_collection():
+        yield from _steps(subjects, ladder, samples, begin + _STEPS_UNTIL * seconds, tell)
+        yield from _generation(subjects, recipe, samples, begin + _GENERATES_UNTIL * seconds, tell)
+        yield from _ops(subjects, recipe, samples, begin + seconds, tell)
 
 
 @contextmanager
@@ -148,66 +152,61 @@ def _without_collection():
 
 def _steps(
     subjects: list[Subject], ladder: list[int], samples: Samples, until: float, tell: Callable[[str], None]
-) -> list[str]:
+) -> Iterator[str]:
     """A step of each system at each context, in rounds: all systems meet each state of the machine alike."""
-    keys, machine, left_out = subjects[0].size.keys, Machine(subjects[0].device), []
-    about = f"{keys['dtype']}, batch {keys['batch']}"
+    size, machine = subjects[0].size, Machine(subjects[0].device)
     for subject in subjects:
         subject.step(ladder[0])
     for number in range(ROUNDS):
         if number >= LEAST_ROUNDS and time.monotonic() > until:
-            left_out.append(f"{about}: {number} rounds of steps, not {ROUNDS}")
-            break
+            yield f"{number} rounds of steps, not {ROUNDS}"
+            return
         before = None
-        for context in list(ladder):
+        for context in ladder:
             missing = [
                 subject
                 for subject in subjects
-                if samples.count(kind="step", system=subject.system.name, context=context, **keys) <= number
+                if samples.count(kind="step", system=subject.system.name, context=context, **size.keys) <= number
             ]
             if not missing:
                 continue
             # A step costs at most in proportion to the text.
-            if number == 0 and before is not None:
+            if number == 0 and before is not None and context > ladder[1]:
                 expected = before[1] * context / before[0]
-                if context > ladder[1] and time.monotonic() + LEAST_ROUNDS * expected > until:
-                    skipped = [c for c in ladder if c >= context]
-                    left_out.append(f"{about}: contexts {_all(skipped)}, for lack of time")
+                if time.monotonic() + LEAST_ROUNDS * expected > until:
+                    yield f"contexts {_all(c for c in ladder if c >= context)}, for lack of time"
                     ladder = [c for c in ladder if c < context]
                     break
-            tell(f"round {number + 1}, steps behind {context:,} tokens")
+            tell(f"{size}: round {number + 1}, steps behind {context:,} tokens")
             facts, began = machine.facts(), time.monotonic()
             turn = number % len(missing)  # none always follows the same one
             for subject in missing[turn:] + missing[:turn]:
-                seconds = subject.step(context)
-                samples.add(seconds, facts, kind="step", system=subject.system.name, context=context, **keys)
+                what = {"kind": "step", "system": subject.system.name, "context": context}
+                samples.add(subject.step(context), facts, **what, **size.keys)
             before = context, time.monotonic() - began
-    return left_out
 
 
-def _all(numbers: Sequence[int]) -> str:
+def _all(numbers: Iterable[int]) -> str:
     return ", ".join(f"{number:,}" for number in numbers)
 
 
 def _generation(
     subjects: list[Subject], recipe: Recipe, samples: Samples, until: float, tell: Callable[[str], None]
-) -> list[str]:
+) -> Iterator[str]:
     """Generates at the longest points of the grid that fit the time, to compare with the sum of the steps."""
-    keys, left_out = subjects[0].size.keys, []
+    size = subjects[0].size
     pair = [subject for subject in subjects if subject.system.name in ("sigma", "std")] or subjects[:1]
+    curves = [_curve(samples, subject) for subject in pair]
     points = [(prefix, output) for prefix in recipe.prefixes for output in recipe.outputs]
     points += [(max(p for p in recipe.prefixes if p <= 4096), _SHORT_OUTPUT)]
-    done = {(s["prefix"], s["output"]) for s in samples if s["kind"] == "generate" and _has(s, keys)}
-    costs = {}
-    for prefix, output in points:
-        try:
-            costs[prefix, output] = sum(
-                cumulative(*curve(samples, subject.system.name, "step", keys), prefix, output) for subject in pair
-            )
-        except ValueError:
-            continue  # longer than what was measured
-    fitting = sorted(costs, key=lambda point: -costs[point])
-    for prefix, output in fitting:
+    longest = min(contexts[-1] for contexts, _ in curves)
+    costs = {
+        (prefix, output): sum(cumulative(*curve, prefix, output) for curve in curves)
+        for prefix, output in points
+        if prefix + output <= longest
+    }
+    done = {(s["prefix"], s["output"]) for s in samples if s["kind"] == "generate" and _is_of(s, size)}
+    for prefix, output in sorted(costs, key=lambda point: -costs[point]):
         if len(done) >= _VALIDATED:
             break
         # Each point may take half of the time that is left, so that shorter ones find some.
@@ -215,52 +214,47 @@ def _generation(
             continue
         done.add((prefix, output))
         for subject in pair:
-            tell(f"generating {output:,} tokens behind {prefix:,}")
-            seconds = subject.generate(prefix, output)
+            tell(f"{size}: generating {output:,} tokens behind {prefix:,}")
             what = {"kind": "generate", "system": subject.system.name, "prefix": prefix, "output": output}
-            samples.add(seconds, {"time": round(time.time(), 3)}, **what, **keys)
+            samples.add(subject.generate(prefix, output), _now(), **what, **size.keys)
     if not done:
-        left_out.append(
-            f"{keys['dtype']}, batch {keys['batch']}: no generation fits the time: nothing validates the sums"
-        )
-    return left_out
+        yield "no generation fits the time: nothing validates the sums"
 
 
 def _ops(
     subjects: list[Subject], recipe: Recipe, samples: Samples, until: float, tell: Callable[[str], None]
-) -> list[str]:
+) -> Iterator[str]:
     """Time within the ops of attention while 10 tokens are generated: Table 8."""
-    keys, skipped = subjects[0].size.keys, []
-    prefixes = sorted({p for p in (*recipe.prefixes, recipe.longest) if p > 0}) or [recipe.longest]
+    size, skipped = subjects[0].size, []
+    prefixes = sorted({p for p in (*recipe.prefixes, recipe.longest) if p > 0})
     for prefix in prefixes:
         for number in range(KET_ROUNDS):
             for subject in subjects:
-                name = subject.system.name
-                if samples.count(kind="ops", system=name, prefix=prefix, output=KET_TOKENS, **keys) > number:
+                what = {"kind": "ops", "system": subject.system.name, "prefix": prefix, "output": KET_TOKENS}
+                if samples.count(**what, **size.keys) > number:
                     continue
                 if time.monotonic() > until and (number or prefix > prefixes[0]):
                     skipped.append(prefix)
                     break
-                tell(f"time within ops behind {prefix:,} tokens")
-                seconds = subject.op_seconds(prefix, KET_TOKENS)
-                what = {"kind": "ops", "system": name, "prefix": prefix, "output": KET_TOKENS}
-                samples.add(seconds, {"time": round(time.time(), 3)}, **what, **keys)
-    if not skipped:
-        return []
-    return [
-        f"{keys['dtype']}, batch {keys['batch']}: time within ops behind {_all(sorted(set(skipped)))} tokens, in part"
-    ]
+                tell(f"{size}: time within ops behind {prefix:,} tokens")
+                samples.add(subject.op_seconds(prefix, KET_TOKENS), _now(), **what, **size.keys)
+    if skipped:
+        yield f"time within ops behind {_all(sorted(set(skipped)))} tokens, in part"
 
 
-def _has(sample: dict[str, Any], keys: dict[str, Any]) -> bool:
-    return all(sample.get(name) == value for name, value in keys.items())
+def _now() -> dict[str, float]:
+    return {"time": round(time.time(), 3)}
 
 
-def curve(samples: Samples, system: str, name: str, keys: dict[str, Any]) -> tuple[list[int], list[float]]:
-    """Contexts, and the median seconds of a range of a step behind them."""
+def _is_of(sample: dict[str, Any], size: Size) -> bool:
+    return size.keys.items() <= sample.items()
+
+
+def _curve(samples: Samples, subject: Subject) -> tuple[list[int], list[float]]:
+    """Contexts, and the median seconds of a step behind them."""
     seconds: dict[int, list[float]] = {}
     for sample in samples:
-        if sample["kind"] == "step" and sample["system"] == system and _has(sample, keys):
-            seconds.setdefault(sample["context"], []).append(sample["seconds"][name])
+        if sample["kind"] == "step" and sample["system"] == subject.system.name and _is_of(sample, subject.size):
+            seconds.setdefault(sample["context"], []).append(sample["seconds"]["step"])
     contexts = sorted(seconds)
     return contexts, [median(seconds[context]) for context in contexts]

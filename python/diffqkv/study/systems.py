@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import SigmaConfig
+from ..benchmarks.cpu.models import INTEGERS, with_fields
 from ..models.sigma.configuration_sigma import PRESETS
 
 PLAIN = "plain"
 FORMS = ("packed", "int8", "int4")
 TOP_K = 100  # the paper's (Table 3)
+GROUP = 32  # weights that share a scale
 
 
 class System(NamedTuple):
@@ -38,11 +40,10 @@ class System(NamedTuple):
 
     def config(self, base: SigmaConfig, layers: int) -> SigmaConfig:
         """The configuration of the study, cut to some layers, as this system has it."""
-        fields = {name: x for name, x in base.to_dict().items() if name not in ("transformers_version", "model_type")}
-        changed = {**fields, **self.changes, "num_hidden_layers": layers}
-        if isinstance(changed["selective_v_top_k"], list):
-            changed["selective_v_top_k"] = changed["selective_v_top_k"][:layers]
-        return SigmaConfig(**changed)
+        changes = {**self.changes, "num_hidden_layers": layers}
+        if isinstance(base.selective_v_top_k, list):
+            changes.setdefault("selective_v_top_k", base.selective_v_top_k[:layers])
+        return with_fields(base, **changes)
 
 
 def systems_of(base: SigmaConfig) -> dict[str, System]:
@@ -65,6 +66,8 @@ def systems_of(base: SigmaConfig) -> dict[str, System]:
         ]
     found.append(System("selective-v", f"DiffQKV {shape}, best {TOP_K} V rows", "std", {"selective_v_top_k": TOP_K}))
     for form in FORMS:
+        if form in INTEGERS and not _has_whole_groups(base):
+            continue
         found += [
             System(f"sigma-{form}", f"DiffQKV {shape}, {form} weights", f"std-{form}", {}, weights=form),
             System(f"std-{form}", f"STD ({gqa}), {form} weights", None, weights=form, **std),
@@ -72,19 +75,29 @@ def systems_of(base: SigmaConfig) -> dict[str, System]:
     return {system.name: system for system in found}
 
 
-DEFAULT = (
+def _has_whole_groups(base: SigmaConfig) -> bool:
+    """Whether groups of integer weights divide the input features of all linear layers."""
+    sizes = [base.hidden_size, base.intermediate_size, base.num_attention_heads * base.head_dim, base.q_aug_dim or 0]
+    if base.k_compression is not None:
+        sizes.append(base.head_dim if base.k_compression == "absorbed" else base.k_head_dim)
+    return not any(size % GROUP for size in sizes)
+
+
+MAIN = (
     *("sigma", "std", "std-stock", "group-sharing", "selective-v"),
     *("sigma-packed", "std-packed", "sigma-int8", "std-int8"),
 )
 
 
-def chosen(names: Iterable[str], base: SigmaConfig) -> list[System]:
-    """The systems of these names, and those that they are compared with.
+def chosen(names: Iterable[str] | None, base: SigmaConfig) -> list[System]:
+    """The systems of these names, and those that they are compared with; the main ones by default.
 
     Raises:
         ValueError: this shape has no such system.
     """
     known = systems_of(base)
+    if names is None:
+        names = [name for name in MAIN if name in known]
     found: dict[str, System] = {}
     for name in names:
         if name not in known:
@@ -99,7 +112,7 @@ def chosen(names: Iterable[str], base: SigmaConfig) -> list[System]:
 def configuration(source: str, heads: str | None = None, dims: str | None = None) -> SigmaConfig:
     """The configuration of a preset or of a folder with config.json, with other heads "n_q/n_k/n_v" and "d_k/d_v".
 
-    A d_k below d_v is absorbed by Q. Without `heads` a shape keeps its hidden size: more heads make it wider.
+    A d_k below d_v is absorbed by Q. The hidden size stays as it is.
 
     Raises:
         ValueError, OSError: there is no such preset or folder; the numbers are no numbers, or make no shape.
@@ -110,16 +123,16 @@ def configuration(source: str, heads: str | None = None, dims: str | None = None
         config = SigmaConfig.from_pretrained(source)
     else:
         raise ValueError(f"--config: got {source!r}, want a folder with config.json, or one of {', '.join(PRESETS)}")
-    fields = {name: x for name, x in config.to_dict().items() if name not in ("transformers_version", "model_type")}
+    changes: dict[str, Any] = {}
     if heads is not None:
         n_q, n_k, n_v = _numbers("--heads", heads, "n_q/n_k/n_v")
-        fields |= {"num_attention_heads": n_q, "num_key_heads": n_k, "num_value_heads": n_v}
+        changes |= {"num_attention_heads": n_q, "num_key_heads": n_k, "num_value_heads": n_v}
     if dims is not None:
         d_k, d_v = _numbers("--dims", dims, "d_k/d_v")
         if d_k > d_v:
             raise ValueError(f"--dims: got {dims}, want d_k at most d_v")
-        fields |= {"head_dim": d_v, "k_head_dim": d_k, "k_compression": "absorbed" if d_k < d_v else None}
-    return SigmaConfig(**fields)
+        changes |= {"head_dim": d_v, "k_head_dim": d_k, "k_compression": "absorbed" if d_k < d_v else None}
+    return with_fields(config, **changes)
 
 
 def _numbers(option: str, text: str, form: str) -> list[int]:

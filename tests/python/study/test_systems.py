@@ -4,7 +4,7 @@ import pytest
 
 from diffqkv import SigmaConfig
 from diffqkv.study.costs import cache_elements
-from diffqkv.study.systems import DEFAULT, chosen, configuration, systems_of
+from diffqkv.study.systems import MAIN, chosen, configuration, systems_of
 
 SIGMA = SigmaConfig.from_preset("sigma-1.5b")
 
@@ -31,7 +31,15 @@ def test_systems_of_sigma():
 def test_baselines_come_along():
     names = [system.name for system in chosen(["sigma-int8", "group-sharing"], SIGMA)]
     assert names == ["sigma-int8", "std-int8", "group-sharing", "std-stock"]
-    assert {system.name for system in chosen(DEFAULT, SIGMA)} == set(DEFAULT)
+    assert {system.name for system in chosen(None, SIGMA)} == set(MAIN)
+
+
+def test_a_shape_that_groups_do_not_divide_has_no_integers():
+    odd = configuration("sigma-1.5b", "5/1/5", "8/8")
+    names = [system.name for system in chosen(None, odd)]
+    assert [name for name in names if "int" in name] == [] and "sigma-packed" in names
+    with pytest.raises(ValueError, match="--systems: got 'sigma-int4', want some of"):
+        chosen(["sigma-int4"], odd)
 
 
 def test_unknown_systems_are_refused():

@@ -32,7 +32,7 @@ def sigma_config() -> diffqkv.SigmaConfig:
 
 def equal_in_size(config: diffqkv.SigmaConfig, **changes) -> diffqkv.SigmaConfig:
     """The configuration with these changes; the FFN takes the parameters that are left, or gives them."""
-    changed = diffqkv.SigmaConfig(**{**_fields(config), **changes})
+    changed = with_fields(config, **changes)
     return _with_ffn(changed, _parameters(config) - _parameters(changed))
 
 
@@ -59,8 +59,10 @@ def most_parameters(config: diffqkv.SigmaConfig) -> int:
     return _parameters(config) + step
 
 
-def _fields(config: PreTrainedConfig) -> dict:
-    return {name: x for name, x in config.to_dict().items() if name not in ("transformers_version", "model_type")}
+def with_fields(config: diffqkv.SigmaConfig, **changes) -> diffqkv.SigmaConfig:
+    """A copy of the configuration with these fields, checked as a new one is."""
+    fields = {name: x for name, x in config.to_dict().items() if name not in ("transformers_version", "model_type")}
+    return diffqkv.SigmaConfig(**{**fields, **changes})
 
 
 def _parameters(config: PreTrainedConfig) -> int:
