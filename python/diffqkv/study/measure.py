@@ -110,7 +110,7 @@ class Subject:
             for layer in self.cache.layers:
                 layer.length = context
             return
-        # Its own steps leave contiguous tensors: slices of longer ones would be copied by other means.
+        # Contiguous, as its own steps leave them.
         config = self.model.config
         groups = config.num_key_value_heads
         self.cache = DynamicCache(config=config)
